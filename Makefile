@@ -1,0 +1,41 @@
+# Every target sets up its own .venv. `make demo` is the place to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := runs/demo
+
+.PHONY: demo demo-vae test lint types bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/vidit scenes $(DEMO)/data --clips 2400 --overwrite
+	$(BIN)/vidit train configs.demo run_dir=$(DEMO)
+	$(BIN)/vidit evaluate $(DEMO)
+	$(BIN)/vidit report $(DEMO)
+
+demo-vae: $(STAMP)
+	$(BIN)/vidit scenes runs/demo-vae/data --clips 3000 --overwrite
+	$(BIN)/vidit train configs.demo:vae
+	$(BIN)/python -m benchmarks.vae_record runs/demo-vae configs/weights/demo_vae
+
+test: $(STAMP)
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.loop_overhead
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Site and hardware files, read as data."""

@@ -1,0 +1,1 @@
+"""Starting jobs: renders text, then submits it. No torch here."""

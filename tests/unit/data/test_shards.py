@@ -1,0 +1,407 @@
+"""Shards: round trip, the same bytes twice, foreign tars, and every fault as one clear message."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vidit.data.shards import (
+    Limits,
+    ShardError,
+    ShardWriter,
+    build_index,
+    index_path,
+    read_clip,
+    read_index,
+)
+from vidit.data.video import ClipError, encode_mp4
+
+VIDEO = encode_mp4(np.arange(4 * 16 * 16 * 3, dtype=np.uint32).reshape(4, 16, 16, 3).astype(np.uint8), fps=8)
+FACTS = {"width": 16, "height": 16, "fps": 8.0, "num_frames": 4}
+
+
+def video_of(index: int) -> bytes:
+    return VIDEO + b"\0\0\0\x09free" + bytes([index])
+
+
+def write(folder: Path, num_clips: int = 5, **limits: int) -> dict[str, Any]:
+    with ShardWriter(folder, **{"max_clips_per_shard": 2, **limits}) as writer:
+        for index in range(num_clips):
+            writer.add(f"clip-{index:03d}", video_of(index), {"caption": f"clip number {index} ä", **FACTS})
+    manifest: dict[str, Any] = json.loads((folder / "dataset.json").read_text())
+    return manifest
+
+
+def tar_of(path: Path, members: list[tuple[str | tarfile.TarInfo, bytes]], **options: Any) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            if not isinstance(name, tarfile.TarInfo):
+                info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def special(name: str, kind: bytes, target: str = "") -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info, b""
+
+
+class TestRoundTrip:
+    def test_all_clips_come_back(self, tmp_path: Path) -> None:
+        manifest = write(tmp_path)
+        assert [shard["num_clips"] for shard in manifest["shards"]] == [2, 2, 1]
+        data = read_index(tmp_path, verify_hashes=True)
+        assert [ref.key for ref in data] == [f"clip-{index:03d}" for index in range(5)]
+        for index, ref in enumerate(data):
+            assert (ref.num_frames, ref.fps, ref.width, ref.height) == (4, 8.0, 16, 16)
+            video, caption, sidecar = read_clip(ref)
+            assert video == video_of(index)
+            assert caption == f"clip number {index} ä"
+            assert ref.caption_chars == len(caption)
+            assert sidecar == {"caption": caption, **FACTS}
+
+    def test_same_bytes_twice(self, tmp_path: Path) -> None:
+        for name in ("a", "b"):
+            write(tmp_path / name)
+        names = sorted(path.name for path in (tmp_path / "a").iterdir())
+        assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
+        assert not [name for name in names if name.startswith(".")]
+        for name in names:
+            assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+    def test_the_manifest_tells_the_truth(self, tmp_path: Path) -> None:
+        manifest = write(tmp_path)
+        for shard in manifest["shards"]:
+            content = (tmp_path / shard["name"]).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (
+                shard["num_bytes"],
+                shard["sha256"],
+            )
+        assert manifest["num_clips"] == 5
+
+    def test_members_have_no_date_and_no_owner_of_this_machine(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+            for info in tar:
+                assert (info.mtime, info.uid, info.gid, info.mode, info.uname) == (0, 0, 0, 0o444, "vidit")
+
+    def test_the_index_is_what_a_scan_finds(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        data = read_index(tmp_path)
+        for path in tmp_path.glob("*.jsonl"):
+            path.unlink()
+        assert read_index(tmp_path) == data
+
+    def test_webdataset_reads_what_we_write(self, tmp_path: Path) -> None:
+        from webdataset import WebDataset
+
+        write(tmp_path, 2)
+        samples = list(WebDataset([str(tmp_path / "shard-000000.tar")], shardshuffle=False))
+        assert [sample["__key__"] for sample in samples] == ["clip-000", "clip-001"]
+        assert samples[1]["mp4"] == video_of(1)
+
+    def test_shards_close_at_max_bytes(self, tmp_path: Path) -> None:
+        manifest = write(tmp_path, 4, max_clips_per_shard=100, max_bytes=1)
+        assert [shard["num_clips"] for shard in manifest["shards"]] == [1, 1, 1, 1]
+
+    def test_a_sidecar_without_shape_is_probed(self, tmp_path: Path) -> None:
+        with ShardWriter(tmp_path) as writer:
+            writer.add("a", VIDEO, {"caption": "x"}, suffix="mov")
+        ref = read_index(tmp_path)[0]
+        assert (ref.num_frames, ref.width, ref.height, ref.fps, ref.video_suffix) == (4, 16, 16, 8.0, "mov")
+        assert read_clip(ref)[2] == {"caption": "x"}
+
+
+class TestWriterRefuses:
+    @pytest.mark.parametrize(
+        ("key", "sidecar", "suffix", "reason"),
+        [
+            ("../up", {"caption": "x"}, "mp4", "is not 1 to 90"),
+            ("a.b", {"caption": "x"}, "mp4", "is not 1 to 90"),
+            ("", {"caption": "x"}, "mp4", "is not 1 to 90"),
+            ("k" * 91, {"caption": "x"}, "mp4", "is not 1 to 90"),
+            ("first", {"caption": "x"}, "mp4", "was added before"),
+            ("a", {"caption": "x"}, "pkl", "suffix 'pkl'"),
+            ("a", {"caption": None}, "mp4", "no caption"),
+            ("a", {"caption": "x", "bad": float("nan")}, "mp4", "JSON"),
+        ],
+    )
+    def test_bad_clips(self, tmp_path: Path, key: str, sidecar: dict[str, Any], suffix: str, reason: str) -> None:
+        def add_two() -> None:
+            with ShardWriter(tmp_path) as writer:
+                writer.add("first", VIDEO, {"caption": "x"})
+                writer.add(key, VIDEO, sidecar, suffix)
+
+        with pytest.raises(ValueError, match=reason):
+            add_two()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_video_that_cannot_be_probed(self, tmp_path: Path) -> None:
+        with pytest.raises(ClipError), ShardWriter(tmp_path) as writer:
+            writer.add("a", b"nothing", {"caption": "x"})
+
+    def test_an_empty_data_set(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="no clip was added"), ShardWriter(tmp_path):
+            pass
+
+    def test_a_folder_in_use(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        with pytest.raises(ShardError, match=r"already holds dataset\.json"):
+            ShardWriter(tmp_path)
+
+
+class TestForeignTars:
+    SIDECAR = json.dumps({"caption": "from json"}).encode()
+
+    def test_txt_json_folders_and_long_names(self, tmp_path: Path) -> None:
+        long = "part/" + "x" * 150
+        folder, _ = special("./part", tarfile.DIRTYPE)
+        tar_of(
+            tmp_path / "a.tar",
+            [
+                (folder, b""),
+                ("./part/a.MP4", VIDEO),
+                ("./part/a.txt", "from text ä".encode()),
+                (f"{long}.mp4", VIDEO),
+                (f"{long}.json", self.SIDECAR),
+                ("part/ünïcode.json", json.dumps({"duration": 3}).encode()),
+                ("part/ünïcode.txt", b"both"),
+                ("part/ünïcode.webm", VIDEO),
+            ],
+        )
+        data = read_index(tmp_path)
+        assert [ref.key for ref in data] == ["part/a", long, "part/ünïcode"]
+        assert [read_clip(ref)[:2] for ref in data] == [
+            (VIDEO, "from text ä"),
+            (VIDEO, "from json"),
+            (VIDEO, "both"),
+        ]
+        assert data[0].num_frames == 4
+        assert not list(tmp_path.glob("*.jsonl"))
+
+    @pytest.mark.parametrize("options", [{"format": tarfile.GNU_FORMAT}, {"format": tarfile.PAX_FORMAT}])
+    def test_formats(self, tmp_path: Path, options: dict[str, Any]) -> None:
+        tar_of(tmp_path / "a.tar", [("a" * 120 + ".mp4", VIDEO), ("a" * 120 + ".txt", b"x")], **options)
+        assert read_clip(read_index(tmp_path)[0])[1] == "x"
+
+    @pytest.mark.parametrize(
+        ("member", "reason"),
+        [
+            (special("a.mp4", tarfile.SYMTYPE, "/etc/passwd"), r"'a\.mp4' is refused: it is a link"),
+            (special("a.json", tarfile.LNKTYPE, "b.json"), "it is a link"),
+            (special("a.mp4", tarfile.CHRTYPE), "a device"),
+            (special("a.mp4", tarfile.FIFOTYPE), "special file"),
+            (special("a.mp4", tarfile.CONTTYPE), "special file"),
+            (("/etc/a.mp4", VIDEO), "absolute path"),
+            (("../a.mp4", VIDEO), "leads out"),
+            (("b/../../a.mp4", VIDEO), "leads out"),
+            (("c:\\a.mp4", VIDEO), "leads out"),
+            (("pipe:touch x.mp4", VIDEO), "an address"),
+            (("a\n.mp4", VIDEO), "control characters"),
+            (("a.pkl", b"x"), "suffix 'pkl' is not one of"),
+            (("a.pth", b"x"), "suffix 'pth'"),
+            (("a.mp4.gz", b"x"), "suffix 'gz'"),
+            (("noname", b"x"), "suffix 'noname'"),
+            (("n" * 300 + ".mp4", VIDEO), "304 characters, the limit is 240"),
+            (("a.json", b" " * 5000), "5000 bytes, the limit is 4000"),
+            (("a.mp4", bytes(20_000)), "20000 bytes, the limit is 10000"),
+        ],
+    )
+    def test_malicious_members(self, tmp_path: Path, member: tuple[Any, bytes], reason: str) -> None:
+        path = tar_of(tmp_path / "bad.tar", [("ok.mp4", VIDEO), ("ok.json", self.SIDECAR), member])
+        with pytest.raises(ShardError, match=reason) as caught:
+            build_index(path, Limits(max_caption_bytes=4000, max_video_bytes=10_000))
+        assert str(path) in str(caught.value)
+
+    def test_a_header_that_claims_a_gigabyte(self, tmp_path: Path) -> None:
+        info = tarfile.TarInfo("pax")
+        info.type, info.size = tarfile.XHDTYPE, 1 << 30
+        path = tmp_path / "a.tar"
+        path.write_bytes(info.tobuf(tarfile.USTAR_FORMAT) + bytes(4096))
+        with pytest.raises(ShardError, match="a header of 1073741824 bytes"):
+            build_index(path)
+
+    def test_members_can_be_passed_over_on_purpose(self, tmp_path: Path) -> None:
+        tar_of(tmp_path / "a.tar", [("a.mp4", VIDEO), ("a.txt", b"x"), ("a.npy", b"y")])
+        assert len(read_index(tmp_path, Limits(skip_suffixes=frozenset({"npy"})))) == 1
+
+    @pytest.mark.parametrize(
+        ("members", "reason"),
+        [
+            ([("a.json", SIDECAR)], "clip 'a' has 0 videos"),
+            ([("a.mp4", VIDEO), ("a.mov", VIDEO), ("a.txt", b"x")], "clip 'a' has 2 videos"),
+            ([("a.mp4", VIDEO)], "neither a .json nor a .txt"),
+            ([("a.mp4", VIDEO), ("a.mp4", VIDEO)], "is there twice"),
+            ([("a.mp4", VIDEO), ("a.json", b"{")], "not valid UTF-8 text or JSON"),
+            ([("a.mp4", VIDEO), ("a.json", b"[" * 100_000)], "not valid UTF-8 text or JSON"),
+            ([("a.mp4", VIDEO), ("a.txt", b"\xff")], "not valid UTF-8 text or JSON"),
+            ([("a.mp4", VIDEO), ("a.json", b"[]")], "no `caption`"),
+            ([("a.mp4", VIDEO), ("a.json", b'{"caption": 3}')], "no `caption`"),
+            ([("a.mp4", b"broken"), ("a.txt", b"x")], "a.mp4: does not open"),
+            ([], "empty"),
+        ],
+    )
+    def test_clips_that_are_not_whole(self, tmp_path: Path, members: list[Any], reason: str) -> None:
+        tar_of(tmp_path / "a.tar", members)
+        with pytest.raises(ShardError, match=reason) as caught:
+            read_index(tmp_path)
+        assert "a.tar" in str(caught.value)
+
+    def test_the_same_key_in_two_shards(self, tmp_path: Path) -> None:
+        for name in ("a.tar", "b.tar"):
+            tar_of(tmp_path / name, [("a.mp4", VIDEO), ("a.txt", b"x")])
+        with pytest.raises(ShardError, match=r"b\.tar: key 'a' is also in a\.tar"):
+            read_index(tmp_path)
+
+
+class TestDamage:
+    def test_no_folder(self, tmp_path: Path) -> None:
+        for name in (tmp_path / "gone", "pipe:cat /etc/passwd", "https://example.com/a"):
+            with pytest.raises(ShardError, match="is not a folder"):
+                read_index(name)
+
+    def test_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(ShardError, match=r"holds no \.tar"):
+            read_index(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (lambda tar: b"", "empty file"),
+            (lambda tar: bytes(10240), "the tar is empty"),
+            (lambda tar: b"x" * 2048, "not a whole uncompressed tar"),
+            (lambda tar: tar[:700], "unexpected end of data"),
+            (lambda tar: tar[: len(tar.rstrip(b"\0")) - 600], "truncated|unexpected end"),
+            (lambda tar: tar.rstrip(b"\0"), "unexpected end of data"),
+            (
+                lambda tar: tar[: tar.index(b"clip-001.json")] + b"junk" + tar[tar.index(b"clip-001.json") + 4 :],
+                "byte",
+            ),
+        ],
+    )
+    @pytest.mark.parametrize("with_index", [False, True])
+    def test_broken_tars(
+        self, tmp_path: Path, content: Callable[[bytes], bytes], reason: str, with_index: bool
+    ) -> None:
+        write(tmp_path, 2)
+        (tmp_path / "dataset.json").unlink()
+        shard = tmp_path / "shard-000000.tar"
+        if not with_index:
+            index_path(shard).unlink()
+        shard.write_bytes(content(shard.read_bytes()))
+        with pytest.raises(ShardError, match=None if with_index else reason) as caught:
+            _ = [read_clip(ref) for ref in read_index(tmp_path)]
+        assert "shard-000000" in str(caught.value)
+        assert "vidit pack" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"video_size": 10**9}, "spans bytes"),
+            ({"video_offset": 10**9}, "spans bytes"),
+            ({"video_offset": 513}, "spans bytes"),
+            ({"video_offset": -512}, "video_offset=-512 cannot be"),
+            ({"video_size": True}, "video_size=True"),
+            ({"num_frames": 0}, "num_frames=0"),
+            ({"fps": float("inf")}, "fps=inf"),
+            ({"fps": "8"}, "fps='8'"),
+            ({"width": 1.5}, "width=1.5"),
+            ({"key": 3}, "key=3"),
+            ({"key": "other"}, "the index expects other.mp4"),
+            ({"video_suffix": "pkl"}, "video_suffix='pkl'"),
+            ({"caption_suffix": "pkl"}, "caption_suffix='pkl'"),
+            ({"extra": 1}, "does not have the fields"),
+        ],
+    )
+    def test_a_wrong_index_row(self, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+        write(tmp_path, 2)
+        path = index_path(tmp_path / "shard-000000.tar")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, **change} if row is rows[0] else row) + "\n" for row in rows))
+        with pytest.raises(ShardError, match=reason) as caught:
+            read_index(tmp_path)
+        assert "shard-000000" in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [("", "is empty"), ("{}\n", "fields"), ("[\n", "line 1 is not JSON"), ("[]\n", "fields")],
+    )
+    def test_an_index_that_is_none(self, tmp_path: Path, text: str, reason: str) -> None:
+        write(tmp_path, 2)
+        index_path(tmp_path / "shard-000000.tar").write_text(text)
+        with pytest.raises(ShardError, match=reason):
+            read_index(tmp_path)
+
+    def test_an_index_of_another_tar(self, tmp_path: Path) -> None:
+        write(tmp_path / "a", 2)
+        write(tmp_path / "b", 1)
+        tar = (tmp_path / "b" / "shard-000000.tar").read_bytes()
+        (tmp_path / "a" / "shard-000000.tar").write_bytes(tar)
+        (tmp_path / "a" / "dataset.json").unlink()
+        with pytest.raises(ShardError, match=r"spans bytes|the index expects|the index ends"):
+            read_index(tmp_path / "a")
+        index = index_path(tmp_path / "a" / "shard-000000.tar")
+        index.write_text(index.read_text().splitlines(keepends=True)[0])
+        assert len(read_index(tmp_path / "a")) == 1
+
+    def test_a_row_left_out(self, tmp_path: Path) -> None:
+        write(tmp_path, 2)
+        path = index_path(tmp_path / "shard-000000.tar")
+        path.write_text(path.read_text().splitlines(keepends=True)[0])
+        with pytest.raises(ShardError, match="the tar goes on"):
+            read_index(tmp_path)
+
+    def test_a_tar_that_changes_after_the_index_was_read(self, tmp_path: Path) -> None:
+        write(tmp_path, 2)
+        ref = read_index(tmp_path)[1]
+        content = ref.shard_path.read_bytes()
+        ref.shard_path.write_bytes(content[: ref.video_offset + 100])
+        with pytest.raises(ShardError, match=r"truncated: clip-001\.mp4 has 100 of"):
+            read_clip(ref)
+        ref.shard_path.write_bytes(bytes(1024) + content)
+        with pytest.raises(ShardError, match="the index expects"):
+            read_clip(ref)
+        ref.shard_path.unlink()
+        with pytest.raises(ShardError, match="cannot be read"):
+            read_clip(ref)
+
+    def test_the_manifest_is_compared(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        shard = tmp_path / "shard-000001.tar"
+        content = shard.read_bytes()
+        flipped = bytearray(content)
+        flipped[3000] ^= 1
+        shard.write_bytes(flipped)
+        assert len(read_index(tmp_path)) == 5
+        with pytest.raises(ShardError, match=r"shard-000001\.tar: SHA-256"):
+            read_index(tmp_path, verify_hashes=True)
+        shard.write_bytes(content + bytes(512))
+        with pytest.raises(ShardError, match=r"bytes, dataset\.json says"):
+            read_index(tmp_path)
+        shard.unlink()
+        with pytest.raises(ShardError, match=r"2 shards are there, dataset\.json lists 3.*shard-000001\.tar"):
+            read_index(tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "x", "version": 1, "shards": []}', '{"shards": 3}'])
+    def test_a_manifest_that_is_none(self, tmp_path: Path, text: str) -> None:
+        write(tmp_path)
+        (tmp_path / "dataset.json").write_text(text)
+        with pytest.raises(ShardError, match=r"dataset\.json"):
+            read_index(tmp_path)
+
+    def test_no_manifest_no_hashes(self, tmp_path: Path) -> None:
+        write(tmp_path)
+        (tmp_path / "dataset.json").unlink()
+        assert len(read_index(tmp_path)) == 5
+        with pytest.raises(ShardError, match="no hash to verify"):
+            read_index(tmp_path, verify_hashes=True)

@@ -1,0 +1,111 @@
+"""Guidance against closed forms for two Gaussians, and the bookkeeping around it."""
+
+import pytest
+import torch
+
+from vidit.config import Diffusion
+from vidit.diffusion.guidance import guidance_rescale, guide, guided, log_snr_interval, step_interval
+from vidit.diffusion.paths import build_path
+from vidit.diffusion.samplers import sample
+
+F64 = torch.float64
+FLOW = build_path(Diffusion())
+NOISE = torch.stack([-torch.ones(3, dtype=F64), torch.ones(3, dtype=F64)])
+COND = {"mu": torch.tensor([[1.0, 0.0, -0.5]] * 2, dtype=F64), "var": torch.tensor([[0.3]] * 2, dtype=F64)}
+UNCOND = {"mu": torch.tensor([[0.2, -0.4, 0.5]] * 2, dtype=F64), "var": torch.tensor([[0.3]] * 2, dtype=F64)}
+
+
+class Denoiser:
+    """Exact for N(mu, var), which arrive as the condition; remembers the sizes of its batches."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, x, t_B, condition):
+        self.batches.append(len(x))
+        a, s = FLOW.alpha(t_B)[:, None], FLOW.sigma(t_B)[:, None]
+        mu, var = condition["mu"], condition["var"]
+        return mu + a * var / (a**2 * var + s**2) * (x - a * mu)
+
+
+def test_equal_variances_sample_the_extrapolated_mean():
+    """p_c^s p_u^(1-s) of two Gaussians of one variance is a Gaussian at u + s (c - u)."""
+    denoise, scale = guided(Denoiser(), COND, UNCOND, 4.0), 4.0
+    low, high = sample("dpmpp_2m", denoise, FLOW, NOISE, FLOW.sampling_times(100))
+    expected = UNCOND["mu"][0] + scale * (COND["mu"][0] - UNCOND["mu"][0])
+    torch.testing.assert_close((low + high) / 2, expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close((high - low) / 2, torch.full((3,), 0.3**0.5, dtype=F64), rtol=0, atol=2e-3)
+
+
+def test_score_of_the_product_of_powers():
+    """The score of p_c(x_t)^s p_u(x_t)^(1-s), through Tweedie, for variances that differ."""
+    other = {**UNCOND, "var": UNCOND["var"] * 3}
+    x, t, scale = NOISE + 0.3, torch.full((2,), 0.6, dtype=F64), 2.5
+    a, s = 0.4, 0.6
+    x_hat = guided(Denoiser(), COND, other, scale)(x, t)
+    score = torch.zeros_like(x)
+    for condition, power in ((COND, scale), (other, 1 - scale)):
+        score += -power * (x - a * condition["mu"]) / (a**2 * condition["var"] + s**2)
+    torch.testing.assert_close(x_hat, (x + s**2 * score) / a)
+
+
+def test_guidance_is_the_same_in_every_space():
+    g = torch.Generator().manual_seed(0)
+    x_t, u, c = torch.randn(3, 2, 5, generator=g, dtype=F64)
+    a, s = 0.7, 0.4
+
+    def eps(x_hat):
+        return (x_t - a * x_hat) / s
+
+    torch.testing.assert_close(eps(guide(u, c, 5.0)), guide(eps(u), eps(c), 5.0))
+    torch.testing.assert_close(guide(u, c, 5.0), 5.0 * c - 4.0 * u)  # (1 + w) c - w u, w = 4
+    ramp = torch.linspace(1, 3, 5, dtype=F64)
+    torch.testing.assert_close(guide(u, c, ramp)[:, 0], c[:, 0])
+
+
+def test_one_batched_call_or_two():
+    once, twice, t = Denoiser(), Denoiser(), torch.full((2,), 0.5, dtype=F64)
+    first = guided(once, COND, UNCOND, 3.0)(NOISE, t)
+    torch.testing.assert_close(first, guided(twice, COND, UNCOND, 3.0, batched=False)(NOISE, t))
+    assert once.batches == [4]
+    assert twice.batches == [2, 2]
+    plain = Denoiser()
+    torch.testing.assert_close(guided(plain, COND, UNCOND, 1.0)(NOISE, t), Denoiser()(NOISE, t, COND))
+    assert plain.batches == [2]
+
+
+def test_rescale():
+    g = torch.Generator().manual_seed(0)
+    cond, far = torch.randn(2, 3, 4, 8, 8, generator=g), 3 * torch.randn(2, 3, 4, 8, 8, generator=g)
+    dims = (1, 2, 3, 4)
+    torch.testing.assert_close(guidance_rescale(far, cond, 0.0), far)
+    torch.testing.assert_close(guidance_rescale(far, cond, 1.0).std(dims), cond.std(dims))
+    mixed = 0.7 * far * (cond.std(dims) / far.std(dims))[:, None, None, None, None] + 0.3 * far
+    torch.testing.assert_close(guidance_rescale(far, cond, 0.7), mixed)
+    t = torch.full((2,), 0.5, dtype=F64)
+    x_hat = guided(Denoiser(), COND, UNCOND, 9.0, rescale=1.0)(NOISE, t)
+    torch.testing.assert_close(x_hat.std(1), Denoiser()(NOISE, t, COND).std(1))
+
+
+def test_intervals_choose_the_steps():
+    times = FLOW.sampling_times(10)
+    for active, guided_steps in (
+        (step_interval(times, 0.2, 0.6), [2, 3, 4, 5]),
+        (step_interval(times, 0.0, 1.0), list(range(10))),
+        (log_snr_interval(FLOW, -1.0, 1.0), [4, 5, 6]),  # log SNR of t = .6 .5 .4: -.81, 0, .81
+        (log_snr_interval(FLOW, -float("inf"), 0.1), [0, 1, 2, 3, 4, 5]),
+    ):
+        denoise = Denoiser()
+        sample("ddim", guided(denoise, COND, UNCOND, 3.0, active=active), FLOW, NOISE, times)
+        assert [i for i, size in enumerate(denoise.batches) if size == 4] == guided_steps
+    active = step_interval(times, 0.2, 0.6)
+    assert [active(float(t.float())) for t in times[:-1]] == [i in (2, 3, 4, 5) for i in range(10)]
+
+
+def test_faults_are_refused():
+    with pytest.raises(ValueError, match="mu"):
+        guided(Denoiser(), COND, {"mu": COND["mu"]}, 3.0)
+    with pytest.raises(ValueError, match="empty"):
+        log_snr_interval(FLOW, 2.0, 1.0)
+    with pytest.raises(ValueError, match="first < last"):
+        step_interval(FLOW.sampling_times(4), 0.5, 0.5)

@@ -1,0 +1,431 @@
+"""Every section of a run, as frozen pydantic models, and the numbers derived from them.
+
+A config is a value: `configs/*.py` build one, the command line overrides single fields
+(`train.steps=100`), the run directory keeps it as `config.json`. `resolve` is pure: it checks what the
+sections cannot check alone, lists every fault at once, and computes every derived number (latent grid,
+tokens, accumulation) before any device is touched. This module needs no torch, so that a login node can
+check a run in milliseconds.
+"""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Window = tuple[int, int, int]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, and a field that does not exist is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Text(Section):
+    """How a caption becomes features. `bytes` is trained jointly and needs no files."""
+
+    kind: Literal["bytes", "t5", "umt5", "clip"] = "bytes"
+    path: str | None = Field(None, description="local folder or hub name of a pretrained encoder")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    width: int = Field(256, gt=0, description="feature width E; a pretrained encoder brings its own")
+    num_layers: int = Field(2, ge=0)
+    num_heads: int = Field(4, gt=0)
+    max_tokens: int = Field(32, gt=1, description="L, begin token included")
+    hash_buckets: int = Field(8192, gt=0, description="rows of the n-gram table of `bytes`")
+
+
+class Vae(Section):
+    """A causal 3D VAE (MAGVIT-v2 style, as W.A.L.T. uses it)."""
+
+    weights: str | None = Field(None, description="folder with config.json and model.safetensors")
+    latent_channels: int = Field(8, gt=0)
+    patch: int = Field(1, gt=0, description="pixels folded p x p into channels before the first convolution")
+    base_channels: int = Field(128, gt=0)
+    multipliers: tuple[int, ...] = Field((1, 2, 2, 4), description="channels of each level / base")
+    num_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
+    decoder_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="the same of the decoder, finest first")
+    spatial_down: tuple[bool, ...] = Field((True, True, True), description="level i halves H, W at its end")
+    temporal_down: tuple[bool, ...] = Field((False, True, True), description="level i halves T at its end")
+    half_weights: bool = Field(False, description="export the weights in fp16")
+    l1_weight: float = Field(1.0, ge=0)
+    l2_weight: float = Field(0.0, ge=0)
+    kl_weight: float = Field(1e-6, ge=0)
+
+    @property
+    def spatial_stride(self) -> int:
+        return int(self.patch * 2 ** sum(self.spatial_down))
+
+    @property
+    def temporal_stride(self) -> int:
+        return int(2 ** sum(self.temporal_down))
+
+    def faults(self) -> Iterator[str]:
+        levels = len(self.multipliers)
+        for name in ("num_res_blocks", "decoder_res_blocks"):
+            if len(getattr(self, name)) != levels:
+                yield f"vae.{name} has {len(getattr(self, name))} entries for {levels} levels; give {levels}"
+        widths = [self.base_channels * m for m in self.multipliers]
+        if widths[-1] % self.latent_channels:
+            yield (
+                f"vae.latent_channels={self.latent_channels} does not divide the last level's {widths[-1]} channels "
+                "(base_channels x multiplier), as the latent's shortcut needs; change one of them"
+            )
+        for name in ("spatial_down", "temporal_down"):
+            if len(getattr(self, name)) != levels - 1:
+                yield f"vae.{name} has {len(getattr(self, name))} entries; {levels} levels have {levels - 1} joints"
+
+
+class Model(Section):
+    """A spatiotemporal patch-token DiT with window attention (W.A.L.T., 2312.06662)."""
+
+    num_layers: int = Field(24, gt=0)
+    width: int = Field(1024, gt=0)
+    num_heads: int = Field(16, gt=0)
+    mlp_width: int = Field(4096, gt=0)
+    patch: int = Field(1, gt=0, description="p: each latent frame is cut into p x p patches")
+    windows: tuple[Window, ...] = Field(
+        ((1, 0, 0), (0, 8, 8)),
+        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis",
+    )
+    relative_position: Literal["bias", "rope", "none"] = "bias"
+    absolute_position: bool = True
+    qk_norm: bool = True
+    cross_attention: Literal["none", "per_frame", "all"] = Field(
+        "per_frame", description="blocks that attend to text: those whose window is one latent frame, or all"
+    )
+    cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
+    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The named geometry of `PRESETS`, with fields changed. ValueError for a name it does not hold."""
+        if name not in PRESETS:
+            raise ValueError(f"no model preset {name!r}; use one of {' '.join(PRESETS)}")
+        layers, width, heads, mlp, more = PRESETS[name]
+        fields = {"num_layers": layers, "width": width, "num_heads": heads, "mlp_width": mlp, **more, **changes}
+        return cls(**fields)
+
+    def faults(self) -> Iterator[str]:
+        if self.width % self.num_heads:
+            legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
+            yield f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; use one of {legal}"
+        elif self.relative_position == "rope" and (self.width // self.num_heads) % 8:
+            yield (
+                f"model.relative_position=rope needs a head dim divisible by 8, not {self.width // self.num_heads} "
+                f"({self.width} / {self.num_heads} heads); change model.num_heads"
+            )
+        if any(size < 0 for window in self.windows for size in window):
+            yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
+        if self.attention_backend == "flash" and self.relative_position == "bias":
+            yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
+
+
+# layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
+# blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
+# 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
+PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "demo": (6, 192, 6, 768, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
+    "S": (12, 384, 6, 1536, {}),
+    "B": (12, 768, 12, 3072, {}),
+    "L": (24, 1024, 16, 4096, {}),
+    "XL": (28, 1152, 16, 4608, {}),
+    "SR1": (40, 1408, 16, 6144, {"cross_attention": "all", "patch": 2}),
+    "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
+    "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
+    "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
+}
+
+
+class Diffusion(Section):
+    """Forward process, target, timestep density, loss weight."""
+
+    path: Literal["flow", "vp", "edm"] = "flow"
+    target: Literal["flow", "eps", "x", "v", "edm"] = "flow"
+    vp_schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(0.02, gt=0, lt=1)
+    num_train_steps: int = Field(1000, gt=1)
+    zero_terminal_snr: bool = True
+    snr_shift: float = Field(1.0, gt=0, description="SNR is divided by it (CogVideoX-2B: 3)")
+    sigma_data: float = Field(1.0, gt=0)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+    density: Literal["uniform", "logit_normal", "log_normal"] = "logit_normal"
+    density_mean: float = 0.0
+    density_std: float = Field(1.0, gt=0)
+    stratified: bool = Field(True, description="one stratum of the density for each clip of the global batch")
+    shift: Literal["none", "constant", "sqrt_pixels_frames", "linear_tokens"] = "none"
+    shift_value: float = Field(1.0, gt=0)
+    weighting: Literal["none", "min_snr"] = "none"
+    min_snr_gamma: float = Field(5.0, gt=0)
+
+
+class Data(Section):
+    """Clips: where they are and how they are cut."""
+
+    train: str = Field("", description="folder written by `vidit pack` (WebDataset shards and index)")
+    validation: str | None = Field(None, description="the same for validation; none = the last clips of train")
+    num_validation: int = Field(64, ge=0, description="clips of fixed noise and timesteps in each validation")
+    num_frames: int = Field(17, gt=0)
+    height: int = Field(128, gt=0)
+    width: int = Field(128, gt=0)
+    fps: float = Field(0.0, ge=0, description="frames a second after resampling; 0 keeps each clip's own")
+    random_crop: bool = Field(False, description="random crop and start (keyed); else the middle")
+    image_rows: int = Field(0, ge=0, description="rows of a micro-batch made of T independent images each")
+    caption_dropout: float = Field(0.1, ge=0, lt=1, description="probability of the empty caption")
+    cache_latents: bool = Field(False, description="encode every clip once, before the first step")
+    num_workers: int = Field(1, ge=0)
+    prefetch: int = Field(4, gt=0, description="micro-batches ready ahead of the step, per worker")
+    max_skipped: float = Field(0.01, ge=0, le=1, description="fraction of clips that may fail to decode")
+
+
+class Train(Section):
+    """Optimisation, precision and the rhythm of a run."""
+
+    task: Literal["dit", "vae"] = "dit"
+    steps: int = Field(1000, gt=0)
+    global_batch: int = Field(32, gt=0, description="clips (rows) in one optimizer step, over all ranks")
+    micro_batch: int = Field(32, gt=0, description="rows in one forward and backward pass of one rank")
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_learning_rate: float = Field(0.0, ge=0, description="the cosine's end, as a fraction of the peak")
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="compute dtype; master weights are fp32. auto = bf16 where the device has it, else fp32"
+    )
+    activation_checkpointing: bool = False
+    compile: bool = Field(False, description="compile each block with inductor")
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(500, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    validate_every: int = Field(500, gt=0)
+    num_time_bands: int = Field(5, gt=0, description="bands of the timestep density in validation")
+    sample_every: int = Field(0, ge=0, description="sample videos every so many steps; 0 = only at the end")
+
+
+class Sample(Section):
+    """How videos are drawn from a trained model."""
+
+    sampler: Literal["ddim", "dpmpp_2m", "heun", "euler"] = "euler"
+    num_steps: int = Field(50, gt=0)
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale s: u + s (c - u)")
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    micro_batch: int = Field(8, gt=0)
+    prompts: tuple[str, ...] = Field((), description="captions sampled during training")
+
+
+class RunConfig(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run_dir: str = Field("", description="where the run writes; empty = runs/<name>")
+    text: Text = Text()
+    vae: Vae = Vae()
+    model: Model = Model()
+    diffusion: Diffusion = Diffusion()
+    data: Data = Data()
+    train: Train = Train()
+    sample: Sample = Sample()
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=1)
+
+
+class ConfigError(ValueError):
+    """Every fault of a config, one a line."""
+
+    def __init__(self, faults: Sequence[str]):
+        super().__init__("\n".join(faults) if len(faults) == 1 else f"{len(faults)} faults:\n- " + "\n- ".join(faults))
+        self.faults = tuple(faults)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Numbers that follow from a config and a world size. Sizes are in tokens unless named otherwise."""
+
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+    grid: tuple[int, int, int]
+    tokens_per_clip: int
+    windows: tuple[Window, ...]
+    head_dim: int
+    data_ranks: int
+    accumulation: int
+    clips_total: int
+
+
+def resolve(config: RunConfig, world_size: int = 1) -> Resolved:
+    """Check a config as a whole and derive its numbers; raises ConfigError with every fault."""
+    c, data, vae = config, config.data, config.vae
+    faults = [
+        *c.vae.faults(),
+        *c.model.faults(),
+        *_size_faults(c),
+        *_batch_faults(c, world_size),
+        *_diffusion_faults(c),
+    ]
+    if faults:
+        raise ConfigError(faults)
+    frames = 1 + (data.num_frames - 1) // vae.temporal_stride
+    height, width = data.height // vae.spatial_stride, data.width // vae.spatial_stride
+    grid = (frames, height // c.model.patch, width // c.model.patch)
+    return Resolved(
+        latent_frames=frames,
+        latent_height=height,
+        latent_width=width,
+        grid=grid,
+        tokens_per_clip=grid[0] * grid[1] * grid[2],
+        windows=tuple(whole_window(window, grid) for window in c.model.windows),
+        head_dim=c.model.width // c.model.num_heads,
+        data_ranks=world_size,
+        accumulation=c.train.global_batch // (c.train.micro_batch * world_size),
+        clips_total=c.train.steps * c.train.global_batch,
+    )
+
+
+def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:
+    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid."""
+    t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid, strict=True))
+    return t, h, w
+
+
+def _size_faults(c: RunConfig) -> Iterator[str]:
+    stride = c.vae.spatial_stride * (c.model.patch if c.train.task == "dit" else 1)
+    for name in ("height", "width"):
+        size = getattr(c.data, name)
+        if size % stride:
+            near = [n for n in (size // stride * stride, (size // stride + 1) * stride) if n]
+            yield (
+                f"data.{name}={size} is not divisible by {stride} (VAE stride {c.vae.spatial_stride} x patch "
+                f"{stride // c.vae.spatial_stride}); use one of {' '.join(map(str, near))}"
+            )
+    t = c.vae.temporal_stride
+    if (c.data.num_frames - 1) % t:
+        low = 1 + (c.data.num_frames - 1) // t * t
+        yield (
+            f"data.num_frames={c.data.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
+            f"use {low} or {low + t}"
+        )
+
+
+def _batch_faults(c: RunConfig, world_size: int) -> Iterator[str]:
+    train = c.train
+    rows = train.micro_batch * world_size
+    if train.global_batch % rows:
+        yield (
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch x ranks = "
+            f"{train.micro_batch} x {world_size} = {rows}; use a multiple of {rows}"
+        )
+    if c.data.image_rows > train.micro_batch:
+        yield f"data.image_rows={c.data.image_rows} exceeds train.micro_batch={train.micro_batch}; lower it"
+    if train.warmup_steps > train.steps:
+        yield f"train.warmup_steps={train.warmup_steps} exceeds train.steps={train.steps}; lower it"
+    if train.task == "dit" and not c.vae.weights:
+        yield "vae.weights is not set: a DiT needs a trained VAE; give its folder (train one with train.task=vae)"
+    if not c.data.train:
+        yield "data.train is not set; give a folder written by `vidit pack`"
+    if c.data.cache_latents and c.data.random_crop:
+        yield "data.cache_latents=true keeps one crop of each clip; set data.random_crop=false"
+    if c.text.kind != "bytes" and not c.text.path:
+        yield f"text.kind={c.text.kind} needs text.path (a local folder or hub name)"
+
+
+def _diffusion_faults(c: RunConfig) -> Iterator[str]:
+    d = c.diffusion
+    legal = {"flow": ("flow", "x", "v"), "vp": ("eps", "x", "v"), "edm": ("edm",)}[d.path]
+    if d.target not in legal:
+        yield f"diffusion.target={d.target} is not defined on path {d.path}; use one of {' '.join(legal)}"
+    if d.path == "vp" and d.target == "eps" and d.zero_terminal_snr:
+        yield "diffusion.target=eps is undefined at zero terminal SNR; use v or x, or zero_terminal_snr=false"
+    density = {"flow": ("uniform", "logit_normal"), "vp": ("uniform", "logit_normal"), "edm": ("log_normal",)}[d.path]
+    if d.density not in density:
+        yield f"diffusion.density={d.density} does not fit path {d.path}; use one of {' '.join(density)}"
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Apply `section.key=value` strings; raises ConfigError naming every unknown key and bad value."""
+    tree, faults = config.model_dump(), []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            faults.append(f"override {text!r} has no '='; write section.key=value")
+            continue
+        try:
+            _set(tree, RunConfig, key, value)
+        except ValueError as error:
+            faults.append(str(error))
+    try:
+        result = RunConfig.model_validate(tree)
+    except ValidationError as error:
+        faults += [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
+    if faults:
+        raise ConfigError(faults)
+    return result
+
+
+def _set(tree: dict[str, Any], model: type[Section], key: str, value: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        field = model.model_fields.get(section)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            raise ValueError(_unknown(key))
+        tree, model = tree[section], field.annotation
+    if name not in model.model_fields:
+        raise ValueError(_unknown(key))
+    annotation = model.model_fields[name].annotation
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        raise ValueError(f"{key} is a section; set one of its fields: {' '.join(annotation.model_fields)}")
+    tree[name] = _parse(value, annotation)
+
+
+def _parse(value: str, annotation: Any) -> Any:
+    """A value as JSON where that gives something the field may hold, else as the text itself."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value in ("none", "null") and type(None) in options:
+        return None
+    if str in options or any(typing.get_origin(o) is Literal for o in options):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def field_names(model: type[Section] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every legal dotted key."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from field_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _unknown(key: str) -> str:
+    names = list(field_names())
+    last = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, names, 3, 0.5)
+    near += [
+        n for n in names if n.rpartition(".")[2] in difflib.get_close_matches(last, [n.rpartition(".")[2]], 1, 0.75)
+    ]
+    return f"unknown key {key!r}; nearest: {', '.join(dict.fromkeys(near)) or 'none; see `vidit config CONFIG`'}"

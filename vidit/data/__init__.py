@@ -1,0 +1,1 @@
+"""Clips: reading, writing, packing, order, batches. Takes rank and world as integers, never a process group."""

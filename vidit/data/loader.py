@@ -1,0 +1,181 @@
+"""Micro-batches of clips: micro-batch number -> batch, in worker processes, in order.
+
+Item i of the dataset is a whole micro-batch, a pure function of (config, i, rank, world), so a resume starts
+the sampler at any i. A clip that does not decode is replaced by a keyed other one, counted and named; the
+caller stops the run when the count passes `data.max_skipped`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from vidit import keys
+from vidit.config import RunConfig
+from vidit.data.captions import CaptionError, clean_caption
+from vidit.data.order import clip_at, rows_of, split_rows, substitute
+from vidit.data.shards import ClipRef, read_clip
+from vidit.data.video import ClipError, decode_clip
+from vidit.text.encoder import CaptionTokenizer, TextTokens
+
+MAX_SUBSTITUTES = 20
+
+
+@dataclass
+class Clips:
+    """Clips side by side: pixels (n, T, H, W, 3) uint8, or raw latents (n, C, T, H, W)."""
+
+    keys: list[str]
+    pixels: Tensor | None = None
+    latents: Tensor | None = None
+
+
+@dataclass
+class Batch:
+    """One micro-batch. `rows` number its rows in the whole run; the noise and timesteps are keyed by them.
+
+    The first rows are clips. Each of the others holds T images, `images` in row order, T to a row. `tokens`
+    are the captions of the clips and then of the images.
+    """
+
+    rows: list[int]
+    clips: Clips
+    images: Clips | None
+    tokens: TextTokens | None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        return self.clips.keys + (self.images.keys if self.images else [])
+
+
+@dataclass(frozen=True)
+class LatentStore:
+    """Every clip of a dataset, encoded: raw latents (n, C, T, H, W) and captions, in the dataset's order."""
+
+    latents: Tensor
+    captions: Sequence[str]
+
+
+class MicroBatches(TorchDataset[Batch]):
+    """Micro-batch number -> Batch, for one rank. Picklable, for worker processes."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        refs: Sequence[ClipRef],
+        tokenizer: CaptionTokenizer | None,
+        images_per_row: int,
+        store: LatentStore | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.data, self.seed, self.micro = config.data, config.train.seed, config.train.micro_batch
+        self.refs, self.tokenizer, self.images_per_row = refs, tokenizer, images_per_row
+        self.store = store
+        self.rank, self.world = rank, world
+
+    def __getitem__(self, index: int) -> Batch:
+        rows = rows_of(self.micro, index, self.rank, self.world)
+        videos, images = split_rows(rows, self.data.image_rows)
+        skipped: list[tuple[str, str]] = []
+        clips, captions = self._clips("clips", [place for _, place in videos], False, skipped)
+        pictures = None
+        if images:
+            n = self.images_per_row
+            places = [place * n + i for _, place in images for i in range(n)]
+            pictures, more = self._clips("images", places, True, skipped)
+            captions += more
+        tokens = None if self.tokenizer is None else self.tokenizer(captions)
+        return Batch(list(rows), clips, pictures, tokens, skipped)
+
+    def _clips(
+        self, stream: str, places: list[int], image: bool, skipped: list[tuple[str, str]]
+    ) -> tuple[Clips, list[str]]:
+        drop = keys.uniform(self.seed, f"caption_dropout/{stream}", places) < self.data.caption_dropout
+        if self.store is not None:
+            chosen = [clip_at(self.seed, stream, place, len(self.refs)) for place in places]
+            # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
+            latents = self.store.latents[chosen][:, :, : 1 if image else None]
+            clips = Clips([self.refs[i].key for i in chosen], latents=latents)
+            captions = [self.store.captions[i] for i in chosen]
+        else:
+            read = [self._read(stream, place, image, skipped) for place in places]
+            clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
+            captions = [caption for _, _, caption in read]
+        return clips, ["" if dropped else text for text, dropped in zip(captions, drop.tolist(), strict=True)]
+
+    def _read(self, stream: str, place: int, image: bool, skipped: list[tuple[str, str]]) -> tuple[str, Tensor, str]:
+        index = clip_at(self.seed, stream, place, len(self.refs))
+        for attempt in range(MAX_SUBSTITUTES):
+            ref = self.refs[index]
+            try:
+                return ref.key, *self.decode(ref, f"{stream}/{place}", image)
+            except (ClipError, CaptionError) as error:
+                skipped.append((ref.key, str(error)))
+                index = substitute(self.seed, place, attempt, len(self.refs))
+        raise RuntimeError(
+            f"{MAX_SUBSTITUTES} clips in a row do not decode, the last: {skipped[-1][0]}: {skipped[-1][1]}; "
+            "check the dataset with `vidit pack`"
+        )
+
+    def decode(self, ref: ClipRef, name: str = "", image: bool = False) -> tuple[Tensor, str]:
+        """Pixels (T, H, W, 3) uint8 and the caption of one clip; `name` keys its crop. ClipError, CaptionError."""
+        video, caption, _ = read_clip(ref)
+        d = self.data
+        start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
+        pixels = decode_clip(
+            video,
+            num_frames=1 if image else d.num_frames,
+            fps=d.fps,
+            height=d.height,
+            width=d.width,
+            start_fraction=start,
+            crop_fraction=(y, x),
+        )
+        text, _ = clean_caption(caption, allow_empty=True)
+        return pixels, text
+
+
+def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], list[tuple[str, str]], list[str]]:
+    """(clips long enough, those that are not with the reason, keys of those whose picture is cropped)."""
+    d = config.data
+    kept, dropped, cropped = [], [], []
+    for ref in refs:
+        needed = 1 + (d.num_frames - 1) * (ref.fps / d.fps if d.fps else 1.0)
+        if ref.num_frames + 0.5 < needed:
+            at = f" at {d.fps:g} fps from {ref.fps:g}" if d.fps else ""
+            dropped.append(
+                (ref.key, f"{ref.num_frames} frames, {needed:.0f} needed for data.num_frames={d.num_frames}{at}")
+            )
+            continue
+        kept.append(ref)
+        if ref.width * d.height != ref.height * d.width:
+            cropped.append(ref.key)
+    return kept, dropped, cropped
+
+
+def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:
+    """Micro-batches start, start+1, ... end-1, read ahead in `data.num_workers` processes."""
+    indices = range(start, end)
+    workers = dataset.data.num_workers
+    if dataset.store is not None or workers == 0:
+        for index in indices:
+            yield dataset[index]
+        return
+    yield from DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=workers,
+        prefetch_factor=dataset.data.prefetch,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="forkserver",
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,34 @@
+"""A resolved run with every derived number, for `vidit config`. No torch."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vidit.config import RunConfig, resolve
+from vidit.model.flops import forward_flops, parameter_count, training_flops
+from vidit.vae.stored import adopt_vae
+
+
+def describe(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
+    """{"config", "derived"}: the run as it would be trained, sizes in tokens, bytes and FLOPs."""
+    config = adopt_vae(config)
+    derived: dict[str, Any] = asdict(resolve(config, world_size))
+    if config.train.task == "dit":
+        m, channels, text = config.model, config.vae.latent_channels, config.text
+        grid = resolve(config, world_size).grid
+        forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
+        step = training_flops(forward, m.self_conditioning) * config.train.global_batch
+        parameters = parameter_count(m, grid, channels, text.width)
+        derived |= {
+            "dit_parameters": parameters,
+            "forward_flops_per_clip": forward,
+            "training_flops_per_step": step,
+            "training_flops_total": step * config.train.steps,
+            "state_bytes_per_rank": parameters * STATE_BYTES,
+        }
+    derived["run_dir"] = str(Path(config.directory))
+    return {"config": config.model_dump(mode="json"), "derived": derived}
+
+
+# fp32 weight, gradient, two AdamW moments and the average.
+STATE_BYTES = 4 * 5

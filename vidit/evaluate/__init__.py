@@ -1,0 +1,1 @@
+"""Judging videos: scores that read content back, and the report."""

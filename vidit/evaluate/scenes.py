@@ -1,0 +1,109 @@
+"""Does a trained model draw what the caption says? Scenes drawn, sampled, read back and counted.
+
+Half of the captions hold a (colour, shape) pair that no training clip shows. The ground truth of the same
+scenes goes through the same codec and scorer, as the ceiling of what can be measured.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vidit.data.scenes import Scene, caption, render, sample_scene
+from vidit.data.video import decode_clip, encode_mp4
+from vidit.evaluate.scene_score import SceneScore, score_scene
+from vidit.sample.run import open_trained
+from vidit.train.rundir import record_cost
+
+ATTRIBUTES = ("colour", "direction", "shape")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One caption, what was drawn for it, and how it was read."""
+
+    caption: str
+    seen: bool
+    colour: float | None
+    direction: float | None
+    shape: float | None
+    count: bool
+
+
+def test_scenes(num: int, seed: int, frames: int, height: int, width: int) -> list[tuple[Scene, bool]]:
+    """`num` scenes, (scene, seen): every other one holds a held-out pair. None of them is a training clip."""
+    scenes = []
+    for index in range(num):
+        seen = index % 2 == 0
+        split = "train" if seen else "held_out"
+        # Training clips are numbered from 0 under the dataset's seed; these use a seed of their own.
+        scene = sample_scene(1_000_003 + seed, index, split, num_frames=frames, height=height, width=width)
+        scenes.append((scene, seen))
+    return scenes
+
+
+def judge(scene: Scene, seen: bool, video: torch.Tensor) -> Judged:
+    """Read a video (T, H, W, 3) uint8 back."""
+    score: SceneScore = score_scene(scene, video.numpy())
+    return Judged(caption(scene), seen, score.colour, score.direction, score.shape, score.count)
+
+
+def accuracy(judged: Sequence[Judged], attribute: str) -> float:
+    """Mean over the captions that name the attribute; each caption is the fraction of its things read right."""
+    values = [v for j in judged if (v := getattr(j, attribute)) is not None]
+    return round(mean(values), 4) if values else float("nan")
+
+
+def evaluate_scenes(run_dir: Path, num_clips: int, seed: int) -> dict[str, Any]:
+    """Sample, judge and write RUN/evaluation.json, evaluation.safetensors (videos) and summary.json.
+
+    Returns the summary: colour, direction, shape and count over all captions, the same for the seen and the
+    unseen half and for ground truth, and what the run cost.
+    """
+    started = time.time()
+    trained = open_trained(run_dir)
+    d = trained.config.data
+    scenes = test_scenes(num_clips, seed, d.num_frames, d.height, d.width)
+    videos = trained.draw([caption(scene) for scene, _ in scenes], seed)
+    judged = [judge(scene, seen, video) for (scene, seen), video in zip(scenes, videos, strict=True)]
+    truth = [judge(scene, seen, _through_codec(scene)) for scene, seen in scenes]
+    save_file({f"{i:04d}": video for i, video in enumerate(videos)}, run_dir / "evaluation.safetensors")
+    (run_dir / "evaluation.json").write_text(json.dumps([asdict(j) for j in judged], indent=1) + "\n")
+    record_cost(run_dir, "evaluate", time.time() - started, trained.trained_steps)
+    summary = _summary(judged, truth) | _costs(run_dir) | {"captions": num_clips, "steps": trained.trained_steps}
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def _through_codec(scene: Scene) -> torch.Tensor:
+    return decode_clip(
+        encode_mp4(render(scene), float(scene.fps)),
+        num_frames=scene.num_frames, fps=0.0, height=scene.height, width=scene.width,
+    )  # fmt: skip
+
+
+def _summary(judged: Sequence[Judged], truth: Sequence[Judged]) -> dict[str, Any]:
+    def scores(part: Sequence[Judged]) -> dict[str, float]:
+        return {name: accuracy(part, name) for name in (*ATTRIBUTES, "count")}
+
+    return scores(judged) | {
+        "seen": scores([j for j in judged if j.seen]),
+        "unseen": scores([j for j in judged if not j.seen]),
+        "ground_truth": scores(truth),
+    }
+
+
+def _costs(run_dir: Path) -> dict[str, float]:
+    """Seconds of training over every start, and the largest peak memory of any stage."""
+    rows = [json.loads(line) for line in (run_dir / "costs.jsonl").read_text().splitlines()]
+    return {
+        "train_s": round(sum(r["seconds"] for r in rows if r["stage"] == "train"), 1),
+        "evaluate_s": round(sum(r["seconds"] for r in rows if r["stage"] == "evaluate"), 1),
+        "peak_rss_gib": round(max(r["peak_rss_gib"] for r in rows), 3),
+    }

@@ -1,0 +1,221 @@
+"""Self- and cross-attention of the DiT, around one seam.
+
+`core` is the only module that mixes video tokens. It has no parameters, so a sequence-parallel core can
+take its place without changing a name; everything around it works token by token.
+
+W.A.L.T. (2312.06662): windows, QK-norm, cross-attention whose keys are the video tokens of the window and
+the text (section 3.2); images pass space-time layers through an identity mask, so their values leave
+unchanged. Relative position bias as in Swin (2103.14030, eq. 4).
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidit.model.linear import Linear
+from vidit.model.rope import rotate
+from vidit.model.windows import Grid, fit, merge, padding_mask, partition
+
+EVERY_FRAME = -1
+PADDING = -2
+
+
+class Positions(NamedTuple):
+    """Where each token of this rank is; sharded along S together with the tokens."""
+
+    position_S3: Tensor
+    cos_SK: Tensor
+    sin_SK: Tensor
+
+
+class TextContext(NamedTuple):
+    """Text features, and which latent frames may see each text token.
+
+    `frame_BL` holds a latent frame's number, EVERY_FRAME, or PADDING: a row of T independent images carries
+    T captions side by side, each visible to its own image only.
+    """
+
+    features_BLD: Tensor
+    frame_BL: Tensor
+
+
+class TextKeys(NamedTuple):
+    """Projected text keys and values for a core, with the visibility of `TextContext`."""
+
+    key_BLNK: Tensor
+    value_BLNK: Tensor
+    frame_BL: Tensor
+
+
+def flash_available() -> bool:
+    """Whether flash-attn is installed and a CUDA device is there to run it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
+    """Softmax attention, (B, S, N, K) throughout; `mask` is boolean or an additive bias, (B or 1, N or 1, S, S')."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    if backend == "flash" or (backend == "auto" and mask is None and half and q.is_cuda and flash_available()):
+        if mask is not None:
+            raise ValueError("attention_backend=flash takes no mask or bias here; use attention_backend=sdpa")
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+class WindowCore(nn.Module):
+    """Attention inside windows; 0 in `window` is the whole axis, so (0, 0, 0) is full attention.
+
+    q, k, v (B, S, N, K) hold every token of `grid`; `bias_NWW` is added to the logits of each window; `text`
+    adds keys that all windows see. Rows of images keep their values wherever a window spans latent frames.
+    """
+
+    def __init__(self, window: tuple[int, int, int], backend: str = "auto"):
+        super().__init__()
+        self.window = window
+        self.backend = backend
+
+    def forward(
+        self,
+        q_BSNK: Tensor,
+        k_BSNK: Tensor,
+        v_BSNK: Tensor,
+        grid: Grid,
+        bias_NWW: Tensor | None = None,
+        text: TextKeys | None = None,
+    ) -> Tensor:
+        window = fit(self.window, grid)
+        q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
+        real_XW = padding_mask(window, grid, q.device)
+        mask = None if real_XW is None else real_XW.repeat(q_BSNK.shape[0], 1)[:, None, None, :]
+        if text is not None:
+            num_windows = q.shape[0] // q_BSNK.shape[0]
+            k = torch.cat((k, text.key_BLNK.repeat_interleave(num_windows, 0)), dim=1)
+            v = torch.cat((v, text.value_BLNK.repeat_interleave(num_windows, 0)), dim=1)
+            mask = self._with_text(mask, text.frame_BL, window, grid, q)
+        if bias_NWW is not None:
+            bias = F.pad(bias_NWW, (0, k.shape[1] - bias_NWW.shape[-1])).to(q.dtype)[None]
+            mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
+        out = merge(attend(q, k, v, mask, self.backend), window, grid)
+        if grid.image_B is not None and window[0] > 1 and text is None:
+            out = torch.where(grid.image_B[:, None, None, None], v_BSNK, out)
+        return out
+
+    def _with_text(
+        self, mask: Tensor | None, frame_BL: Tensor, window: tuple[int, int, int], grid: Grid, q: Tensor
+    ) -> Tensor:
+        """The mask over (window keys, text keys): (B * windows, 1, W or 1, W + L)."""
+        num_windows = q.shape[0] // frame_BL.shape[0]
+        if grid.image_B is None:
+            sees_text = (frame_BL != PADDING).repeat_interleave(num_windows, 0)[:, None, :]
+        else:
+            frame_S = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.height * grid.width)
+            sees_text = partition(visible(frame_BL, frame_S), window, grid)
+        if mask is None:
+            own = sees_text.new_ones(q.shape[0], sees_text.shape[1], q.shape[1])
+        else:
+            own = mask[:, 0].expand(-1, sees_text.shape[1], -1)
+        return torch.cat((own, sees_text), dim=-1)[:, None]
+
+
+def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
+    """Which text token each video token may see: (B, S, L) boolean."""
+    return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over the head dim, fp32 inside (QK-norm; per head, so tensor parallelism needs no reduction)."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x_BSNK: Tensor) -> Tensor:
+        return F.rms_norm(x_BSNK.float(), self.weight.shape, self.weight.float(), 1e-6).to(x_BSNK.dtype)
+
+
+class RelativeBias(nn.Module):
+    """A learned logit for every offset inside a window: (N, W, W) from a table of the 3D offsets (Swin, eq. 4)."""
+
+    def __init__(self, window: tuple[int, int, int], num_heads: int):
+        super().__init__()
+        self.window = window
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        self.table = nn.Parameter(torch.empty(num_heads, offsets))
+
+    def forward(self, grid: Grid) -> Tensor:
+        window = fit(self.window, grid)
+        device = self.table.device
+        axes = torch.meshgrid(*(torch.arange(size, device=device) for size in window), indexing="ij")
+        index = torch.zeros((), dtype=torch.long, device=device)
+        for axis, largest in zip(axes, self.window, strict=True):
+            place = axis.flatten()
+            index = index * (2 * largest - 1) + place[:, None] - place[None, :] + largest - 1
+        return self.table[:, index]
+
+
+class SelfAttention(nn.Module):
+    """Windowed self-attention: (B, S, D) -> (B, S, D)."""
+
+    def __init__(
+        self, width: int, head_dim: int, window: tuple[int, int, int], qk_norm: bool, relative: str, backend: str
+    ):
+        super().__init__()
+        self.head_dim = head_dim
+        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
+        self.query_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
+        self.bias = RelativeBias(window, width // head_dim) if relative == "bias" else None
+        self.rope = relative == "rope"
+        self.core = WindowCore(window, backend)
+
+    def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.query_norm(self.query(x_BSD).unflatten(-1, heads))
+        k = self.key_norm(self.key(x_BSD).unflatten(-1, heads))
+        v = self.value(x_BSD).unflatten(-1, heads)
+        if self.rope:
+            q = rotate(q, positions.cos_SK, positions.sin_SK)
+            k = rotate(k, positions.cos_SK, positions.sin_SK)
+        bias = None if self.bias is None else self.bias(grid)
+        return self.out(self.core(q, k, v, grid, bias).flatten(-2))
+
+
+class CrossAttention(nn.Module):
+    """Video tokens attend to text, and with `video_keys` to the tokens of their own window as well."""
+
+    def __init__(
+        self, width: int, head_dim: int, window: tuple[int, int, int], qk_norm: bool, video_keys: bool, backend: str
+    ):
+        super().__init__()
+        self.head_dim = head_dim
+        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
+        self.query_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
+        self.backend = backend
+        self.core = WindowCore(window, backend) if video_keys else None
+
+    def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:
+        heads = (-1, self.head_dim)
+        q = self.query_norm(self.query(x_BSD).unflatten(-1, heads))
+        keys = TextKeys(
+            self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)),
+            self.value(text.features_BLD).unflatten(-1, heads),
+            text.frame_BL,
+        )
+        if self.core is not None:
+            k = self.key_norm(self.key(x_BSD).unflatten(-1, heads))
+            v = self.value(x_BSD).unflatten(-1, heads)
+            out = self.core(q, k, v, grid, text=keys)
+        elif grid.image_B is None:
+            mask = (text.frame_BL != PADDING)[:, None, None, :]
+            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+        else:
+            mask = visible(text.frame_BL, positions.position_S3[:, 0])[:, None]
+            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+        return self.out(out.flatten(-2))

@@ -1,0 +1,124 @@
+"""The video DiT: `embed` -> `blocks` -> `head`, on one device.
+
+No branch here depends on a parallel layout: sharding is applied from outside (`vidit/train/parallelize.py`)
+to the blocks, to each `attn.core`, and around `embed`, `positions` and `head`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from vidit.config import Model
+from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
+from vidit.model.block import Block
+from vidit.model.embed import AbsolutePosition, Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions
+from vidit.model.flops import crosses, window_of
+from vidit.model.linear import Linear
+from vidit.model.windows import Grid
+
+
+class Conditioning(nn.Module):
+    """Time and pooled text -> (B, 7, D) fp32: c, then A_1, the modulation that all blocks share (W.A.L.T., 3.3)."""
+
+    def __init__(self, c: Model, text_width: int):
+        super().__init__()
+        self.time = TimeEmbed(c.width)
+        self.pooled = Linear(text_width, c.width) if c.pooled_text else None
+        self.shared = Linear(c.width, 6 * c.width) if c.adaln_rank else None
+
+    def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
+        c_BD = self.time(time_B)
+        if self.pooled is not None and pooled_BE is not None:
+            c_BD = c_BD + self.pooled(pooled_BE.float())
+        if self.shared is None:
+            shared = c_BD.new_zeros(c_BD.shape[0], 6, c_BD.shape[1])
+        else:
+            shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (6, -1))
+        return torch.cat((c_BD[:, None], shared), dim=1)
+
+
+class Embed(nn.Module):
+    """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype."""
+
+    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
+        super().__init__()
+        self.patch = PatchEmbed(channels * (2 if c.self_conditioning else 1), c.patch, c.width)
+        self.conditioning = Conditioning(c, text_width)
+        self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
+        self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
+
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        time_B: Tensor,
+        text_BLE: Tensor,
+        text_frame_BL: Tensor,
+        pooled_BE: Tensor | None,
+        grid: Grid,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, TextContext, Tensor]:
+        tokens = self.patch(x_BCTHW)
+        if self.position is not None:
+            tokens = tokens + self.position(grid)
+        features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
+        return tokens.to(dtype), TextContext(features, text_frame_BL), self.conditioning(time_B, pooled_BE)
+
+
+class DiT(nn.Module):
+    """Denoiser: (x_t, time, text) -> output of the shape of x_t, fp32.
+
+    `channels` is the latent's, `grid` the largest token grid (T, H/p, W/p) it is built for, `text_width` the
+    text encoder's. Parameters are allocated, not filled: see `vidit.model.init.initialise`.
+    """
+
+    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
+        super().__init__()
+        self.patch = c.patch
+        self.self_conditioned = c.self_conditioning > 0
+        self.dtype = torch.float32
+        blocks = {}
+        for layer in range(c.num_layers):
+            window = window_of(c, layer)
+            if c.relative_position == "bias":  # its table has the size of the window on the largest grid
+                t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
+                window = (t, h, w)
+            blocks[str(layer)] = Block(c, window, crosses(c, layer))
+        self.embed = Embed(c, channels, grid, text_width)
+        self.positions = TokenPositions(c.width // c.num_heads)
+        self.blocks = nn.ModuleDict(blocks)
+        self.head = Head(c.width, c.patch, channels)
+
+    def forward(
+        self,
+        x_BCTHW: Tensor,
+        time_B: Tensor,
+        text_BLE: Tensor,
+        text_frame_BL: Tensor,
+        pooled_BE: Tensor | None = None,
+        image_B: Tensor | None = None,
+        previous_BCTHW: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the diffusion target.
+
+        Args:
+            x_BCTHW: noisy latent, fp32.
+            time_B: what the path conditions on, about 0 to 1000.
+            text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
+            pooled_BE: pooled caption, needed when `model.pooled_text`.
+            image_B: rows that are T independent images.
+            previous_BCTHW: the self-conditioning estimate; zeros when None.
+        """
+        p = self.patch
+        grid = Grid(x_BCTHW.shape[2], x_BCTHW.shape[3] // p, x_BCTHW.shape[4] // p, image_B)
+        if self.self_conditioned:
+            previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
+            x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
+        tokens, text, cond = self.embed(x_BCTHW, time_B, text_BLE, text_frame_BL, pooled_BE, grid, self.dtype)
+        positions = self.positions(grid, tokens.device)
+        for block in self.blocks.values():
+            tokens = block(tokens, text, cond, positions, grid)
+        return self.head(tokens, cond, grid)
+
+
+def text_frames(mask_BL: Tensor) -> Tensor:
+    """Visibility of ordinary captions: a valid token is seen by every latent frame. (B, L) bool -> (B, L) int64."""
+    return torch.where(mask_BL, EVERY_FRAME, PADDING)

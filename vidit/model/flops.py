@@ -1,0 +1,63 @@
+"""Arithmetic of the DiT: parameters and FLOPs from the config alone, without torch.
+
+Forward FLOPs of one clip: 2 S P_lin + 4 S W D for self-attention in windows of W tokens + text, as in
+papers.md section 0 and anchors.md section 8; training is three times the forward. Elementwise work is left
+out, as every published MFU does.
+"""
+
+from vidit.config import Model, Window, whole_window
+
+TIME_FREQUENCIES = 256
+
+
+def crosses(c: Model, layer: int) -> bool:
+    """Whether a block attends to text."""
+    return c.cross_attention == "all" or (c.cross_attention == "per_frame" and window_of(c, layer)[0] == 1)
+
+
+def window_of(c: Model, layer: int) -> Window:
+    """The attention window of a block, as configured."""
+    return c.windows[layer % len(c.windows)]
+
+
+def forward_flops(c: Model, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
+    """FLOPs of one forward pass of one clip through the denoiser, two for each multiply-add."""
+    tokens, d = grid[0] * grid[1] * grid[2], c.width
+    inputs = channels * c.patch**2 * (2 if c.self_conditioning else 1)
+    total = 2 * tokens * d * (inputs + channels * c.patch**2)
+    if c.cross_attention != "none":
+        total += 2 * text_tokens * (text_width * d + d * d)
+    for layer in range(c.num_layers):
+        t, h, w = whole_window(window_of(c, layer), grid)
+        window = t * h * w
+        total += tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
+        if crosses(c, layer):
+            joint = c.cross_keys == "video_and_text"
+            linear = 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
+            total += linear + 4 * tokens * (text_tokens + (window if joint else 0)) * d
+    return total
+
+
+def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
+    """Parameters of the denoiser, text encoder not included; equal to what `DiT` allocates."""
+    d, head_dim, f = c.width, c.width // c.num_heads, c.mlp_width
+    patch = channels * c.patch**2
+    total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
+    total += TIME_FREQUENCIES * d + d + d * d + d
+    total += (text_width + 1) * d if c.pooled_text else 0
+    total += (text_width + 1) * d + d * d + d if c.cross_attention != "none" else 0
+    total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position else 0
+    total += 6 * d * d + 6 * d if c.adaln_rank else 0
+    attention = 4 * d * d + 4 * d + (2 * head_dim if c.qk_norm else 0)
+    for layer in range(c.num_layers):
+        total += attention * (2 if crosses(c, layer) else 1) + 2 * d * f + d + f
+        total += 7 * d * c.adaln_rank if c.adaln_rank else 6 * d * d + 6 * d
+        if c.relative_position == "bias":
+            t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
+            total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+    return total + 2 * d * d + 2 * d + (d + 1) * patch  # head
+
+
+def training_flops(forward: int, self_conditioning: float) -> float:
+    """FLOPs of forward and backward, with the expected self-conditioning pass."""
+    return forward * (3 + self_conditioning)

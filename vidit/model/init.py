@@ -1,0 +1,43 @@
+"""Initial values, one generator for each parameter, keyed by its full name.
+
+The numbers do not depend on the order of construction, on other parameters or on sharding. Layers that end
+a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748); linear layers
+are Xavier uniform; tables are normal with std 0.02.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from vidit import keys
+
+ZERO = re.compile(r"(\.|^)(modulation\.up|modulation|shared|head\.project)\.(weight|bias)$|attn\.bias\.table$")
+NORM = re.compile(r"norm\w*\.weight$")
+TABLE = re.compile(r"(position\.(time|space)|table|embedding|position)(\.weight)?$")
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter of `module` (already materialised) in place, the same numbers for the same names."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(initial_value(name, tuple(parameter.shape), seed))
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """The full initial tensor, fp32 on the CPU, for a parameter of that name."""
+    if ZERO.search(name):
+        return torch.zeros(shape)
+    if NORM.search(name):
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    generator = keys.generator(seed, "init", name)
+    if TABLE.search(name):
+        return torch.randn(shape, generator=generator) * 0.02
+    if len(shape) < 2:
+        raise ValueError(f"no rule of initialisation fits parameter {name} of shape {shape}; add one in init.py")
+    receptive = math.prod(shape[2:])
+    bound = math.sqrt(6 / ((shape[0] + shape[1]) * receptive))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,83 @@
+"""Cutting the token grid into attention windows, and back.
+
+W.A.L.T. (2312.06662, section 3.2) alternates non-overlapping windows of one latent frame (1 x h x w) and of
+space-time (t x h' x w'). Full, spatial, temporal and window attention are the same thing with different
+sizes: (T, H, W), (1, H, W), (T, 1, 1), (t, h, w).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The token grid of a whole clip (never of one rank's share), as the attention core needs it.
+
+    `image_B` marks rows that hold T independent images instead of a clip of T latent frames; None says that
+    there are none, which keeps the cheap paths open.
+    """
+
+    frames: int
+    height: int
+    width: int
+    image_B: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.frames, self.height, self.width
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+
+def fit(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
+    """The window on this grid: 0 becomes the whole axis, and no size exceeds the grid's."""
+    t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid.shape, strict=True))
+    return t, h, w
+
+
+def counts(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
+    """How many windows each axis has, the last of them padded where it does not divide."""
+    t, h, w = (-(-axis // size) for size, axis in zip(window, grid.shape, strict=True))
+    return t, h, w
+
+
+def partition(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
+    """(B, S, ...) -> (B * windows, tokens of a window, ...), zeros where a window reaches past the grid."""
+    (t, h, w), (nt, nh, nw) = window, counts(window, grid)
+    batch, rest = x.shape[0], x.shape[2:]
+    if (nt, nh, nw) == (1, 1, 1):
+        return x
+    if (nh, nw) == (1, 1) and nt * t == grid.frames:
+        return x.reshape(batch * nt, t * h * w, *rest)
+    x = x.reshape(batch, *grid.shape, -1)
+    pad = (nt * t - grid.frames, nh * h - grid.height, nw * w - grid.width)
+    if any(pad):
+        x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+    x = x.reshape(batch, nt, t, nh, h, nw, w, x.shape[-1]).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch * nt * nh * nw, t * h * w, *rest)
+
+
+def merge(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
+    """The inverse of `partition`, padding dropped: (B * windows, tokens of a window, ...) -> (B, S, ...)."""
+    (t, h, w), (nt, nh, nw) = window, counts(window, grid)
+    batch, rest = x.shape[0] // (nt * nh * nw), x.shape[2:]
+    if (nt, nh, nw) == (1, 1, 1):
+        return x
+    if (nh, nw) == (1, 1) and nt * t == grid.frames:
+        return x.reshape(batch, grid.num_tokens, *rest)
+    x = x.reshape(batch, nt, nh, nw, t, h, w, -1).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(batch, nt * t, nh * h, nw * w, -1)[:, : grid.frames, : grid.height, : grid.width]
+    return x.reshape(batch, grid.num_tokens, *rest)
+
+
+def padding_mask(window: tuple[int, int, int], grid: Grid, device: torch.device) -> Tensor | None:
+    """True where a window's token exists: (windows, tokens of a window), or None where all do."""
+    if all(n * size == axis for n, size, axis in zip(counts(window, grid), window, grid.shape, strict=True)):
+        return None
+    ones = torch.ones(1, grid.num_tokens, 1, dtype=torch.bool, device=device)
+    return partition(ones, window, grid)[..., 0]

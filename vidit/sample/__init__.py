@@ -1,0 +1,1 @@
+"""Drawing videos from a trained run."""

@@ -1,0 +1,74 @@
+"""Videos from a denoiser: prompts and a seed -> uint8 frames.
+
+A sample is keyed by (seed, its number), so the same request gives the same video whatever the micro-batch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidit import keys
+from vidit.config import RunConfig
+from vidit.diffusion.guidance import guided
+from vidit.diffusion.samplers import sample
+from vidit.text.encoder import TextEncoder
+from vidit.train.step import DitStep, TextInputs, row_text
+
+
+@torch.no_grad()
+def draw(
+    config: RunConfig, step: DitStep, model: nn.ModuleDict, text: TextEncoder, prompts: Sequence[str], seed: int
+) -> list[Tensor]:
+    """One video (T, H, W, 3) uint8 on the CPU for each prompt, of the size that `config.data` gives.
+
+    Raises ValueError for a size that the VAE's strides or the model's position tables do not take.
+    """
+    d, s = config.data, config.sample
+    path = step.objective.path
+    times = path.sampling_times(s.num_steps, step.shift)
+    shape = latent_shape(config)
+    videos: list[Tensor] = []
+    for start in range(0, len(prompts), s.micro_batch):
+        chunk = list(prompts[start : start + s.micro_batch])
+        numbers = list(range(start, start + len(chunk)))
+        noise = keys.normal(shape, seed, "sample", numbers).to(step.device)
+        condition = _conditions(step, text, chunk)
+        empty = _conditions(step, text, [""] * len(chunk))
+        denoise = guided(_Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
+        latent = sample(s.sampler, denoise, path, noise, times)
+        pixels = step.vae.decode(step.vae.unwhiten(latent.float()))
+        frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        videos += list(rearrange(frames, "n c t h w -> n t h w c").cpu())
+    assert all(v.shape == (d.num_frames, d.height, d.width, 3) for v in videos)
+    return videos
+
+
+def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
+    """(C, T, H, W) of a clip's latent."""
+    d, v = config.data, config.vae
+    frames = 1 + (d.num_frames - 1) // v.temporal_stride
+    return v.latent_channels, frames, d.height // v.spatial_stride, d.width // v.spatial_stride
+
+
+def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
+    inputs = row_text(text(text.tokenize(prompts).to(step.device)), len(prompts), step.images_per_row)
+    return {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
+
+
+class _Denoiser:
+    """x_hat for the samplers; with self-conditioning, each call is given the estimate of the one before."""
+
+    def __init__(self, step: DitStep, model: nn.ModuleDict):
+        self.step, self.model = step, model
+        self.previous: Tensor | None = None
+
+    def __call__(self, x: Tensor, t_B: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
+        t_B = t_B.to(self.step.device)
+        output = self.step.denoise(self.model, x, t_B, text, None, self.previous)
+        x_hat = self.step.objective.denoised(output, x, t_B)
+        if self.step.config.model.self_conditioning:
+            self.previous = x_hat.float()
+        return x_hat

@@ -1,0 +1,140 @@
+"""The one interface between captions and the denoiser.
+
+A caption becomes features in two steps, so that the first can run in a data worker:
+
+    captions --tokenizer (CPU, picklable, no parameters)--> TextTokens --encoder.forward--> TextFeatures
+
+The contract of every encoder:
+- shapes are static: L is always `max_tokens`, so a compiled step sees one shape;
+- `mask_BL` is True at valid tokens; features are exactly zero elsewhere, and what stands at padding or in
+  the other captions of a batch never changes the features at valid tokens;
+- the empty caption is legal and holds at least one valid token: it is the unconditional branch of
+  classifier-free guidance (Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598);
+- a caption longer than L tokens is cut, and only its first `CHARS_PER_TOKEN * max_tokens` characters are
+  read, so a hostile caption costs no more than a long one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from vidit.config import Text
+
+# English runs at 4 to 5 characters a token; only runs of blanks or rubbish reach an average of 64.
+CHARS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Tokenised captions.
+
+    ids: integers that only their own encoder understands, (B, L) or (B, L, n-grams); 0 fills the padding
+        of the byte encoder, the tokenizer's own padding id that of a pretrained one.
+    mask_BL: bool, True at valid tokens; at least one a row.
+    """
+
+    ids: Tensor
+    mask_BL: Tensor
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TextTokens:
+        """The same tokens on `device`."""
+        return TextTokens(
+            self.ids.to(device, non_blocking=non_blocking), self.mask_BL.to(device, non_blocking=non_blocking)
+        )
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What the denoiser reads.
+
+    features_BLD: float, D = `encoder.width`; zero at padding.
+    mask_BL: bool, True at valid tokens.
+    pooled_BD: float, one vector a caption (for adaptive layer norm).
+    """
+
+    features_BLD: Tensor
+    mask_BL: Tensor
+    pooled_BD: Tensor
+
+
+class CaptionTokenizer(Protocol):
+    """Captions to tokens on the CPU. Picklable: a data worker gets this and not the encoder."""
+
+    def __call__(self, captions: Sequence[str]) -> TextTokens: ...
+
+
+class TextEncoder(nn.Module, ABC):
+    """Captions to features.
+
+    width: feature width D.
+    max_tokens: L, the static number of tokens, special tokens included.
+    trainable: whether the parameters are trained together with the denoiser; if not they ask for no
+        gradient and the module stays in eval mode.
+    tokenizer: what `tokenize` calls; hand it to data workers.
+    """
+
+    width: int
+    max_tokens: int
+    trainable: bool
+    tokenizer: CaptionTokenizer
+
+    def tokenize(self, captions: Sequence[str]) -> TextTokens:
+        """B captions to CPU tokens of static shape. Touches no parameter. ValueError on an empty batch."""
+        return self.tokenizer(captions)
+
+    @abstractmethod
+    def forward(self, tokens: TextTokens) -> TextFeatures:
+        """Tokens on the encoder's device to features (B, L, D), mask (B, L) and pooled (B, D)."""
+
+
+def cut_captions(captions: Sequence[str], max_tokens: int) -> list[str]:
+    """The captions, each cut to the window a tokenizer reads.
+
+    Raises ValueError for a bare string (Python would take it as a batch of characters) and for no caption.
+    """
+    if isinstance(captions, str):
+        raise ValueError(f"tokenize takes captions, not the string {captions[:40]!r}; wrap it in a list")
+    if not captions:
+        raise ValueError("tokenize got 0 captions; a batch holds at least 1 (the empty caption '' is legal)")
+    return [caption[: CHARS_PER_TOKEN * max_tokens] for caption in captions]
+
+
+def zero_padding(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Features with exact zeros at padding, even where the encoder left an infinity or a NaN there."""
+    return features_BLD.masked_fill(~mask_BL.unsqueeze(-1), 0.0)
+
+
+def masked_mean(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """The mean over valid tokens, (B, D), summed in fp32. Expects zeros at padding."""
+    count_B1 = mask_BL.sum(dim=1, keepdim=True)
+    return (features_BLD.float().sum(dim=1) / count_B1).to(features_BLD.dtype)
+
+
+def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncoder:
+    """The encoder that the `text` section asks for.
+
+    dtype: of a pretrained encoder's weights and features; the byte encoder is trained and stays in fp32.
+
+    Raises ValueError for settings that contradict each other, and for files that are missing or hold
+    something else than `text.kind`.
+    """
+    if c.kind == "bytes":
+        from vidit.text.bytes import ByteTextEncoder
+
+        for name, value in (("path", c.path), ("revision", c.revision)):
+            if value is not None:
+                raise ValueError(f"text.{name}={value!r} has no effect with text.kind=bytes; unset it")
+        return ByteTextEncoder(c.width, c.num_layers, c.num_heads, c.max_tokens, c.hash_buckets)
+
+    from vidit.text.pretrained import PretrainedTextEncoder
+
+    if c.path is None:
+        raise ValueError(f"text.kind={c.kind} needs text.path: a folder, or a hub name with text.revision")
+    return PretrainedTextEncoder(c.kind, c.path, revision=c.revision, max_tokens=c.max_tokens, dtype=dtype)

@@ -1,0 +1,124 @@
+"""What a run reports: metrics.jsonl, TensorBoard, a progress bar.
+
+`metrics.jsonl` holds one line a step, and on resume every line after the checkpoint's step is dropped, so
+the file always reads as one uninterrupted run.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Every whole line of a run's metrics.jsonl, in order; a line torn by a crash is left out."""
+    rows = []
+    path = run_dir / METRICS
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Drop what metrics.jsonl says of steps after `step`: they are about to be run again."""
+    path = run_dir / METRICS
+    if path.is_file():
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(path)
+
+
+class Reporter:
+    """Writes the records of a run; use as a context manager."""
+
+    def __init__(self, run_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
+        self._file = (run_dir / METRICS).open("a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._console = Console(quiet=quiet)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=start_step, facts="")
+        self._total = total_steps
+
+    def __enter__(self) -> "Reporter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._board.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self._file.write(json.dumps(row) + "\n")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers for TensorBoard."""
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, quantiles: list[float], losses: list[float], bands: int) -> None:
+        """The loss by timestep band: each band weighs as much as its summed loss."""
+        counts, edges = np.histogram(quantiles, bins=bands, range=(0.0, 1.0), weights=losses)
+        self._board.add_histogram_raw(
+            name, 0.0, 1.0, len(quantiles), float(sum(losses)), float(np.square(losses).sum()),
+            edges[1:].tolist(), counts.tolist(), step,
+        )  # fmt: skip
+
+    def video(self, step: int, name: str, video_THW3: torch.Tensor, fps: float) -> None:
+        """A video for TensorBoard, as an animated GIF."""
+        from vidit.train.board import add_video
+
+        add_video(self._board, name, video_THW3.numpy(), step, fps)
+
+    def progress(self, step: int, facts: str, line: bool) -> None:
+        """Move the bar; where there is no terminal, print a line when asked."""
+        self._progress.update(self._task, completed=step, facts=facts)
+        if line and not self._console.is_terminal:
+            self.say(f"step {step}/{self._total} {facts}")
+
+
+class Stopwatch:
+    """Seconds spent in each section of the loop since the last `take`."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, section: str) -> None:
+        """Charge the time since the last lap to a section."""
+        now = time.perf_counter()
+        self._spent[section] = self._spent.get(section, 0.0) + now - self._last
+        self._last = now
+
+    def take(self, steps: int) -> dict[str, float]:
+        """Seconds a step by section, over the `steps` since the last call."""
+        spent, self._spent = self._spent, {}
+        return {section: seconds / steps for section, seconds in spent.items()}

@@ -1,0 +1,217 @@
+"""Step functions: a micro-batch -> the loss of each row. The loop is the same for every one of them.
+
+Noise, timesteps and strata are keyed by the row's number in the run (`vidit.keys`), so the loss does not
+depend on ranks, accumulation, workers or on what was resumed.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vidit import keys
+from vidit.config import RunConfig, resolve
+from vidit.data.loader import Batch, Clips
+from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
+from vidit.diffusion.objective import Objective, build_objective
+from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
+from vidit.vae.autoencoder import CausalVae
+
+
+@dataclass
+class Losses:
+    """Loss of each row (B,), and its place in [0, 1) of the timestep density (B,), 0 where there is none."""
+
+    rows_B: Tensor
+    quantile_B: Tensor
+    parts: dict[str, float]
+
+
+class Step(Protocol):
+    """What the loop needs of a task."""
+
+    def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses: ...
+
+
+@dataclass
+class TextInputs:
+    """The text of the rows of a batch as the model takes it: (B, L, E), (B, L), (B, E)."""
+
+    features_BLE: Tensor
+    frame_BL: Tensor
+    pooled_BE: Tensor
+
+
+def to_pixels(video_BTHW3: Tensor, device: torch.device) -> Tensor:
+    """uint8 (n, T, H, W, 3) -> fp32 (n, 3, T, H, W) in [-1, 1]."""
+    return rearrange(video_BTHW3.to(device), "n t h w c -> n c t h w").float() / 127.5 - 1
+
+
+def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs:
+    """Give each row its text: one caption for a clip, `per_row` captions side by side for a row of images.
+
+    Each caption of an image row is visible to its own latent frame only; rows are padded to one length, and
+    an image row's pooled text is the mean of its captions'.
+    """
+    text, mask, pooled = features.features_BLD, features.mask_BL, features.pooled_BD
+    frame = torch.where(mask, EVERY_FRAME, PADDING)
+    if text.shape[0] == num_clips:
+        return TextInputs(text, frame, pooled)
+    images = rearrange(text[num_clips:], "(r t) l e -> r (t l) e", t=per_row)
+    own = torch.arange(per_row, device=text.device)[None, :, None]
+    image_frame = torch.where(rearrange(mask[num_clips:], "(r t) l -> r t l", t=per_row), own, PADDING).flatten(1)
+    extra = images.shape[1] - text.shape[1]
+    return TextInputs(
+        torch.cat((nn.functional.pad(text[:num_clips], (0, 0, 0, extra)), images)),
+        torch.cat((nn.functional.pad(frame[:num_clips], (0, extra), value=PADDING), image_frame)),
+        torch.cat((pooled[:num_clips], rearrange(pooled[num_clips:], "(r t) e -> r t e", t=per_row).mean(1))),
+    )
+
+
+class DitStep:
+    """Diffusion loss of the denoiser on whitened latents."""
+
+    def __init__(self, config: RunConfig, vae: CausalVae, text: TextEncoder, device: torch.device):
+        self.config, self.vae, self.device = config, vae, device
+        self.frozen_text = None if text.trainable else text
+        self.objective: Objective = build_objective(config.diffusion)
+        r, d = resolve(config), config.data
+        self.shift = shift_for(
+            config.diffusion, r.grid[1] * r.grid[2], r.latent_frames, d.height, d.width, d.num_frames
+        )
+        self.images_per_row = r.latent_frames
+
+    def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
+        x = self.latents(batch)
+        text = self.text(model, batch.tokens, len(batch.clips.keys))
+        image_B = None
+        if batch.images is not None:
+            image_B = torch.arange(len(batch.rows), device=self.device) >= len(batch.clips.keys)
+        quantile_B = self.quantiles(batch.rows, purpose)
+        t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, torch.float32)
+        noise = keys.normal(tuple(x.shape[1:]), self.config.train.seed, f"{purpose}/noise", batch.rows).to(self.device)
+        x_t = self.objective.path.add_noise(x, noise, t_B)
+        previous = self.self_condition(model, x_t, t_B, text, image_B, batch.rows, purpose)
+        output = self.denoise(model, x_t, t_B, text, image_B, previous)
+        return Losses(self.objective.loss(output, x, noise, t_B), quantile_B, {})
+
+    def denoise(
+        self,
+        model: nn.ModuleDict,
+        x_t: Tensor,
+        t_B: Tensor,
+        text: TextInputs,
+        image_B: Tensor | None,
+        previous: Tensor | None,
+    ) -> Tensor:
+        """The network's output at x_t."""
+        time_B = self.objective.path.time_embedding_input(t_B)
+        inputs = self.objective.network_input(x_t, t_B)
+        return model["dit"](inputs, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, image_B, previous)
+
+    def latents(self, batch: Batch) -> Tensor:
+        """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
+        z = self._raw(batch.clips)
+        if batch.images is not None:
+            pictures = rearrange(self._raw(batch.images), "(r t) c 1 h w -> r c t h w", t=self.images_per_row)
+            z = torch.cat((z, pictures))
+        return self.vae.whiten(z)
+
+    def _raw(self, clips: Clips) -> Tensor:
+        """The posterior mean of clips or images."""
+        if clips.latents is not None:
+            return clips.latents.to(self.device)
+        assert clips.pixels is not None
+        with torch.no_grad():
+            return self.vae.encode(to_pixels(clips.pixels, self.device)).mean
+
+    def text(self, model: nn.ModuleDict, tokens: TextTokens | None, num_clips: int) -> TextInputs:
+        """Encode the captions, by the trained encoder or the frozen one."""
+        assert tokens is not None
+        tokens = tokens.to(self.device)
+        if self.frozen_text is None:
+            features = model["text"](tokens)
+        else:
+            with torch.no_grad():
+                features = self.frozen_text(tokens)
+        return row_text(features, num_clips, self.images_per_row)
+
+    def quantiles(self, rows: list[int], purpose: str) -> Tensor:
+        """Where each row stands in the timestep density, (B,) fp64 in [0, 1).
+
+        With `diffusion.stratified` each row of a global batch has a stratum of its own, dealt anew each step;
+        validation is always stratified.
+        """
+        c, seed = self.config, self.config.train.seed
+        u = keys.uniform(seed, f"{purpose}/time", rows)
+        if not c.diffusion.stratified and purpose == "train":
+            return u
+        slots = c.train.global_batch if purpose == "train" else max(1, c.data.num_validation)
+        dealt = [deal(seed, purpose, row // slots, slots)[row % slots] for row in rows]
+        return stratified_uniform(u, torch.tensor(dealt), slots)
+
+    def self_condition(
+        self,
+        model: nn.ModuleDict,
+        x_t: Tensor,
+        t_B: Tensor,
+        text: TextInputs,
+        image_B: Tensor | None,
+        rows: list[int],
+        purpose: str,
+    ) -> Tensor | None:
+        """The estimate of a first pass, for a keyed share of the rows, without gradient (W.A.L.T.; 2208.04202)."""
+        share = self.config.model.self_conditioning
+        if not share:
+            return None
+        chosen = keys.uniform(self.config.train.seed, f"{purpose}/self_condition", rows) < share
+        if not chosen.any():
+            return torch.zeros_like(x_t)
+        with torch.no_grad():
+            first = self.denoise(model, x_t, t_B, text, image_B, None)
+            estimate = self.objective.denoised(first, x_t, t_B).float()
+        return estimate * chosen.to(self.device, estimate.dtype)[:, None, None, None, None]
+
+
+def deal(seed: int, purpose: str, step: int, slots: int) -> list[int]:
+    """A keyed permutation of the strata of one step."""
+    bits = np.random.Philox(key=keys.key(seed, f"{purpose}/strata", step))
+    return [int(slot) for slot in np.random.Generator(bits).permutation(slots)]
+
+
+class VaeStep:
+    """L1 + KL of the autoencoder (its other losses come with its own recipe)."""
+
+    def __init__(self, config: RunConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.images_per_row = resolve(config).latent_frames
+
+    def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
+        assert batch.clips.pixels is not None
+        rows, parts = self._terms(model, batch.clips.pixels, batch.rows[: len(batch.clips.keys)], purpose)
+        if batch.images is not None:
+            assert batch.images.pixels is not None
+            start = batch.rows[len(batch.clips.keys)] * self.images_per_row
+            numbers = list(range(start, start + len(batch.images.keys)))
+            image_rows, _ = self._terms(model, batch.images.pixels, numbers, f"{purpose}/image")
+            rows = torch.cat((rows, image_rows.view(-1, self.images_per_row).mean(1)))
+        return Losses(rows, torch.zeros(len(rows), dtype=torch.float64), parts)
+
+    def _terms(
+        self, model: nn.ModuleDict, pixels: Tensor, numbers: list[int], purpose: str
+    ) -> tuple[Tensor, dict[str, float]]:
+        c, x = self.config.vae, to_pixels(pixels, self.device)
+        q = model["vae"].encode(x)
+        noise = keys.normal(tuple(q.mean.shape[1:]), self.config.train.seed, f"{purpose}/posterior", numbers)
+        out = model["vae"].decode(q.mean + (0.5 * q.log_variance).exp() * noise.to(self.device))
+        error = out - x
+        l1_B, l2_B = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)
+        kl_B = 0.5 * (q.mean.square() + q.log_variance.exp() - 1 - q.log_variance).flatten(1).mean(1)
+        # Pixels span [-1, 1], so the peak of the signal is 2.
+        psnr = float((10 * torch.log10(4 / l2_B.detach())).mean())
+        parts = {"l1": float(l1_B.detach().mean()), "kl": float(kl_B.detach().mean()), "psnr": psnr}
+        return c.l1_weight * l1_B + c.l2_weight * l2_B + c.kl_weight * kl_B, parts

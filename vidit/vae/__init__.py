@@ -1,0 +1,1 @@
+"""The causal 3D VAE: layers, encoder and decoder, weights on disk."""

@@ -1,0 +1,124 @@
+"""Encoder, decoder and the KL latent between them.
+
+(B, 3, 1 + T, H, W) in [-1, 1] <-> (B, c, 1 + T/s_t, H/s, W/s), with a diagonal Gaussian posterior (Kingma &
+Welling, 1312.6114). The per-channel mean and std of the training latents are part of the weights: the model
+is trained on whitened latents, and raw ones are what is stored (W.A.L.T., section 3.1; EDM2).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidit.config import Vae
+from vidit.vae.layers import CausalConv3d, Down, ChannelNorm, ResBlock, Up, fold_pixels, unfold_pixels
+
+
+# Where the log variance starts: a first latent that drowns in noise of variance 1 teaches the decoder nothing.
+LOG_VARIANCE = -6.0
+
+
+class Posterior(NamedTuple):
+    """q(z | x): mean and log variance, both (B, c, T, H, W) fp32."""
+
+    mean: Tensor
+    log_variance: Tensor
+
+    def kl(self) -> Tensor:
+        """KL to the standard normal, mean over everything, in nats a latent number."""
+        return 0.5 * (self.mean.square() + self.log_variance.exp() - 1 - self.log_variance).mean()
+
+
+class Encoder(nn.Module):
+    """Pixels -> posterior parameters (B, 2c, T, H, W)."""
+
+    def __init__(self, c: Vae):
+        super().__init__()
+        self.patch = c.patch
+        widths = [c.base_channels * m for m in c.multipliers]
+        self.first = CausalConv3d(3 * c.patch**2, widths[0])
+        layers: list[nn.Module] = []
+        for level, width in enumerate(widths):
+            layers += [ResBlock(width) for _ in range(c.num_res_blocks[level])]
+            if level + 1 < len(widths):
+                layers.append(Down(width, widths[level + 1], c.spatial_down[level], c.temporal_down[level]))
+        self.layers = nn.Sequential(*layers)
+        self.norm = ChannelNorm(widths[-1])
+        self.last = CausalConv3d(widths[-1], 2 * c.latent_channels, kernel=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers(self.first(fold_pixels(x, self.patch)))
+        mean, log_variance = self.last(F.silu(self.norm(h))).chunk(2, dim=1)
+        mean = mean + h.unflatten(1, (mean.shape[1], -1)).mean(2)
+        return torch.cat((mean, log_variance + LOG_VARIANCE), dim=1)
+
+
+class Decoder(nn.Module):
+    """Latent -> pixels (B, 3, T, H, W), about [-1, 1]."""
+
+    def __init__(self, c: Vae):
+        super().__init__()
+        self.patch = c.patch
+        widths = [c.base_channels * m for m in c.multipliers]
+        self.first = CausalConv3d(c.latent_channels, widths[-1])
+        self.repeats = widths[-1] // c.latent_channels
+        layers: list[nn.Module] = []
+        for level in reversed(range(len(widths))):
+            layers += [ResBlock(widths[level]) for _ in range(c.decoder_res_blocks[level])]
+            if level:
+                layers.append(
+                    Up(widths[level], widths[level - 1], c.spatial_down[level - 1], c.temporal_down[level - 1])
+                )
+        self.layers = nn.Sequential(*layers)
+        self.norm = ChannelNorm(widths[0])
+        self.last = CausalConv3d(widths[0], 3 * c.patch**2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.layers(self.first(z) + z.repeat_interleave(self.repeats, dim=1))
+        return unfold_pixels(self.last(F.silu(self.norm(h))), self.patch)
+
+
+class CausalVae(nn.Module):
+    """The autoencoder and its latent statistics. Pixels are in [-1, 1]; parameters are filled by `initialise`."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, c: Vae):
+        super().__init__()
+        self.config = c
+        self.dtype = torch.float32
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+        self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
+        self.register_buffer("latent_std", torch.ones(c.latent_channels))
+
+    def encode(self, x_BCTHW: Tensor) -> Posterior:
+        """Raw posterior of pixels (B, 3, 1 + T, H, W); ValueError for a size that the strides do not divide."""
+        self._check(x_BCTHW.shape)
+        mean, log_variance = self.encoder(x_BCTHW.to(self.dtype)).float().chunk(2, dim=1)
+        return Posterior(mean, log_variance.clamp(-30, 20))
+
+    def decode(self, z_BCTHW: Tensor) -> Tensor:
+        """Raw latent -> pixels, fp32."""
+        return self.decoder(z_BCTHW.to(self.dtype)).float()
+
+    def whiten(self, z_BCTHW: Tensor) -> Tensor:
+        """Raw latent -> zero mean, unit variance in each channel."""
+        shape = (1, -1, 1, 1, 1)
+        return (z_BCTHW - self.latent_mean.view(shape)) / self.latent_std.view(shape)
+
+    def unwhiten(self, z_BCTHW: Tensor) -> Tensor:
+        """The inverse of `whiten`."""
+        shape = (1, -1, 1, 1, 1)
+        return z_BCTHW * self.latent_std.view(shape) + self.latent_mean.view(shape)
+
+    def _check(self, shape: torch.Size) -> None:
+        _, _, frames, height, width = shape
+        s, t = self.config.spatial_stride, self.config.temporal_stride
+        if height % s or width % s or (frames - 1) % t:
+            raise ValueError(
+                f"a video of {frames} frames of {height}x{width} does not fit the VAE's strides {t}x{s}x{s}: "
+                f"frames must be 1 + a multiple of {t}, height and width multiples of {s}"
+            )

@@ -1,0 +1,35 @@
+"""A VAE on disk: a folder with `config.json` and `model.safetensors`. Nothing is unpickled."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vidit.vae.autoencoder import CausalVae
+from vidit.vae.stored import vae_config
+
+
+def save_vae(folder: Path, vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> None:
+    """Write weights (of `state`, else of `vae`) and config; `half` stores fp16, for weights that travel in git."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = dict(vae.state_dict() if state is None else state)
+    if half:
+        tensors = {name: t if name.startswith("latent_") else t.half() for name, t in tensors.items()}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(vae.config.model_dump_json(indent=1) + "\n")
+
+
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVae:
+    """A frozen VAE that computes in `dtype`. ValueError when files are missing, damaged or do not match."""
+    vae = CausalVae(vae_config(folder))
+    path = folder / "model.safetensors"
+    try:
+        tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {path}: {error}; copy the file again") from error
+    missing, unexpected = vae.load_state_dict(tensors, strict=False)
+    if missing or unexpected:
+        raise ValueError(f"{path} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+    vae.dtype = dtype
+    return vae.to(device).eval().requires_grad_(False)
