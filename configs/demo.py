@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from vidit.config import Data, RunConfig, Train, Vae
+from vidit.config import Data, Diffusion, Model, RunConfig, Sample, Text, Train, Vae
 
 WEIGHTS = Path(__file__).parent / "weights" / "demo_vae"
 
 
 def vae() -> RunConfig:
-    """The demo's causal VAE, 4x8x8 and 8 channels.
+    """The demo's causal VAE, 4x4x4 and 6 channels.
 
     Command:  make demo-vae
     """
@@ -16,12 +16,12 @@ def vae() -> RunConfig:
         name="demo-vae",
         vae=Vae(
             patch=2,
-            latent_channels=8,
+            latent_channels=6,
             base_channels=24,
             multipliers=(1, 2, 2),
             num_res_blocks=(0, 1, 1),
-            decoder_res_blocks=(1, 1, 2),
-            spatial_down=(True, True),
+            decoder_res_blocks=(1, 1, 1),
+            spatial_down=(True, False),
             temporal_down=(True, True),
             l2_weight=1.0,
             kl_weight=1e-5,
@@ -38,15 +38,62 @@ def vae() -> RunConfig:
         ),
         train=Train(
             task="vae",
-            steps=1600,
+            steps=2400,
             global_batch=4,
             micro_batch=4,
-            learning_rate=1e-3,
+            learning_rate=1.5e-3,
             warmup_steps=50,
             schedule="cosine",
             betas=(0.9, 0.99),
             ema_decay=0.995,
             validate_every=200,
             checkpoint_every=200,
+        ),
+    )
+
+
+def demo() -> RunConfig:
+    """W.A.L.T. at toy size: colours, shapes and directions from captions.
+
+    Command:  make demo
+    """
+    return RunConfig(
+        name="demo",
+        text=Text(kind="bytes", width=128, num_layers=1, num_heads=4, max_tokens=32, hash_buckets=2048),
+        vae=Vae(weights=str(WEIGHTS)),
+        model=Model.preset("demo", patch=4, windows=((1, 0, 0), (0, 0, 0)), cross_keys="text"),
+        diffusion=Diffusion(path="flow", target="flow", density="logit_normal", stratified=True),
+        data=Data(
+            train="runs/demo/data",
+            num_validation=96,
+            num_frames=9,
+            height=64,
+            width=64,
+            cache_latents=True,
+            caption_dropout=0.1,
+        ),
+        train=Train(
+            steps=1300,
+            global_batch=16,
+            micro_batch=16,
+            learning_rate=1e-3,
+            warmup_steps=50,
+            schedule="cosine",
+            final_learning_rate=0.1,
+            ema_decay=0.99,
+            validate_every=200,
+            checkpoint_every=650,
+        ),
+        sample=Sample(
+            sampler="euler",
+            num_steps=25,
+            guidance=4.0,
+            micro_batch=32,
+            prompts=(
+                "a red circle moves to the right",
+                "a blue square slides down over a striped background",
+                "a green star rotates",
+                "a yellow triangle drifts up while a purple square gets bigger",
+            ),
         ),
     )

@@ -1,8 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint in safetensors files, under a manifest with hashes.
 
 One folder per save, `step-00000500/`: DCP's safetensors shards and `manifest.json` (format, step, the
-caller's facts, name, shape and dtype of every tensor, size and SHA-256 of every file). It is written as
-`step-00000500.partial` and renamed when whole and synced, so a crash in mid-save leaves the previous one.
+caller's facts, name, shape and dtype of every tensor, size and SHA-256 of every file, and its own). It is written
+as `step-00000500.partial` and renamed when whole and synced, so a crash in mid-save leaves the previous one.
 DCP's own `.metadata` is a pickle; the safetensors storage does without it, so nothing here is unpickled.
 A tensor may be sharded in any way on save and in any other on load: names and global shapes are all that
 counts.
@@ -13,15 +13,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -43,7 +46,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[st
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
+        with _one_process():
+            dcp_save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(partial), save_distributed=True))
         _write_manifest(partial, step, tensors, facts)
         if folder.exists():
             shutil.rmtree(folder)
@@ -85,13 +89,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
-        found = manifest["format"]
+        found, digest = manifest["format"], manifest.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{path} is missing or damaged ({error}); delete {folder} to use an earlier one"
+            f"{path} is missing or damaged ({reason}); delete {folder} to use an earlier one"
         ) from error
     if found != FORMAT:
         raise CheckpointError(f"{folder} has checkpoint format {found}; this version reads format {FORMAT}")
+    if digest != _own_hash(manifest):
+        _damaged(path, "its content differs from the hash that it holds")
     return dict(manifest)
 
 
@@ -126,7 +133,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             f"{folder} does not fit this model: {'; '.join(faults[:4])}{more}. Resume with the config that wrote "
             "it, or start a new run_dir"
         )
-    dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    with _one_process():
+        dcp_load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
     return dict(manifest["facts"])
 
 
@@ -134,11 +142,25 @@ def _write_manifest(folder: Path, step: int, tensors: Mapping[str, Tensor], fact
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
     shapes = {n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()}
     manifest = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files, "tensors": shapes}
+    manifest["sha256"] = _own_hash(manifest)
     with (folder / MANIFEST).open("w") as file:
         json.dump(manifest, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     _sync(folder)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content, whatever its white space."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without the warning that a save outside of torch.distributed is a save by one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _sync(folder: Path) -> None:

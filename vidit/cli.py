@@ -6,10 +6,13 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vidit.config import ConfigError, RunConfig, apply_overrides
+from pydantic import ValidationError
+
+from vidit.config import ConfigError, RunConfig, apply_overrides, faults_of, resolve
 
 
 def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
@@ -24,7 +27,8 @@ def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
         if spec is None or spec.loader is None or not path.is_file():
             raise ValueError(f"no config file {path}")
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with _faults_listed():
+            spec.loader.exec_module(module)
     else:
         try:
             module = importlib.import_module(module_name)
@@ -39,10 +43,39 @@ def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
             if not n.startswith("_") and getattr(vars(module)[n], "__module__", "") == module.__name__
         ]
         raise ValueError(f"{module_name} has no config {function!r}; it has {', '.join(legal)}")
-    config = build()
+    with _faults_listed():
+        config = build()
     if not isinstance(config, RunConfig):
         raise ValueError(f"{name} returns {type(config).__name__}, not a RunConfig")
-    return apply_overrides(config, overrides)
+    try:
+        return apply_overrides(config, overrides)
+    except ConfigError as error:
+        raise ConfigError([*error.faults, *_other_faults(config, overrides)]) from error
+
+
+@contextmanager
+def _faults_listed() -> Iterator[None]:
+    """A section with a wrong field, in a config's own source, is a fault like one on the command line."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError(faults_of(error)) from error
+
+
+def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
+    """What is wrong with a config apart from the overrides that do not parse."""
+    from vidit.vae.stored import adopt_vae
+
+    for text in overrides:
+        with suppress(ConfigError):
+            config = apply_overrides(config, [text])
+    try:
+        resolve(adopt_vae(config))
+    except ConfigError as error:
+        return error.faults
+    except ValueError as error:
+        return (str(error),)
+    return ()
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -125,6 +158,7 @@ def report(arguments: argparse.Namespace) -> int:
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     top = argparse.ArgumentParser(prog="vidit", description="Train video diffusion transformers.")
+    top.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -171,17 +205,35 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand before, between and after options, which argparse alone does not take."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if hasattr(arguments, "overrides"):
+        arguments.overrides += [text for text in rest if not text.startswith("-")]
+        rest = [text for text in rest if text.startswith("-")]
+    if rest:
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point: 0 on success, 1 after an error, which is printed as one message."""
+    """Entry point: 0 on success, 1 after an error, which is printed as one message, 130 after Ctrl-C."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         return int(arguments.call(arguments))
     except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, ConfigError) or type(error).__module__.split(".")[0] in ("builtins", "vidit", "parallel"):
-            print(f"vidit: {error}", file=sys.stderr)
-            return 1
-        raise
+        ours = type(error).__module__.split(".")[0] in ("builtins", "vidit", "parallel")
+        if arguments.traceback or not ours:
+            raise
+        print(f"vidit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if arguments.traceback:
+            raise
+        print("vidit: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ Window = tuple[int, int, int]
 class Section(BaseModel):
     """Base of every section: immutable, and a field that does not exist is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Text(Section):
@@ -47,7 +47,7 @@ class Vae(Section):
     latent_channels: int = Field(8, gt=0)
     patch: int = Field(1, gt=0, description="pixels folded p x p into channels before the first convolution")
     base_channels: int = Field(128, gt=0)
-    multipliers: tuple[int, ...] = Field((1, 2, 2, 4), description="channels of each level / base")
+    multipliers: tuple[int, ...] = Field((1, 2, 2, 4), min_length=1, description="channels of each level / base")
     num_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
     decoder_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="the same of the decoder, finest first")
     spatial_down: tuple[bool, ...] = Field((True, True, True), description="level i halves H, W at its end")
@@ -79,6 +79,15 @@ class Vae(Section):
         for name in ("spatial_down", "temporal_down"):
             if len(getattr(self, name)) != levels - 1:
                 yield f"vae.{name} has {len(getattr(self, name))} entries; {levels} levels have {levels - 1} joints"
+        for fine, coarse, space, time in zip(
+            widths, widths[1:], self.spatial_down, self.temporal_down, strict=False
+        ):  # a shortcut maps the folded channels of the finer level to groups of the coarser
+            depth = fine * (4 if space else 1) * (2 if time else 1)
+            if depth % coarse:
+                yield (
+                    f"vae: a joint folds {fine} channels to {depth}, which {coarse} do not divide; change "
+                    "vae.base_channels or vae.multipliers"
+                )
 
 
 class Model(Section):
@@ -91,7 +100,12 @@ class Model(Section):
     patch: int = Field(1, gt=0, description="p: each latent frame is cut into p x p patches")
     windows: tuple[Window, ...] = Field(
         ((1, 0, 0), (0, 8, 8)),
+        min_length=1,
         description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis",
+    )
+    image_attention: Literal["identity", "frame"] = Field(
+        "identity",
+        description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
     absolute_position: bool = True
@@ -127,6 +141,13 @@ class Model(Section):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
             yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
+        if self.attention_backend == "flash" and self.cross_attention != "none" and self.cross_keys != "text":
+            yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
+        if self.cross_attention == "per_frame" and all(window[0] != 1 for window in self.windows[: self.num_layers]):
+            yield (
+                f"model.cross_attention=per_frame, but none of model.windows={self.windows} is one latent frame "
+                "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
+            )
 
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
@@ -378,10 +399,22 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     try:
         result = RunConfig.model_validate(tree)
     except ValidationError as error:
-        faults += [f"{'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        faults += faults_of(error)
     if faults:
         raise ConfigError(faults)
     return result
+
+
+def faults_of(error: ValidationError) -> list[str]:
+    """What pydantic found, one line a fault, in the words of this module."""
+    section = "" if error.title == "RunConfig" else f"{error.title.lower()}."
+    faults = []
+    for fault in error.errors():
+        key = section + ".".join(map(str, fault["loc"]))
+        faults.append(
+            _unknown(key) if fault["type"] == "extra_forbidden" else f"{key}={fault['input']!r}: {fault['msg']}"
+        )
+    return faults
 
 
 def _set(tree: dict[str, Any], model: type[Section], key: str, value: str) -> None:

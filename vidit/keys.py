@@ -7,6 +7,7 @@ training loop counts samples in the same spirit). Nothing here is stored in a ch
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,16 +18,22 @@ def key(seed: int, purpose: str, *counters: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator(seed: int, purpose: str, *counters: int | str) -> torch.Generator:
-    """A CPU generator of its own for (seed, purpose, counters)."""
-    return torch.Generator().manual_seed(key(seed, purpose, *counters))
+def generator(seed: int, purpose: str, *counters: int | str) -> np.random.Generator:
+    """A generator of its own for (seed, purpose, counters).
+
+    Philox takes the whole key; torch's CPU generator would keep 32 bits of it, and rows of a long run would
+    share their noise.
+    """
+    return np.random.Generator(np.random.Philox(key=key(seed, purpose, *counters)))
 
 
 def normal(shape: tuple[int, ...], seed: int, purpose: str, counters: list[int]) -> Tensor:
     """Standard normal fp32, one generator for each row: (len(counters), *shape), on the CPU."""
-    return torch.stack([torch.randn(shape, generator=generator(seed, purpose, n)) for n in counters])
+    rows = [generator(seed, purpose, n).standard_normal(shape, np.float32) for n in counters]
+    return torch.from_numpy(np.stack(rows))
 
 
 def uniform(seed: int, purpose: str, counters: list[int]) -> Tensor:
     """One number in [0, 1) for each counter: (len(counters),) fp64, on the CPU."""
-    return torch.tensor([key(seed, purpose, n) / 2.0**63 for n in counters], dtype=torch.float64)
+    # 53 bits, what fp64 holds: more would round up to 1.
+    return torch.tensor([(key(seed, purpose, n) >> 10) / 2.0**53 for n in counters], dtype=torch.float64)

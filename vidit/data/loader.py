@@ -5,8 +5,14 @@ the sampler at any i. A clip that does not decode is replaced by a keyed other o
 caller stops the run when the count passes `data.max_skipped`.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +28,7 @@ from vidit.data.video import ClipError, decode_clip
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -129,7 +136,9 @@ class MicroBatches(TorchDataset[Batch]):
         start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
         pixels = decode_clip(
             video,
-            num_frames=1 if image else d.num_frames,
+            # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
+            num_frames=1 if image and d.random_crop else d.num_frames,
+            first_only=image,
             fps=d.fps,
             height=d.height,
             width=d.width,
@@ -145,12 +154,11 @@ def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], l
     d = config.data
     kept, dropped, cropped = [], [], []
     for ref in refs:
-        needed = 1 + (d.num_frames - 1) * (ref.fps / d.fps if d.fps else 1.0)
-        if ref.num_frames + 0.5 < needed:
-            at = f" at {d.fps:g} fps from {ref.fps:g}" if d.fps else ""
-            dropped.append(
-                (ref.key, f"{ref.num_frames} frames, {needed:.0f} needed for data.num_frames={d.num_frames}{at}")
-            )
+        # As the decoder counts, half a frame of grace included.
+        available = int(ref.num_frames / ref.fps * d.fps + 0.5) if d.fps else ref.num_frames
+        if available < d.num_frames:
+            at = f" are {available} at data.fps={d.fps:g} (its own rate is {ref.fps:g})" if d.fps else ""
+            dropped.append((ref.key, f"{ref.num_frames} frames{at}; data.num_frames={d.num_frames}"))
             continue
         kept.append(ref)
         if ref.width * d.height != ref.height * d.width:
@@ -160,22 +168,64 @@ def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], l
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:
     """Micro-batches start, start+1, ... end-1, read ahead in `data.num_workers` processes."""
-    indices = range(start, end)
-    workers = dataset.data.num_workers
-    if dataset.store is not None or workers == 0:
+    workers = 0 if dataset.store is not None else dataset.data.num_workers
+    return read_ahead(dataset, range(start, end), workers, dataset.data.prefetch)
+
+
+def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefetch: int) -> Iterator[Item]:
+    """`dataset[i]` for each index, in order, by worker processes (0: this one); an error keeps its type and text.
+
+    Signals are for this process to answer: a SIGTERM or Ctrl-C that reaches the whole process group, as
+    schedulers and terminals send it, would else kill the workers under a run that is about to save.
+    """
+    if workers == 0:
         for index in indices:
             yield dataset[index]
         return
-    yield from DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Guarded(dataset),
         batch_size=None,
         sampler=indices,
         num_workers=workers,
-        prefetch_factor=dataset.data.prefetch,
-        worker_init_fn=_one_thread,
+        prefetch_factor=prefetch,
+        worker_init_fn=_start_worker,
         multiprocessing_context="forkserver",
     )
+    # Child processes inherit the mask, the server that forks the workers too. The tracker of shared memory comes
+    # first: Python 3.11 clears the mask when it starts one.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    try:
+        items = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for item in items:
+        if isinstance(item, Exception):
+            raise item
+        yield item
 
 
-def _one_thread(_: int) -> None:
+class _Guarded(TorchDataset[Any]):
+    """Hands a foreseen error over as an item: DataLoader would put the worker's traceback into its message."""
+
+    def __init__(self, dataset: TorchDataset[Any]):
+        self.dataset = dataset
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except (ValueError, RuntimeError, OSError) as error:
+            return error
+
+
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the run is killed: the fork server lives as long as its workers, and they as it does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

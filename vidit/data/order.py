@@ -16,8 +16,7 @@ from vidit import keys
 @functools.lru_cache(maxsize=4)
 def epoch_order(seed: int, stream: str, epoch: int, num_clips: int) -> NDArray[np.int64]:
     """The permutation of `num_clips` clips in one epoch."""
-    bits = np.random.Philox(key=keys.key(seed, "order", stream, epoch))
-    return np.random.Generator(bits).permutation(num_clips)
+    return keys.generator(seed, "order", stream, epoch).permutation(num_clips)
 
 
 def clip_at(seed: int, stream: str, place: int, num_clips: int) -> int:

@@ -237,10 +237,11 @@ def decode_clip(
     width: int,
     start_fraction: float = 0.5,
     crop_fraction: tuple[float, float] = (0.5, 0.5),
+    first_only: bool = False,
     threads: int = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> torch.Tensor:
-    """Decode a window of a clip as uint8 (num_frames, height, width, 3), RGB.
+    """Decode a window of a clip as uint8 (num_frames, height, width, 3), RGB; ``first_only`` its first frame.
 
     Output frame i is the frame on screen i/fps seconds after the window's start; ``fps`` of 0 or None takes
     consecutive frames of the file. The window starts at ``start_fraction`` (0 to 1) of the time that is left
@@ -260,8 +261,8 @@ def decode_clip(
         raise ValueError(f"start_fraction={start_fraction}, crop_fraction={crop_fraction}; use 0 to 1")
     with _opened(data, threads, timeout_s) as track:
         timeline = track.read_timeline()
-        targets = timeline.window(num_frames, fps, start_fraction)
-        out = np.empty((num_frames, height, width, 3), np.uint8)
+        targets = timeline.window(num_frames, fps, start_fraction)[: 1 if first_only else None]
+        out = np.empty((len(targets), height, width, 3), np.uint8)
         # A key frame is a promise that some files break (intra refresh): the second try starts at the front.
         for start in dict.fromkeys((timeline.key_before(targets[0]), timeline.keys[0][1])):
             if track.fill(out, targets, track.frames_from(start), crop_fraction):

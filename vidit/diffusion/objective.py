@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from vidit.config import Diffusion
-from vidit.diffusion.paths import Path, build_path, expand, wide
+from vidit.diffusion.paths import Path, build_path, expand
+from vidit.dtypes import wide
 
 Target = Literal["flow", "eps", "x", "v", "edm"]
 

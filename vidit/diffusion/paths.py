@@ -21,11 +21,7 @@ import torch
 from torch import Tensor
 
 from vidit.config import Diffusion
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype diffusion arithmetic runs in: fp32, or fp64 where the input already has it."""
-    return torch.promote_types(dtype, torch.float32)
+from vidit.dtypes import wide
 
 
 def expand(scale_B: Tensor, x: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from vidit.diffusion.paths import Path, wide
+from vidit.diffusion.paths import Path
+from vidit.dtypes import wide
 
 Sampler = Literal["ddim", "dpmpp_2m", "heun", "euler"]
 Denoise = Callable[[Tensor, Tensor], Tensor]

@@ -21,23 +21,27 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: #1c2330; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2.5rem; }
-table { border-collapse: collapse; } th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde2ea; }
+table { border-collapse: collapse; } th, td { padding: .3rem .9rem; text-align: right; }
+th, td { border-bottom: 1px solid #dde2ea; }
 th:first-child, td:first-child { text-align: left; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: 1rem; }
 figure { margin: 0; } figure img { width: 100%; border-radius: .3rem; image-rendering: auto; }
 figcaption { font-size: .8rem; line-height: 1.3; } .tag { font-size: .72rem; color: #5b6577; }
-.plots img { width: 100%; max-width: 34rem; } pre { background: #f5f7fa; padding: 1rem; overflow: auto; font-size: .8rem; }
+.plots img { width: 100%; max-width: 34rem; }
+pre { background: #f5f7fa; padding: 1rem; overflow: auto; font-size: .8rem; }
 </style></head><body>
 <h1>{{ name }}</h1>
 <p>{{ facts }}</p>
 {% if rows %}<h2>What the captions asked for, read back</h2>
 <table><tr><th></th>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
-{% for label, values in rows %}<tr><td>{{ label }}</td>{% for v in values %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}
+{% for label, values in rows %}<tr><td>{{ label }}</td>
+{% for v in values %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
 {% if samples %}<h2>Samples</h2>
 <div class="grid">{% for s in samples %}<figure><img src="data:image/gif;base64,{{ s.gif }}" alt="{{ s.caption }}">
 <figcaption>{{ s.caption }}<br><span class="tag">{{ s.tag }}</span></figcaption></figure>{% endfor %}</div>{% endif %}
-<h2>Curves</h2><div class="plots">{% for plot in plots %}<img src="data:image/png;base64,{{ plot }}" alt="">{% endfor %}</div>
+<h2>Curves</h2><div class="plots">
+{% for plot in plots %}<img src="data:image/png;base64,{{ plot }}" alt="">{% endfor %}</div>
 <h2>Settings</h2><pre>{{ settings }}</pre>
 </body></html>
 """
@@ -84,7 +88,8 @@ def _accuracy_rows(summary: dict[str, Any]) -> list[tuple[str, list[str]]]:
         return []
     parts = {"all": summary, "seen combinations": summary["seen"], "unseen combinations": summary["unseen"],
              "ground truth through the same scorer": summary["ground_truth"]}  # fmt: skip
-    return [(label, [f"{p[c]:.2f}" for c in ("colour", "direction", "shape", "count")]) for label, p in parts.items()]
+    columns = ("colour", "direction", "shape", "count")
+    return [(label, ["-" if p[c] is None else f"{p[c]:.2f}" for c in columns]) for label, p in parts.items()]
 
 
 def _samples(run_dir: Path, fps: float) -> list[dict[str, str]]:

@@ -54,10 +54,10 @@ def judge(scene: Scene, seen: bool, video: torch.Tensor) -> Judged:
     return Judged(caption(scene), seen, score.colour, score.direction, score.shape, score.count)
 
 
-def accuracy(judged: Sequence[Judged], attribute: str) -> float:
-    """Mean over the captions that name the attribute; each caption is the fraction of its things read right."""
+def accuracy(judged: Sequence[Judged], attribute: str) -> float | None:
+    """Mean over the captions that name the attribute, None without one; each is the fraction read right."""
     values = [v for j in judged if (v := getattr(j, attribute)) is not None]
-    return round(mean(values), 4) if values else float("nan")
+    return round(mean(values), 4) if values else None
 
 
 def evaluate_scenes(run_dir: Path, num_clips: int, seed: int) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _through_codec(scene: Scene) -> torch.Tensor:
 
 
 def _summary(judged: Sequence[Judged], truth: Sequence[Judged]) -> dict[str, Any]:
-    def scores(part: Sequence[Judged]) -> dict[str, float]:
+    def scores(part: Sequence[Judged]) -> dict[str, float | None]:
         return {name: accuracy(part, name) for name in (*ATTRIBUTES, "count")}
 
     return scores(judged) | {

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidit.config import Model
+from vidit.dtypes import widen
 from vidit.model.linear import Linear
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid, fit, merge, padding_mask, partition
@@ -72,13 +74,15 @@ class WindowCore(nn.Module):
     """Attention inside windows; 0 in `window` is the whole axis, so (0, 0, 0) is full attention.
 
     q, k, v (B, S, N, K) hold every token of `grid`; `bias_NWW` is added to the logits of each window; `text`
-    adds keys that all windows see. Rows of images keep their values wherever a window spans latent frames.
+    adds keys that all windows see. Images in a window that spans latent frames (T of them in a row, or one as
+    a one-frame grid) keep their values with `identity_images` (W.A.L.T.), else attend within their own frame.
     """
 
-    def __init__(self, window: tuple[int, int, int], backend: str = "auto"):
+    def __init__(self, window: tuple[int, int, int], backend: str = "auto", identity_images: bool = False):
         super().__init__()
         self.window = window
         self.backend = backend
+        self.identity_images = identity_images
 
     def forward(
         self,
@@ -89,10 +93,11 @@ class WindowCore(nn.Module):
         bias_NWW: Tensor | None = None,
         text: TextKeys | None = None,
     ) -> Tensor:
+        if self.identity_images and grid.frames == 1:
+            return v_BSNK
         window = fit(self.window, grid)
         q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
-        real_XW = padding_mask(window, grid, q.device)
-        mask = None if real_XW is None else real_XW.repeat(q_BSNK.shape[0], 1)[:, None, None, :]
+        mask = self._own_keys(window, grid, q)
         if text is not None:
             num_windows = q.shape[0] // q_BSNK.shape[0]
             k = torch.cat((k, text.key_BLNK.repeat_interleave(num_windows, 0)), dim=1)
@@ -102,9 +107,24 @@ class WindowCore(nn.Module):
             bias = F.pad(bias_NWW, (0, k.shape[1] - bias_NWW.shape[-1])).to(q.dtype)[None]
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
         out = merge(attend(q, k, v, mask, self.backend), window, grid)
-        if grid.image_B is not None and window[0] > 1 and text is None:
+        if grid.image_B is not None and self.identity_images:
             out = torch.where(grid.image_B[:, None, None, None], v_BSNK, out)
         return out
+
+    def _own_keys(self, window: tuple[int, int, int], grid: Grid, q: Tensor) -> Tensor | None:
+        """Which tokens of its window each token sees: (B * windows, 1, 1 or W, W), or None for all of them."""
+        real_XW = padding_mask(window, grid, q.device)
+        if grid.image_B is None or window[0] == 1 or self.identity_images:
+            if real_XW is None:
+                return None
+            return real_XW.repeat(q.shape[0] // real_XW.shape[0], 1)[:, None, None, :]
+        frame_W = torch.arange(window[0], device=q.device).repeat_interleave(window[1] * window[2])
+        num_windows = q.shape[0] // grid.image_B.shape[0]
+        image_X = grid.image_B.repeat_interleave(num_windows)[:, None, None]
+        sees = (frame_W[:, None] == frame_W) | ~image_X
+        if real_XW is not None:
+            sees = sees & real_XW.repeat(len(grid.image_B), 1)[:, None, :]
+        return sees[:, None]
 
     def _with_text(
         self, mask: Tensor | None, frame_BL: Tensor, window: tuple[int, int, int], grid: Grid, q: Tensor
@@ -116,11 +136,9 @@ class WindowCore(nn.Module):
         else:
             frame_S = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.height * grid.width)
             sees_text = partition(visible(frame_BL, frame_S), window, grid)
-        if mask is None:
-            own = sees_text.new_ones(q.shape[0], sees_text.shape[1], q.shape[1])
-        else:
-            own = mask[:, 0].expand(-1, sees_text.shape[1], -1)
-        return torch.cat((own, sees_text), dim=-1)[:, None]
+        own = sees_text.new_ones(q.shape[0], 1, q.shape[1]) if mask is None else mask[:, 0]
+        rows = max(own.shape[1], sees_text.shape[1])
+        return torch.cat((own.expand(-1, rows, -1), sees_text.expand(-1, rows, -1)), dim=-1)[:, None]
 
 
 def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
@@ -136,7 +154,7 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x_BSNK: Tensor) -> Tensor:
-        return F.rms_norm(x_BSNK.float(), self.weight.shape, self.weight.float(), 1e-6).to(x_BSNK.dtype)
+        return F.rms_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), 1e-6).to(x_BSNK.dtype)
 
 
 class RelativeBias(nn.Module):
@@ -162,17 +180,15 @@ class RelativeBias(nn.Module):
 class SelfAttention(nn.Module):
     """Windowed self-attention: (B, S, D) -> (B, S, D)."""
 
-    def __init__(
-        self, width: int, head_dim: int, window: tuple[int, int, int], qk_norm: bool, relative: str, backend: str
-    ):
+    def __init__(self, c: Model, window: tuple[int, int, int], identity_images: bool):
         super().__init__()
-        self.head_dim = head_dim
-        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
-        self.query_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.bias = RelativeBias(window, width // head_dim) if relative == "bias" else None
-        self.rope = relative == "rope"
-        self.core = WindowCore(window, backend)
+        self.head_dim = c.width // c.num_heads
+        self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
+        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
+        self.rope = c.relative_position == "rope"
+        self.core = WindowCore(window, c.attention_backend, identity_images)
 
     def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:
         heads = (-1, self.head_dim)
@@ -187,18 +203,15 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to text, and with `video_keys` to the tokens of their own window as well."""
+    """Video tokens attend to text, and with `cross_keys=video_and_text` to the tokens of their own window as well."""
 
-    def __init__(
-        self, width: int, head_dim: int, window: tuple[int, int, int], qk_norm: bool, video_keys: bool, backend: str
-    ):
+    def __init__(self, c: Model, window: tuple[int, int, int]):
         super().__init__()
-        self.head_dim = head_dim
-        self.query, self.key, self.value, self.out = (Linear(width, width) for _ in range(4))
-        self.query_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(head_dim) if qk_norm else nn.Identity()
-        self.backend = backend
-        self.core = WindowCore(window, backend) if video_keys else None
+        self.head_dim = c.width // c.num_heads
+        self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
+        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.core = WindowCore(window, c.attention_backend) if c.cross_keys == "video_and_text" else None
 
     def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:
         heads = (-1, self.head_dim)

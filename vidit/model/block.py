@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model
+from vidit.dtypes import widen
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
 from vidit.model.linear import Linear
 from vidit.model.windows import Grid
 
 
 def norm(x_BSD: Tensor) -> Tensor:
-    """Layer norm without parameters, in fp32: the modulation carries scale and shift."""
-    return F.layer_norm(x_BSD.float(), x_BSD.shape[-1:], eps=1e-6)
+    """Layer norm without parameters, in at least fp32: the modulation carries scale and shift."""
+    return F.layer_norm(widen(x_BSD), x_BSD.shape[-1:], eps=1e-6)
 
 
 def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
@@ -54,16 +55,17 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, S, D) -> (B, S, D). `cross` says whether the block attends to text."""
+    """(B, S, D) -> (B, S, D).
 
-    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool):
+    `cross` says whether the block attends to text, `identity_images` whether images pass its attention
+    unchanged.
+    """
+
+    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool):
         super().__init__()
-        head_dim = c.width // c.num_heads
-        backend = c.attention_backend
         self.modulation = Modulation(c.width, c.adaln_rank)
-        self.attn = SelfAttention(c.width, head_dim, window, c.qk_norm, c.relative_position, backend)
-        video_keys = c.cross_keys == "video_and_text"
-        self.cross = CrossAttention(c.width, head_dim, window, c.qk_norm, video_keys, backend) if cross else None
+        self.attn = SelfAttention(c, window, identity_images)
+        self.cross = CrossAttention(c, window) if cross else None
         self.mlp = Mlp(c.width, c.mlp_width)
 
     def forward(self, x_BSD: Tensor, text: TextContext, cond_B7D: Tensor, positions: Positions, grid: Grid) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import Model
+from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block
 from vidit.model.embed import AbsolutePosition, Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions
@@ -27,8 +28,9 @@ class Conditioning(nn.Module):
 
     def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
-        if self.pooled is not None and pooled_BE is not None:
-            c_BD = c_BD + self.pooled(pooled_BE.float())
+        if self.pooled is not None:
+            assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
+            c_BD = c_BD + self.pooled(widen(pooled_BE))
         if self.shared is None:
             shared = c_BD.new_zeros(c_BD.shape[0], 6, c_BD.shape[1])
         else:
@@ -78,10 +80,11 @@ class DiT(nn.Module):
         blocks = {}
         for layer in range(c.num_layers):
             window = window_of(c, layer)
+            identity_images = window[0] != 1 and c.image_attention == "identity"
             if c.relative_position == "bias":  # its table has the size of the window on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
-            blocks[str(layer)] = Block(c, window, crosses(c, layer))
+            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images)
         self.embed = Embed(c, channels, grid, text_width)
         self.positions = TokenPositions(c.width // c.num_heads)
         self.blocks = nn.ModuleDict(blocks)

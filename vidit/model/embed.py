@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidit.dtypes import widen
 from vidit.model.attention import Positions
 from vidit.model.block import modulate
 from vidit.model.flops import TIME_FREQUENCIES
@@ -44,7 +45,7 @@ class TimeEmbed(nn.Module):
     def forward(self, time_B: Tensor) -> Tensor:
         half = TIME_FREQUENCIES // 2
         steps = torch.arange(half, dtype=torch.float32, device=time_B.device)
-        angle = time_B.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)
+        angle = widen(time_B)[:, None] * torch.exp(-math.log(10_000) * steps / half)
         return self.out(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1))))
 
 
@@ -108,7 +109,7 @@ class Head(nn.Module):
 
     def forward(self, x_BSD: Tensor, cond_B7D: Tensor, grid: Grid) -> Tensor:
         shift, scale = self.modulation(F.silu(cond_B7D[:, 0])).unsqueeze(1).chunk(2, dim=-1)
-        x = self.project(modulate(x_BSD, shift, scale)).float()
+        x = widen(self.project(modulate(x_BSD, shift, scale)))
         p = self.patch
         x = x.reshape(x.shape[0], *grid.shape, p, p, self.channels).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(x.shape[0], self.channels, grid.frames, grid.height * p, grid.width * p)

@@ -8,6 +8,7 @@ are Xavier uniform; tables are normal with std 0.02.
 import math
 import re
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,9 +36,9 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return torch.zeros(shape)
     generator = keys.generator(seed, "init", name)
     if TABLE.search(name):
-        return torch.randn(shape, generator=generator) * 0.02
+        return torch.from_numpy(generator.standard_normal(shape, np.float32)) * 0.02
     if len(shape) < 2:
         raise ValueError(f"no rule of initialisation fits parameter {name} of shape {shape}; add one in init.py")
     receptive = math.prod(shape[2:])
     bound = math.sqrt(6 / ((shape[0] + shape[1]) * receptive))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.from_numpy(generator.uniform(-bound, bound, shape).astype(np.float32))

@@ -40,7 +40,7 @@ def draw(
         latent = sample(s.sampler, denoise, path, noise, times)
         pixels = step.vae.decode(step.vae.unwhiten(latent.float()))
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        videos += list(rearrange(frames, "n c t h w -> n t h w c").cpu())
+        videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
     assert all(v.shape == (d.num_frames, d.height, d.width, 3) for v in videos)
     return videos
 

@@ -37,9 +37,10 @@ class TrainedRun:
 
 
 def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
-    """Load a run's newest checkpoint. ValueError where there is none, or for an override that would change the model."""
+    """Load a run's newest checkpoint. ValueError where there is none; ConfigError for an override of the model."""
     config = read_config(run_dir)
-    faults = [f"{text}: only {' '.join(FREE_SECTIONS)}* can change when sampling" for text in overrides
+    free = ", ".join(name.removesuffix("=") if name.endswith("=") else f"{name}*" for name in FREE_SECTIONS)
+    faults = [f"{text}: only {free} can change when sampling" for text in overrides
               if not text.startswith(FREE_SECTIONS)]  # fmt: skip
     if faults:
         raise ConfigError(faults)

@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError
-from vidit.data.loader import LatentStore, MicroBatches
+from vidit.data.loader import LatentStore, MicroBatches, read_ahead
 from vidit.data.shards import ClipRef
 from vidit.data.video import ClipError
 from vidit.train.step import to_pixels
@@ -43,31 +42,21 @@ class _Decoded(TorchDataset[Item]):
             return None, str(error)
 
 
-def _list(items: list[Item]) -> list[Item]:
-    return items
-
-
 @torch.no_grad()
 def encode_all(
     config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, say: Callable[[str], None]
 ) -> tuple[list[ClipRef], LatentStore, list[tuple[str, str]]]:
     """(clips that decode, their latents and captions, the others with the reason)."""
     decoded = _Decoded(MicroBatches(config, refs, None, 1))
-    loader = DataLoader(
-        decoded,
-        batch_size=ENCODE_BATCH,
-        collate_fn=_list,
-        num_workers=config.data.num_workers,
-        multiprocessing_context="forkserver" if config.data.num_workers else None,
-    )
+    items = read_ahead(decoded, range(len(refs)), config.data.num_workers, 2 * ENCODE_BATCH)
     kept: list[ClipRef] = []
     latents: list[torch.Tensor] = []
     captions: list[str] = []
     failed: list[tuple[str, str]] = []
-    done = 0
-    for items in loader:
+    for start in range(0, len(refs), ENCODE_BATCH):
         good = []
-        for ref, (pixels, text) in zip(refs[done : done + len(items)], items, strict=True):
+        for ref in refs[start : start + ENCODE_BATCH]:
+            pixels, text = next(items)
             if pixels is None:
                 failed.append((ref.key, text))
             else:
@@ -76,9 +65,8 @@ def encode_all(
                 captions.append(text)
         if good:
             latents.append(vae.encode(to_pixels(torch.stack(good), device)).mean.cpu())
-        done += len(items)
-        if done % (32 * ENCODE_BATCH) == 0:
-            say(f"encoded {done} of {len(refs)} clips")
+        if start and start % (32 * ENCODE_BATCH) == 0:
+            say(f"encoded {start} of {len(refs)} clips")
     if not latents:
         raise ValueError(f"none of {len(refs)} clips decodes; the first: {failed[0][0]}: {failed[0][1]}")
     return kept, LatentStore(torch.cat(latents), captions), failed

@@ -5,7 +5,7 @@ maybe stop. What differs between tasks is the step function that is passed in.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vidit.config import RunConfig, resolve
@@ -29,20 +29,23 @@ class SkipLimitError(RuntimeError):
 class SkipCount:
     """Counts the clips that could not be used, and stops the run beyond the limit."""
 
-    def __init__(self, limit: float, reporter: Reporter, seen: int = 0, skipped: int = 0):
-        self.limit, self.reporter, self.seen, self.skipped = limit, reporter, seen, skipped
+    def __init__(self, limit: float, reporter: Reporter):
+        self.limit, self.reporter, self.seen, self.skipped = limit, reporter, 0, 0
 
-    def add(self, batch: Batch) -> None:
-        """Count a batch; SkipLimitError when too many have failed so far (one is always forgiven)."""
-        self.seen += len(batch.keys)
-        for key, reason in batch.skipped:
-            self.skipped += 1
+    def add(self, used: Sequence[str], skipped: Sequence[tuple[str, str]]) -> None:
+        """Count the keys of good clips and the (key, reason) of others; SkipLimitError when too many have failed.
+
+        One is always forgiven, so that the first batches are not judged by a fraction.
+        """
+        self.seen += len(used) + len(skipped)
+        self.skipped += len(skipped)
+        for key, reason in skipped:
             self.reporter.say(f"skipped clip {key}: {reason}")
         if self.skipped > max(1.0, self.limit * self.seen):
+            key, reason = skipped[-1]
             raise SkipLimitError(
                 f"{self.skipped} of {self.seen} clips could not be used, more than data.max_skipped="
-                f"{self.limit:g} allows; the last: {batch.skipped[-1] if batch.skipped else ''}. "
-                "Pack the dataset again, or raise data.max_skipped"
+                f"{self.limit:g} allows; the last: {key}: {reason}. Pack the dataset again, or raise data.max_skipped"
             )
 
 
@@ -72,14 +75,15 @@ def train_loop(
     state.model.train()
 
     while state.step < c.steps and stop.signal is None:
-        keys, losses, quantiles, parts = [], [], [], {}
+        keys, skipped, losses, quantiles, parts = [], [], [], [], {}
         for _ in range(accumulation):
             batch = next(data)
-            skips.add(batch)
+            skips.add(batch.keys, batch.skipped)
             watch.lap("data")
             result = step(state.model, batch, "train")
             (result.rows_B.mean() / accumulation).backward()
             keys += batch.keys
+            skipped += [key for key, _ in batch.skipped]
             losses += result.rows_B.detach().tolist()
             quantiles += result.quantile_B.tolist()
             parts = {k: parts.get(k, 0.0) + v / accumulation for k, v in result.parts.items()}
@@ -107,13 +111,14 @@ def train_loop(
         watch.lap("update")
 
         record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
-        reporter.record({**record, **parts, "keys": keys})
+        reporter.record({**record, **parts, "keys": keys, **({"skipped": skipped} if skipped else {})})
         if state.step % c.log_every == 0 or state.step == c.steps:
             spent, window = watch.take(window), 0
             seconds = spent["data"] + spent["compute"] + spent["update"]
             wait = spent["data"] / seconds
             mfu = flops_per_step / seconds / peak_flops
             speed = {"clips_per_s": c.global_batch / seconds, "mfu": mfu, "data_wait": wait}
+            reporter.speed({"step": state.step, "step_s": seconds, **speed})
             reporter.scalars(state.step, {"train/loss": loss, "train/grad_norm": norm_value, "train/lr": rate, **speed})
             if any(quantiles):
                 reporter.histogram(state.step, "train/loss_by_timestep", quantiles, losses, config.train.num_time_bands)

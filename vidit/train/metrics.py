@@ -47,6 +47,7 @@ class Reporter:
 
     def __init__(self, run_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
         self._file = (run_dir / METRICS).open("a", buffering=1)
+        self._speed = run_dir / "speed.jsonl"
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
         self._console = Console(quiet=quiet)
         self._progress = Progress(
@@ -78,6 +79,11 @@ class Reporter:
     def record(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         self._file.write(json.dumps(row) + "\n")
+
+    def speed(self, row: Mapping[str, Any]) -> None:
+        """One line of speed.jsonl: where the time of the last steps went. Apart, since no two runs agree on it."""
+        with self._speed.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers for TensorBoard."""

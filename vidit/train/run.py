@@ -1,8 +1,10 @@
 """A training run from its config: set up, resume, train, leave."""
 
+import errno
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.ema import Ema
 from vidit.train.latents import cached_latents
-from vidit.train.loop import train_loop
+from vidit.train.loop import SkipCount, train_loop
 from vidit.train.metrics import Reporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.parallelize import build_dit, build_vae
@@ -32,6 +34,8 @@ from vidit.train.stop import StopRequest
 from vidit.train.whitening import finish_vae
 from vidit.vae.store import load_vae
 from vidit.vae.stored import adopt_vae
+
+Split = tuple[Sequence[ClipRef], Sequence[ClipRef]]
 
 
 @dataclass
@@ -49,6 +53,26 @@ def run(config: RunConfig) -> bool:
     """Train a run to its end, resuming whatever is in its directory. True when done, False when told to stop."""
     config = adopt_vae(config)
     resolve(config)
+    clips = _split(config)
+    with _disk(config.directory):
+        return _train(config, clips)
+
+
+@contextmanager
+def _disk(run_dir: Path) -> Iterator[None]:
+    """A full disk, which the system reports without a name, as an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"cannot write to {run_dir}: {error.strerror}; free space, then run the same command again: "
+            "the checkpoints are untouched"
+        ) from error
+
+
+def _train(config: RunConfig, clips: Split) -> bool:
     started = time.time()
     root = config.directory / "checkpoints"
     found = checkpoint.steps(root)
@@ -67,7 +91,7 @@ def run(config: RunConfig) -> bool:
     with StopRequest() as stop, Reporter(config.directory, config.train.steps, state.step) as reporter:
         if found:
             reporter.say(f"resumed {config.directory} at step {state.step}")
-        dataset, validation = _data(task, device, reporter)
+        dataset, validation = _data(task, clips, device, reporter)
         first = state.step * resolve(config).accumulation
         last = config.train.steps * resolve(config).accumulation
         training = training_flops(task.forward_flops, config.model.self_conditioning) * config.train.global_batch
@@ -75,9 +99,10 @@ def run(config: RunConfig) -> bool:
             config, state, task.step, batches(dataset, first, last), validation, reporter, stop, root, training,
             peak_flops(device, choose_dtype(config.train.precision, device)), _preview(task, state, reporter),
         )  # fmt: skip
-        reporter.say(f"{'done' if done else f'stopped by {stop.signal!s}'} at step {state.step}, {config.directory}")
+        why = f"stopped by {stop.signal.name}" if stop.signal and not done else "done"
+        reporter.say(f"{why} at step {state.step}, {config.directory}")
         if done and config.train.task == "vae":
-            finish_vae(config, task.model, state.ema, [b for b in validation or [dataset[0]]], config.directory / "vae")
+            finish_vae(config, task.model, state.ema, validation or [dataset[0]], config.directory / "vae")
         elif done:
             _preview(task, state, reporter)(state.step)
     record_cost(config.directory, "train", time.time() - started, state.step)
@@ -99,10 +124,10 @@ def build_task(config: RunConfig, device: torch.device) -> Task:
     return Task(config, model, DitStep(config, vae, text, device), text, flops)
 
 
-def _data(task: Task, device: torch.device, reporter: Reporter) -> tuple[MicroBatches, list[Batch]]:
+def _data(task: Task, clips: Split, device: torch.device, reporter: Reporter) -> tuple[MicroBatches, list[Batch]]:
     """The training batches, and the fixed ones of validation."""
     config, d = task.config, task.config.data
-    train, validation = _split(config)
+    train, validation = clips
     kept, dropped, cropped = usable(train, config)
     if not kept:
         raise ValueError(f"no clip of {d.train} is usable: {len(dropped)} dropped, the first {dropped[0]}")
@@ -110,16 +135,20 @@ def _data(task: Task, device: torch.device, reporter: Reporter) -> tuple[MicroBa
     if d.cache_latents and isinstance(task.step, DitStep):
         path = config.directory / "latents.safetensors"
         kept, store, failed = cached_latents(config, kept, task.step.vae, device, path, reporter.say)
+        SkipCount(d.max_skipped, reporter).add([ref.key for ref in kept], failed)
         dropped += failed
     reporter.say(f"{len(kept)} clips, {len(dropped)} dropped, {len(cropped)} cropped to {d.height}x{d.width}")
     report = {"used": len(kept), "dropped": dropped, "cropped": cropped}
     (config.directory / "data.json").write_text(json.dumps(report, indent=1) + "\n")
     images = resolve(config).latent_frames
     tokenizer = task.text.tokenizer if task.text else None
-    return MicroBatches(config, kept, tokenizer, images, store), _fixed(config, validation, tokenizer, images)
+    fixed = _fixed(config, validation, tokenizer, images)
+    for batch in fixed:
+        SkipCount(1.0, reporter).add(batch.keys, batch.skipped)
+    return MicroBatches(config, kept, tokenizer, images, store), fixed
 
 
-def _split(config: RunConfig) -> tuple[Sequence[ClipRef], Sequence[ClipRef]]:
+def _split(config: RunConfig) -> Split:
     """Training and validation clips: two folders, or the last `num_validation` clips of one."""
     d = config.data
     refs = read_index(d.train)
@@ -139,7 +168,7 @@ def _fixed(config: RunConfig, refs: Sequence[ClipRef], tokenizer: object, images
     if not kept:
         return []
     data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
-    micro = min(config.train.micro_batch, len(kept))
+    micro = max(n for n in range(1, config.train.micro_batch + 1) if len(kept) % n == 0)
     train = config.train.model_copy(update={"micro_batch": micro})
     fixed = config.model_copy(update={"data": data, "train": train})
     dataset = MicroBatches(fixed, kept, tokenizer, images)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ metrics.jsonl, tensorboard/, samples/
 costs.jsonl        wall time and peak memory of each start
 """
 
+import filecmp
 import json
 import platform
 import resource
@@ -53,9 +54,10 @@ def open_run(config: RunConfig, has_checkpoint: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.json"
     if path.is_file() and has_checkpoint:
-        faults = list(_changes(read_config(run_dir), config))
+        faults = _changes(read_config(run_dir), config)
         if faults:
-            raise ConfigError([*faults, f"{run_dir} holds another run: give the old values, or a new run_dir"])
+            raise ConfigError([f"{fault}; {run_dir} holds another run: give the old value, or a new run_dir"
+                               for fault in faults])  # fmt: skip
     path.write_text(config.to_json() + "\n")
     (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
     diff = _git("diff", "HEAD")
@@ -97,11 +99,20 @@ def environment() -> dict[str, Any]:
 
 
 def keep_vae(config: RunConfig) -> RunConfig:
-    """Copy the VAE into the run, so that the run can be sampled wherever it is; returns the config that uses it."""
+    """Copy the VAE into the run, so that the run can be sampled wherever it is; returns the config that uses it.
+
+    Raises ConfigError where the run has a checkpoint that was trained on other weights than are given now.
+    """
     source, target = Path(config.vae.weights or ""), config.directory / "vae"
-    if source.resolve() != target.resolve():
+    weights = target / "model.safetensors"
+    if weights.is_file() and any((config.directory / "checkpoints").glob("step-*/manifest.json")):
+        if not filecmp.cmp(source / weights.name, weights, shallow=False):
+            raise ConfigError(
+                [f"vae.weights={source} is another VAE than the run was started with; give vae.weights={target}"]
+            )
+    elif source.resolve() != target.resolve():
         target.mkdir(exist_ok=True)
-        for name in ("config.json", "model.safetensors"):
+        for name in ("config.json", weights.name):
             shutil.copyfile(source / name, target / name)
     return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(target)})})
 

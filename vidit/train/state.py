@@ -17,7 +17,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class TrainState:
     """Progress is counted in optimizer steps and in clips (rows); both start at 0."""
 
-    model: nn.Module
+    model: nn.ModuleDict
     optimizer: torch.optim.Optimizer
     ema: Ema
     step: int = 0

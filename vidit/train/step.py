@@ -7,7 +7,6 @@ depend on ranks, accumulation, workers or on what was resumed.
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -179,8 +178,7 @@ class DitStep:
 
 def deal(seed: int, purpose: str, step: int, slots: int) -> list[int]:
     """A keyed permutation of the strata of one step."""
-    bits = np.random.Philox(key=keys.key(seed, f"{purpose}/strata", step))
-    return [int(slot) for slot in np.random.Generator(bits).permutation(slots)]
+    return [int(slot) for slot in keys.generator(seed, f"{purpose}/strata", step).permutation(slots)]
 
 
 class VaeStep:

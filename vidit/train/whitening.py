@@ -10,6 +10,7 @@ from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.train.ema import Ema
 from vidit.train.step import to_pixels
+from vidit.vae.autoencoder import CausalVae
 from vidit.vae.store import save_vae
 
 
@@ -20,6 +21,7 @@ def finish_vae(config: RunConfig, model: nn.ModuleDict, ema: Ema, data: Sequence
     W.A.L.T. normalises latents before the transformer (section 3.1); the statistics travel in the weights.
     """
     vae = model["vae"]
+    assert isinstance(vae, CausalVae)
     ema.swap(model)
     try:
         device = vae.latent_mean.device

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Vae
-from vidit.vae.layers import CausalConv3d, Down, ChannelNorm, ResBlock, Up, fold_pixels, unfold_pixels
-
+from vidit.vae.layers import CausalConv3d, ChannelNorm, Down, ResBlock, Up, fold_pixels, unfold_pixels
 
 # Where the log variance starts: a first latent that drowns in noise of variance 1 teaches the decoder nothing.
 LOG_VARIANCE = -6.0

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vidit.dtypes import widen
+
 
 class CausalConv3d(nn.Conv3d):
     """(B, C, T, H, W) -> (B, C', ceil(T / stride_t), H / stride, W / stride), causal in time."""
@@ -40,9 +42,9 @@ class ChannelNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widen(x)
         scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)
-        return (wide * scale * self.weight.float().view(-1, 1, 1, 1)).to(x.dtype)
+        return (wide * scale * self.weight.view(-1, 1, 1, 1)).to(x.dtype)
 
 
 class ResBlock(nn.Module):
@@ -68,7 +70,6 @@ class Down(nn.Module):
     def __init__(self, channels: int, out_channels: int, space: bool, time: bool):
         super().__init__()
         self.s, self.t, self.out_channels = (2 if space else 1), (2 if time else 1), out_channels
-        _check_groups(channels * self.s**2 * self.t, out_channels)
         self.conv = CausalConv3d(channels, out_channels, stride=(self.t, self.s, self.s))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,22 +89,13 @@ class Up(nn.Module):
         super().__init__()
         self.s, self.t = (2 if space else 1), (2 if time else 1)
         depth = out_channels * self.s**2 * self.t
-        self.repeats = _check_groups(depth, channels)
+        self.repeats = depth // channels
         self.conv = CausalConv3d(channels, depth, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
         depth = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
         x = rearrange(depth, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.t, p=self.s, q=self.s)
         return x[:, :, self.t - 1 :]
-
-
-def _check_groups(depth: int, channels: int) -> int:
-    if depth % channels:
-        raise ValueError(
-            f"a VAE joint maps {depth} folded channels to {channels}: they must divide; change vae.base_channels or "
-            "vae.multipliers"
-        )
-    return depth // channels
 
 
 def fold_pixels(x: Tensor, patch: int) -> Tensor:

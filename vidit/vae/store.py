@@ -28,8 +28,9 @@ def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVa
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"cannot read {path}: {error}; copy the file again") from error
-    missing, unexpected = vae.load_state_dict(tensors, strict=False)
-    if missing or unexpected:
-        raise ValueError(f"{path} does not fit its config.json: missing {missing}, unexpected {unexpected}")
+    try:
+        vae.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit its config.json: {error}") from error
     vae.dtype = dtype
     return vae.to(device).eval().requires_grad_(False)

@@ -1,0 +1,103 @@
+"""What does the training loop cost beyond forward and backward?
+
+    python -m benchmarks.loop_overhead
+
+Trains the demo model on procedural clips with the real loop, and in the same process times the bare forward
+and backward of the same model on one resident batch, in alternating rounds. Prints a JSON line and writes it
+to benchmarks/results/.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from configs.demo import demo
+from vidit.config import RunConfig, apply_overrides, resolve
+from vidit.data.loader import Batch, MicroBatches
+from vidit.data.pack import pack_scenes
+from vidit.data.shards import read_index
+from vidit.train import run as training
+from vidit.train.rundir import environment
+from vidit.train.step import DitStep
+from vidit.vae.stored import adopt_vae
+
+
+def bare_seconds(task: training.Task, batch: Batch, steps: int) -> list[float]:
+    """Seconds of each forward and backward pass of the denoiser and text encoder on a resident batch."""
+    assert isinstance(task.step, DitStep)
+    step, model = task.step, task.model
+    x = step.latents(batch)
+    noise, t_B = torch.randn_like(x), torch.rand(len(x))
+    x_t = step.objective.path.add_noise(x, noise, t_B)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        text = step.text(model, batch.tokens, len(batch.clips.keys))
+        output = step.denoise(model, x_t, t_B, text, None, None)
+        step.objective.loss(output, x, noise, t_B).mean().backward()
+        seconds.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def loop_seconds(config: RunConfig, steps: int) -> list[float]:
+    """Seconds a step of the real loop, by window of `log_every` steps, over `steps` more steps of the run."""
+    path = config.directory / "speed.jsonl"
+    before = len(path.read_text().splitlines()) if path.is_file() else 0
+    training.run(apply_overrides(config, [f"train.steps={steps}"]))
+    return [json.loads(line)["step_s"] for line in path.read_text().splitlines()[before:]]
+
+
+def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+    """Alternate the loop and the bare passes; medians over all rounds."""
+    pack_scenes(folder / "data", 256, "train", seed=0)
+    config = apply_overrides(
+        demo(),
+        [f"run_dir={folder / 'run'}", f"data.train={folder / 'data'}", "data.num_validation=0", "train.log_every=5",
+         "train.warmup_steps=0", "train.schedule=constant", "sample.prompts=[]", "train.checkpoint_every=1000000"],
+    )  # fmt: skip
+    config = adopt_vae(config)
+    resident = apply_overrides(config, [f"run_dir={folder / 'bare'}"])
+    resident.directory.mkdir()
+    task = training.build_task(resident, torch.device("cpu"))
+    assert task.text is not None
+    dataset = MicroBatches(
+        task.config.model_copy(update={"data": config.data.model_copy(update={"cache_latents": False})}),
+        read_index(config.data.train),
+        task.text.tokenizer,
+        resolve(config).latent_frames,
+    )
+    batch = dataset[0]
+    bare_seconds(task, batch, 3)
+    loop: list[float] = []
+    bare: list[float] = []
+    for index in range(rounds):
+        loop += loop_seconds(config, (index + 1) * steps)[1:]
+        bare += bare_seconds(task, batch, steps)
+    ratio = statistics.median(loop) / statistics.median(bare)
+    return {"loop_step_s": statistics.median(loop), "bare_step_s": statistics.median(bare), "overhead": ratio - 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=30, help="steps of each kind in a round")
+    arguments = parser.parse_args()
+    with TemporaryDirectory() as folder:
+        result = measure(Path(folder), arguments.rounds, arguments.steps)
+    result |= {"rounds": arguments.rounds, "steps": arguments.steps, "environment": environment()}
+    day = datetime.now(UTC).date().isoformat()
+    out = Path(__file__).parent / "results" / f"{day}-loop-overhead.json"
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: round(result[key], 4) for key in ("loop_step_s", "bare_step_s", "overhead")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""What many tests need: a tiny VAE, a few procedural clips, a tiny run on them, and the command as a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vidit.config import RunConfig, Vae
+
+ROOT = Path(__file__).parents[1]
+TINY_VAE = {
+    "latent_channels": 4,
+    "patch": 2,
+    "base_channels": 8,
+    "multipliers": (1, 2),
+    "num_res_blocks": (0, 1),
+    "decoder_res_blocks": (0, 1),
+    "spatial_down": (True,),
+    "temporal_down": (True,),
+}
+TINY: dict[str, dict[str, Any]] = {
+    "text": {"width": 32, "num_layers": 1, "num_heads": 2, "max_tokens": 12, "hash_buckets": 64},
+    "model": {
+        "num_layers": 2, "width": 32, "num_heads": 4, "mlp_width": 64, "patch": 2,
+        "windows": ((1, 0, 0), (0, 2, 2)), "pooled_text": True, "self_conditioning": 0.0,
+    },
+    "data": {"num_validation": 4, "num_frames": 5, "height": 32, "width": 32, "num_workers": 0},
+    "train": {
+        "steps": 6, "global_batch": 4, "micro_batch": 2, "learning_rate": 3e-3, "precision": "fp32", "device": "cpu",
+        "ema_decay": 0.9, "checkpoint_every": 3, "validate_every": 3, "log_every": 1, "num_time_bands": 2,
+    },
+    "sample": {"num_steps": 2, "guidance": 2.0, "prompts": ("a red circle moves left",)},
+}  # fmt: skip
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a VAE of strides 2x4x4 and 4 channels: initial weights, plausible latent statistics."""
+    import torch
+
+    from vidit.model.init import initialise
+    from vidit.vae.autoencoder import CausalVae
+    from vidit.vae.store import save_vae
+
+    vae = CausalVae(Vae(**TINY_VAE))
+    initialise(vae, seed=1)
+    vae.latent_mean.copy_(torch.linspace(-0.2, 0.2, 4))
+    vae.latent_std.copy_(torch.linspace(0.3, 0.6, 4))
+    folder = tmp_path_factory.mktemp("tiny") / "vae"
+    save_vae(folder, vae)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 procedural clips of 5 frames of 32x32."""
+    from vidit.data.pack import pack_scenes
+
+    folder = tmp_path_factory.mktemp("tiny") / "clips"
+    pack_scenes(folder, 16, "train", 0, num_frames=5, height=32, width=32, workers=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def configure(tiny_vae: Path, tiny_clips: Path) -> Configure:
+    """(run_dir, section={field: value}, ...) -> the tiny run with those fields changed; a dotless key is top level."""
+
+    def build(run_dir: Path | str = "", **changes: Any) -> RunConfig:
+        vae = TINY_VAE if changes.get("train", {}).get("task") == "vae" else {"weights": str(tiny_vae)}
+        tree: dict[str, Any] = {"name": "tiny", "run_dir": str(run_dir), "vae": vae}
+        tree |= {name: dict(section) for name, section in TINY.items()}
+        tree["data"]["train"] = str(tiny_clips)
+        for name, change in changes.items():
+            tree[name] = {**tree.get(name, {}), **change} if isinstance(change, dict) else change
+        return RunConfig.model_validate(tree)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def config_file() -> Callable[[Path, RunConfig], str]:
+    """(folder, config) -> the name of a config file that returns it, as `vidit train` takes it."""
+
+    def write(folder: Path, config: RunConfig) -> str:
+        path = folder / "tiny.py"
+        path.write_text(
+            "from vidit.config import RunConfig\n\n\n"
+            f"def tiny():\n    return RunConfig.model_validate_json({config.to_json()!r})\n"
+        )
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.Popen[str]]:
+    """(arguments of `vidit`) -> the running process, text pipes, one thread, in a process group of its own."""
+
+    def start(*arguments: object, extra: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(extra or {})}
+        return subprocess.Popen(
+            [sys.executable, "-m", "vidit.cli", *map(str, arguments)],
+            cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def vidit(command: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """(arguments of `vidit`) -> the finished process."""
+
+    def run(*arguments: object, extra: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        process = command(*arguments, extra=extra)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB, where this user may mount one; else the test is skipped."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no tmpfs can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -1,0 +1,434 @@
+"""The architecture as a test: who imports whom, which options are read, what an import may do (docs: design 1-3)."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from vidit import config
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("vidit", "parallel", "launch", "configs", "cluster", "benchmarks")
+FOLDERS = {*PACKAGES, "tests", "docs"}
+IGNORED = {"runs", "build", "dist", "__pycache__"}  # by .gitignore
+ABSENT_IN_THE_COPY = ("parallel", "launch", "cluster", "configs", "benchmarks")
+
+
+class Rule(NamedTuple):
+    """What the files under a package may import: `ours` by prefix; None = any third-party package."""
+
+    ours: tuple[str, ...]
+    third_party: tuple[str, ...] | None = None
+    distributed: bool = False
+
+
+CONFIG = ("vidit.config", "vidit.keys")
+MODULES = ("vidit.model", "vidit.diffusion", "vidit.vae", "vidit.text", "vidit.data")
+RUN = (*CONFIG, *MODULES, "vidit.train", "vidit.sample", "vidit.evaluate", "vidit.export", "vidit", "parallel")
+# The longest prefix that fits a module decides. Own package always allowed.
+TABLE = {
+    "vidit.config": Rule((), ("pydantic",)),
+    "vidit.keys": Rule((), ("torch",)),
+    "vidit.model": Rule(CONFIG),
+    "vidit.diffusion": Rule(CONFIG),
+    "vidit.vae": Rule(CONFIG),
+    "vidit.text": Rule(CONFIG),
+    "vidit.data": Rule((*CONFIG, "vidit.text.encoder")),  # CaptionTokenizer and TextTokens, the loader's interface
+    "vidit.train": Rule(RUN, distributed=True),
+    "vidit.sample": Rule(RUN, distributed=True),
+    "vidit.evaluate": Rule(RUN, distributed=True),
+    "vidit.export": Rule(RUN, distributed=True),
+    # `vidit config` describes a run on a login node.
+    "vidit.describe": Rule(("vidit.config", "vidit.model.flops", "vidit.vae.stored", "parallel.planner"), ()),
+    # Each command imports what it needs when it is called; at import it is vidit.config alone (tested below).
+    "vidit.cli": Rule(("vidit", "launch", "parallel.planner"), ("pydantic",)),
+    "parallel": Rule((), ("torch", "safetensors", "pydantic", "deepspeed", "megatron"), distributed=True),
+    "parallel.planner": Rule((), ("pydantic",)),
+    "configs": Rule(("vidit.config",), ()),
+    "launch": Rule(("vidit.config", "parallel.planner"), ("pydantic",)),
+    "cluster.health": Rule((), ("torch",), distributed=True),
+    "cluster": Rule((), ()),
+}
+
+
+class Import(NamedTuple):
+    path: Path
+    module: str
+    target: str
+    line: int
+    top: bool
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}: {self.module} imports {self.target}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(*packages: str) -> list[Path]:
+    return sorted(p for package in packages for p in (ROOT / package).rglob("*.py"))
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def imports(path: Path, text: str | None = None) -> Iterator[Import]:
+    """Every import of a file, at any depth; `from a import b` is a.b where that is a module of ours."""
+    tree, module = ast.parse(text or path.read_text()), module_name(path)
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                parts = parts if path.name == "__init__.py" else parts[:-1]
+                base = ".".join([*parts[: len(parts) - node.level + 1], *([node.module] if node.module else [])])
+            whole = [f"{base}.{alias.name}" for alias in node.names]
+            is_ours = base.split(".")[0] in PACKAGES
+            targets = [w if not is_ours or is_module(w) else base for w in whole]
+        else:
+            continue
+        yield from (Import(path, module, target, node.lineno, node in top) for target in dict.fromkeys(targets))
+
+
+def under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def allowed(found: Import) -> bool:
+    keys = [prefix for prefix in TABLE if under(found.module, prefix)]
+    if not keys:
+        return found.module == "vidit"  # its __init__ imports nothing: tested below
+    prefix = max(keys, key=len)
+    rule, package = TABLE[prefix], found.target.split(".")[0]
+    if package in sys.stdlib_module_names:
+        return True
+    if package in PACKAGES:
+        if found.module.split(".")[0] == "parallel" and prefix == "parallel":
+            return under(found.target, "parallel")
+        exact = tuple(p for p in rule.ours if p != "vidit" or prefix == "vidit.cli")
+        fits = any(under(found.target, p) for p in exact) or ("vidit" in rule.ours and found.target == "vidit")
+        return fits or under(found.target, prefix)
+    if under(found.target, "torch.distributed") and not rule.distributed:
+        return False
+    return rule.third_party is None or package in rule.third_party
+
+
+class TestImports:
+    def test_table(self):
+        files = sources("vidit", "parallel", "launch", "configs", "cluster")
+        assert len(files) > 50
+        assert [str(found) for path in files for found in imports(path) if not allowed(found)] == []
+
+    def test_every_package_has_a_rule(self):
+        names = {module_name(p) for p in sources("vidit", "parallel", "launch", "configs", "cluster")}
+        assert [n for n in names if n != "vidit" and not any(under(n, prefix) for prefix in TABLE)] == []
+        assert (ROOT / "vidit/__init__.py").read_text().count("import") == 0
+
+    @pytest.mark.parametrize(
+        ("file", "line"),
+        [
+            ("vidit/config.py", "import torch"),
+            ("vidit/config.py", "from vidit import keys"),
+            ("vidit/model/dit.py", "import torch.distributed as dist"),
+            ("vidit/model/dit.py", "from torch import distributed"),
+            ("vidit/model/dit.py", "def f():\n    from parallel import checkpoint"),
+            ("vidit/model/dit.py", "from vidit.vae.store import load_vae"),
+            ("vidit/model/dit.py", "from ..train import loop"),
+            ("vidit/diffusion/paths.py", "from vidit.model.dit import DiT"),
+            ("vidit/data/loader.py", "from vidit.text.bytes import ByteTextEncoder"),
+            ("vidit/train/run.py", "import launch"),
+            ("vidit/train/run.py", "from configs.demo import demo"),
+            ("vidit/describe.py", "from vidit.model.dit import DiT"),
+            ("vidit/describe.py", "import torch"),
+            ("parallel/checkpoint.py", "import vidit.keys"),
+            ("parallel/checkpoint.py", "from launch import job"),
+            ("configs/demo.py", "from vidit.model import flops"),
+            ("configs/demo.py", "import torch"),
+            ("launch/__init__.py", "import torch"),
+            ("launch/__init__.py", "from parallel import checkpoint"),
+            ("cluster/health/disk.py", "import vidit.keys"),
+        ],
+    )
+    def test_the_table_refuses(self, file, line):
+        assert [found for found in imports(ROOT / file, line) if not allowed(found)] != []
+
+    @pytest.mark.parametrize(
+        ("file", "line"),
+        [
+            ("vidit/model/dit.py", "from vidit.model.block import Block"),
+            ("vidit/model/init.py", "from vidit import keys"),
+            ("vidit/model/dit.py", "from . import block"),
+            ("vidit/data/loader.py", "from vidit.text.encoder import TextTokens"),
+            ("vidit/train/run.py", "from parallel import checkpoint"),
+            ("vidit/train/run.py", "import vidit"),
+            ("parallel/checkpoint.py", "import torch.distributed.checkpoint"),
+            ("launch/__init__.py", "import parallel.planner"),
+            ("cluster/health/disk.py", "import torch.distributed"),
+        ],
+    )
+    def test_the_table_accepts(self, file, line):
+        assert all(allowed(found) for found in imports(ROOT / file, line))
+
+    def test_cli_imports_at_the_top_no_more_than_the_config(self):
+        tops = {f.target for f in imports(ROOT / "vidit/cli.py") if f.top and f.target.split(".")[0] in PACKAGES}
+        assert tops == {"vidit.config"}
+
+    def test_model_and_layout_meet_in_one_file(self):
+        """`vidit/train/parallelize.py` alone knows both; the others may use parallel's checkpoints."""
+        other = ("parallel.mesh", "parallel.tensor", "parallel.sequence", "parallel.pipeline", "parallel.zero")
+        found = [
+            str(i)
+            for path in sources("vidit")
+            if path.name not in ("parallelize.py", "cli.py")
+            for i in imports(path)
+            if any(under(i.target, p) for p in other)
+        ]
+        assert [line for line in found if "vidit.model" in line] == []
+
+
+def test_top_level_folders():
+    """Fixed: a new one needs a decision."""
+    there = {p.name for p in ROOT.iterdir() if p.is_dir() and not p.name.startswith(".")}
+    extra = {n for n in there - FOLDERS - IGNORED if not n.endswith(".egg-info")}
+    assert extra == set()
+    assert FOLDERS - {"docs"} <= there  # git keeps no empty folder
+
+
+def section_classes():
+    everything = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Section)]
+    return [c for c in everything if c is not config.Section]
+
+
+def reads(field_of: str, name: str, found: dict[str, list[tuple[str, str]]]) -> list[str]:
+    """Files that read `<receiver>.<name>` where the receiver is called like the section or like a config.
+
+    `config.train.seed` and, by the house's habit, `c.seed` or the section's initial (`d.height`).
+    """
+    section = field_of.lower()
+    names = {section, section[0], "c", "d", "config"}
+    return [file for receiver, file in found.get(name, ()) if receiver.rpartition(".")[2] in names]
+
+
+class TestOptions:
+    @pytest.fixture(scope="class")
+    def found(self):
+        """Attribute name -> (receiver, file) of every read outside config.py, and of config's own properties."""
+        out: dict[str, list[tuple[str, str]]] = {}
+        for path in sources("vidit", "parallel", "launch"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and path.name != "config.py":
+                    out.setdefault(node.attr, []).append((ast.unparse(node.value), str(path.relative_to(ROOT))))
+        for section in (
+            c for c in ast.parse((ROOT / "vidit/config.py").read_text()).body if isinstance(c, ast.ClassDef)
+        ):
+            for method in (m for m in section.body if isinstance(m, ast.FunctionDef)):
+                if any(ast.unparse(d) == "property" for d in method.decorator_list):
+                    used = reads(section.name, method.name, out) or reads("RunConfig", method.name, out)
+                    for node in (n for n in ast.walk(method) if used and isinstance(n, ast.Attribute)):
+                        if ast.unparse(node.value) == "self":
+                            out.setdefault(node.attr, []).append((section.name.lower(), used[0]))
+        return out
+
+    @pytest.mark.parametrize("section", section_classes(), ids=lambda c: c.__name__)
+    def test_every_field_is_read(self, section, found):
+        """An option that nobody reads is a promise that nobody keeps."""
+        assert [f for f in section.model_fields if not reads(section.__name__, f, found)] == []
+
+    @pytest.mark.parametrize("section", section_classes(), ids=lambda c: c.__name__)
+    def test_every_field_has_a_type_and_a_default(self, section):
+        for name, field in section.model_fields.items():
+            assert field.annotation is not None
+            assert name == "name" or not field.is_required()
+
+    def test_it_would_notice(self, found):
+        assert reads("Train", "no_such_option", found) == []
+        assert reads("Train", "learning_rate", found)
+        assert reads("RunConfig", "run_dir", found), "through the property `directory`"
+
+
+IMPORT_EVERYTHING = """
+import importlib, json, os, socket, subprocess, sys, threading
+import torch
+
+def refuse(*_, **__):
+    raise AssertionError("an import asked for the network or a process")
+
+start, popen = threading.active_count(), subprocess.Popen.__init__
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+subprocess.Popen.__init__ = os.fork = os.system = refuse
+before, folder = dict(os.environ), os.listdir(".")
+generator, dtype = torch.get_rng_state(), torch.get_default_dtype()
+missing = []
+for name in json.loads(sys.argv[1]):
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("deepspeed", "megatron", "ray", "flash_attn", "diffusers", "onnx"):
+            raise
+assert not (torch.distributed.is_available() and torch.distributed.is_initialized()), "a process group"
+assert threading.active_count() == start, threading.enumerate()
+assert not torch.cuda.is_initialized(), "CUDA was initialised"
+assert torch.equal(torch.get_rng_state(), generator) and torch.get_default_dtype() == dtype
+assert os.listdir(".") == folder, "files were written"
+import multiprocessing
+assert not multiprocessing.active_children()
+assert dict(os.environ) == before, {k for k in os.environ if os.environ[k] != before.get(k)}
+print("done", file=sys.stderr)
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
+
+
+def module_list(*packages: str) -> list[str]:
+    return [module_name(p) for p in sources(*packages) if p.name != "__main__.py"]
+
+
+class TestImporting:
+    def test_it_does_nothing(self, tmp_path):
+        """No process group, thread, process, network, file, print, environment or seed: one process imports it all."""
+        names = module_list("vidit", "parallel", "launch", "configs", "cluster")
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORT_EVERYTHING, json.dumps(names)],
+            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == ""
+        assert done.stderr.strip() == "done"
+
+    def test_login_node_packages_bring_no_torch(self, tmp_path):
+        names = [*module_list("launch", "configs"), "vidit.config", "vidit.cli"]
+        if (ROOT / "parallel/planner.py").exists():
+            names.append("parallel.planner")
+        code = (
+            f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+            "assert 'torch' not in sys.modules"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+
+
+ALONE = '''"""Stands at the root of the copy: the deleted packages cannot be found, wherever else they are installed."""
+
+import sys
+from pathlib import Path
+
+HERE, GONE = Path(__file__).parent, {gone!r}
+
+
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in GONE:
+            raise ModuleNotFoundError(f"{{name}} is deleted here", name=name)
+
+
+sys.meta_path.insert(0, Gone())
+
+
+def pytest_sessionfinish(session, exitstatus):
+    import vidit
+
+    assert Path(vidit.__file__).is_relative_to(HERE), vidit.__file__
+    loaded = [n for n, m in sys.modules.items() if n.startswith("vidit") and getattr(m, "__file__", None)]
+    assert len(loaded) > 20
+    assert all(Path(sys.modules[n].__file__).is_relative_to(HERE) for n in loaded)
+    assert not [n for n in sys.modules if n.split(".")[0] in GONE]
+    (HERE / "ran").write_text(str(session.testscollected))
+'''
+# The slowest, by name: what they check is checked in place, and needs no second time.
+SLOW = "workers or held_out or vocabulary or attribute or motions or collide or Awkward or awkward or things_stay"
+SLOW += " or window_core or TestWindowCore or test_partition or test_mask_marks or test_merge or to_a_and_back"
+SLOW += " or flops or TestFlops or TestStrides or process or spawn or usable or mid_run"
+
+
+def test_one_device_needs_only_vidit(tmp_path):
+    """With parallel, launch, cluster, configs and benchmarks deleted, the unit tests of the model, the diffusion,
+    the VAE and the data still pass: the acceptance of the architecture."""
+    copy = tmp_path / "copy"
+    ignore = shutil.ignore_patterns("__pycache__", ".*")
+    for folder in ("vidit", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    (copy / "conftest.py").write_text(ALONE.format(gone=ABSENT_IN_THE_COPY))
+    suites = [f"tests/unit/{name}" for name in ("model", "diffusion", "vae", "data")]
+    clips = os.environ.get("VIDIT_TEST_CLIPS") or str(ROOT.parent / "shared/clips")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *suites, "-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({SLOW})"],
+        cwd=copy, env=environment(PYTHONPATH=str(copy), VIDIT_TEST_CLIPS=clips), capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert int((copy / "ran").read_text()) > 200, done.stdout[-500:]
+
+
+class Call(NamedTuple):
+    file: str
+    line: int
+    name: str
+    keywords: dict[str, str]
+
+
+def calls(*packages: str) -> Iterator[Call]:
+    for path in sources(*packages):
+        for node in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
+            keywords = {k.arg or "**": ast.unparse(k.value) for k in node.keywords}
+            yield Call(str(path.relative_to(ROOT)), node.lineno, ast.unparse(node.func), keywords)
+
+
+class TestBans:
+    """What must not stand anywhere, with the reason in design.md 4 and 5."""
+
+    def test_no_shell(self):
+        bad = [c for c in calls(*PACKAGES) if c.keywords.get("shell", "False") != "False"]
+        bad += [c for c in calls(*PACKAGES) if c.name in ("os.system", "os.popen", "subprocess.getoutput")]
+        assert bad == []
+
+    def test_nothing_is_unpickled(self):
+        bad = [c for c in calls(*PACKAGES) if re.fullmatch(r"(c?[pP]ickle|dill|joblib|shelve)\.\w+", c.name)]
+        bad += [c for c in calls(*PACKAGES) if c.name == "torch.load" and c.keywords.get("weights_only") != "True"]
+        bad += [c for c in calls(*PACKAGES) if c.keywords.get("allow_pickle", "False") != "False"]
+        bad += [c for c in calls(*PACKAGES) if c.keywords.get("trust_remote_code", "False") != "False"]
+        assert bad == []
+        modules = [i for p in sources(*PACKAGES) for i in imports(p) if i.target.split(".")[0] in ("pickle", "dill")]
+        assert modules == []
+
+    def test_nothing_is_extracted_or_evaluated(self):
+        names = {"eval", "exec", "yaml.load", "yaml.unsafe_load"}
+        bad = [c for c in calls(*PACKAGES) if c.name in names or c.name.rpartition(".")[2] in ("extractall", "extract")]
+        assert bad == []
+
+    def test_printing_is_for_the_command_line(self):
+        """The library logs or returns; the command prints. A rich console writes progress and tables."""
+        bad = [c for c in calls("vidit", "parallel", "launch", "configs") if c.name == "print"]
+        assert [c for c in bad if c.file != "vidit/cli.py"] == []
+
+    def test_environment_is_read_in_two_places(self):
+        bad = []
+        for path in sources("vidit", "parallel", "configs"):
+            name = str(path.relative_to(ROOT))
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+                    bad.append(f"{name}:{node.lineno}")
+        assert [b for b in bad if not b.startswith("parallel/mesh.py")] == []
+
+    def test_file_names(self):
+        names = {"utils.py", "helpers.py", "common.py", "misc.py"}
+        assert [str(p) for p in sources(*PACKAGES) if p.name in names] == []

@@ -1,0 +1,462 @@
+"""The denoiser as a whole: sizes, arithmetic, independence of rows and images, initial values, precision."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vidit import keys
+from vidit.config import PRESETS, Model
+from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.dit import DiT, text_frames
+from vidit.model.embed import Head, PatchEmbed
+from vidit.model.flops import forward_flops, parameter_count, training_flops
+from vidit.model.init import initial_value, initialise
+from vidit.model.windows import Grid
+
+GRID = (3, 4, 6)
+CHANNELS, TEXT = 3, 10
+TINY = {
+    "num_layers": 4,
+    "width": 32,
+    "num_heads": 2,
+    "mlp_width": 48,
+    "windows": ((1, 0, 0), (0, 2, 4)),
+    "attention_backend": "sdpa",
+}
+VARIATIONS = {
+    "default": {},
+    "rope": {"relative_position": "rope"},
+    "bare": {"relative_position": "none", "absolute_position": False, "qk_norm": False, "self_conditioning": 0.0},
+    "none": {"cross_attention": "none"},
+    "all": {"cross_attention": "all"},
+    "text keys": {"cross_attention": "all", "cross_keys": "text"},
+    "pooled": {"pooled_text": True},
+    "rank 0": {"adaln_rank": 0},
+    "rank 5": {"adaln_rank": 5},
+    "patch": {"patch": 2},
+    "full": {"windows": ((0, 0, 0),), "cross_attention": "all"},
+    "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2), (0, 0, 0)), "num_layers": 5},
+}
+
+
+def build(grid=GRID, seed=0, filled=True, **changes):
+    """A tiny DiT. `filled` replaces the zeros of AdaLN-Zero, so that every path reaches the output."""
+    model = DiT(Model(**{**TINY, **changes}), CHANNELS, grid, TEXT)
+    initialise(model, seed)
+    if filled:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if not p.any():
+                    p.copy_(0.1 * torch.randn(p.shape, generator=keys.generator(seed, "fill", name)))
+    return model
+
+
+def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    frame = torch.full((rows, tokens), EVERY_FRAME)
+    frame[0, -2:] = PADDING
+    return {
+        "x_BCTHW": torch.randn(rows, CHANNELS, grid[0], grid[1] * patch, grid[2] * patch, generator=g),
+        "time_B": torch.rand(rows, generator=g) * 1000,
+        "text_BLE": torch.randn(rows, tokens, TEXT, generator=g),
+        "text_frame_BL": frame,
+        "pooled_BE": torch.randn(rows, TEXT, generator=g),
+    }
+
+
+def meta(c, *args):
+    with torch.device("meta"):
+        return DiT(c, *args)
+
+
+def num_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+class TestParameters:
+    # W.A.L.T. (2312.06662), tables of hyperparameters. Two printed digits are compared as such: 1.3B is
+    # ViT-g/14's 1408 x 40 (`[C]` 1.33B in papers.md), 3B has an unpublished width.
+    @pytest.mark.parametrize(
+        ("name", "changes", "grid", "text", "printed", "tolerance"),
+        [
+            ("L", {"cross_attention": "none"}, (5, 16, 16), 1, 313e6, 0.01),
+            ("XL", {"cross_attention": "none"}, (5, 16, 16), 1, 460e6, 0.01),
+            ("SR1", {}, (5, 16, 28), 2048, 1.3e9, 0.045),
+            ("SR2", {}, (5, 16, 28), 2048, 419e6, 0.01),
+            ("3B", {}, (5, 16, 16), 2048, 3.0e9, 0.04),
+        ],
+    )
+    def test_paper(self, name, changes, grid, text, printed, tolerance):
+        c = Model.preset(name, **changes)
+        assert c.self_conditioning > 0
+        assert num_parameters(meta(c, 8, grid, text)) == pytest.approx(printed, rel=tolerance)
+
+    @pytest.mark.parametrize("name", PRESETS)
+    def test_arithmetic_of_presets(self, name):
+        c, size = Model.preset(name), ((5, 16, 28), 8, 77)
+        assert num_parameters(meta(c, 8, size[0], 77)) == parameter_count(c, (5, 16, 28), 8, 77)
+
+    @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+    @pytest.mark.parametrize("grid", [GRID, (1, 5, 3)])
+    def test_arithmetic_of_options(self, changes, grid):
+        c = Model(**{**TINY, **changes})
+        assert num_parameters(meta(c, CHANNELS, grid, TEXT)) == parameter_count(c, grid, CHANNELS, TEXT)
+
+    def test_meta_allocates_nothing(self):
+        model = meta(Model.preset("7B"), 16, (21, 30, 52), 4096)
+        assert all(p.is_meta for p in model.parameters())
+        assert not list(model.buffers())
+
+    def test_names_are_the_contract_of_checkpoints(self):
+        names = set(build(num_layers=2).state_dict())
+        attention = [f"{part}.{leaf}" for part in ("query", "key", "value", "out") for leaf in ("weight", "bias")]
+        attention += ["query_norm.weight", "key_norm.weight"]
+        both = [f"attn.{n}" for n in [*attention, "bias.table"]] + ["modulation.down.weight", "modulation.up.weight"]
+        both += ["mlp.up.weight", "mlp.up.bias", "mlp.down.weight", "mlp.down.bias"]
+        expected = {f"blocks.{n}.{leaf}" for n in range(2) for leaf in both}
+        expected |= {f"blocks.0.cross.{leaf}" for leaf in attention}
+        expected |= {"embed.position.time", "embed.position.space"}
+        linear = ["embed.patch.project", "embed.conditioning.time.up", "embed.conditioning.time.out", "embed.text.up"]
+        linear += ["embed.conditioning.shared", "embed.text.out", "head.modulation", "head.project"]
+        expected |= {f"{name}.{leaf}" for name in linear for leaf in ("weight", "bias")}
+        assert names == expected
+
+    def test_names_do_not_depend_on_how_it_was_built(self):
+        names = list(build().state_dict())
+        assert list(meta(Model(**TINY), CHANNELS, GRID, TEXT).state_dict()) == names
+        assert list(DiT(Model(**TINY), CHANNELS, GRID, TEXT).state_dict()) == names
+
+    def test_a_pipeline_cut_keeps_names(self):
+        """A stage is the same class with blocks removed."""
+        whole, stage = build(), build()
+        for layer in ("0", "1"):
+            del stage.blocks[layer]
+        cut = {name for name in whole.state_dict() if not re.match(r"blocks\.[01]\.", name)}
+        assert set(stage.state_dict()) == cut
+
+
+class TestFlops:
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"windows": ((0, 0, 0),), "cross_attention": "none"},
+            {"windows": ((1, 0, 0), (0, 4, 4)), "relative_position": "none"},
+            {"windows": ((1, 0, 0), (0, 4, 4)), "cross_attention": "all", "self_conditioning": 0.0},
+            {"windows": ((1, 0, 0), (0, 1, 1)), "cross_attention": "all", "cross_keys": "text", "patch": 2},
+        ],
+    )
+    @pytest.mark.parametrize("rows", [1, 2])
+    def test_forward_is_what_the_counter_counts(self, changes, rows):
+        """Counted with the math kernel: FlopCounterMode (torch 2.13) sees no FLOPs in the CPU's fused attention."""
+        c = Model(**{**TINY, "width": 64, "mlp_width": 256, "qk_norm": False, "adaln_rank": 1, **changes})
+        grid, text, tokens = (2, 8, 8), 24, 128
+        model = DiT(c, 4, grid, text)
+        initialise(model, 0)
+        x = torch.randn(rows, 4, grid[0], grid[1] * c.patch, grid[2] * c.patch)
+        frame = torch.full((rows, tokens), EVERY_FRAME)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(x, torch.rand(rows), torch.randn(rows, tokens, text), frame)
+        expected = rows * forward_flops(c, grid, 4, text, tokens)
+        assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+    def test_training(self):
+        assert training_flops(100, 0.0) == 300
+        assert training_flops(100, 0.9) == pytest.approx(390)
+
+
+class TestInitialise:
+    def test_output_is_zero_at_the_start(self):
+        assert not build(filled=False)(**inputs()).any()
+
+    def test_blocks_without_text_start_as_the_identity(self):
+        model = build(filled=False, cross_attention="none")
+        seen = []
+        for block in model.blocks.values():
+            block.register_forward_hook(lambda _, args, out: seen.append(torch.equal(args[0], out)))
+        model(**inputs())
+        assert seen == [True] * 4
+
+    @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+    def test_every_parameter_is_touched(self, changes):
+        model = DiT(Model(**{**TINY, **changes}), CHANNELS, GRID, TEXT)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(float("nan"))
+        initialise(model, 0)
+        assert [name for name, p in model.named_parameters() if not p.isfinite().all()] == []
+
+    def test_numbers_belong_to_names(self):
+        """Nor do they depend on the order of construction, or on which other parameters there are."""
+        model = build(filled=False)
+        values = dict(model.state_dict())
+        other = DiT(Model(**{**TINY, "pooled_text": True, "num_layers": 6}), CHANNELS, GRID, TEXT)
+        other.blocks = torch.nn.ModuleDict(reversed(list(other.blocks.items())))
+        torch.manual_seed(5)
+        initialise(other, 0)
+        mixed = other.state_dict()
+        assert all(torch.equal(value, mixed[name]) for name, value in values.items())
+        assert all(torch.equal(value, initial_value(name, tuple(value.shape), 0)) for name, value in values.items())
+
+    def test_seeds_differ_and_layers_differ(self):
+        one, two = build(filled=False), build(filled=False, seed=1)
+        drawn = [n for n, p in one.named_parameters() if p.unique().numel() > 1]
+        assert len(drawn) > 20
+        assert all(not torch.equal(one.get_parameter(n), two.get_parameter(n)) for n in drawn)
+        layers = [one.blocks[str(n)].mlp.up.weight for n in range(4)]
+        assert all(not torch.equal(a, b) for a, b in itertools.combinations(layers, 2))
+
+    def test_distributions(self):
+        value = initial_value("blocks.0.mlp.up.weight", (300, 200), 0)
+        bound = (6 / 500) ** 0.5
+        assert value.abs().max() <= bound
+        assert value.std() == pytest.approx(bound / 3**0.5, rel=0.02)
+        assert initial_value("embed.position.space", (50, 40, 8), 0).std() == pytest.approx(0.02, rel=0.02)
+        conv = initial_value("encoder.first.weight", (64, 32, 3, 3, 3), 0)
+        assert conv.abs().max() == pytest.approx((6 / (96 * 27)) ** 0.5, rel=0.01)
+        for zero in ("head.project.weight", "head.modulation.bias", "blocks.3.modulation.up.weight"):
+            assert not initial_value(zero, (4, 4), 0).any()
+        for zero in ("blocks.0.attn.bias.table", "embed.conditioning.shared.weight", "blocks.1.attn.query.bias"):
+            assert not initial_value(zero, (4, 4), 0).any()
+        for one in ("blocks.0.attn.query_norm.weight", "blocks.0.cross.key_norm.weight", "norm.weight"):
+            assert torch.equal(initial_value(one, (4,), 0), torch.ones(4))
+        with pytest.raises(ValueError, match=r"no rule .* odd\.scale of shape \(4,\)"):
+            initial_value("odd.scale", (4,), 0)
+
+    def test_golden(self):
+        """Pinned: a change here changes every run's first loss."""
+        value = initial_value("blocks.0.attn.query.weight", (4, 4), 0)
+        torch.testing.assert_close(value[0], torch.tensor(GOLDEN), rtol=0, atol=1e-7)
+
+
+GOLDEN = [-0.7375051975250244, 0.10414284467697144, 0.1405373364686966, -0.41889330744743347]
+
+
+class TestRows:
+    @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+    def test_a_row_does_not_depend_on_the_others(self, changes):
+        model = build(**changes)
+        batch = inputs(3, patch=model.patch)
+        out = model(**batch)
+        alone = model(**{name: value[1:2] for name, value in batch.items()})
+        torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-5)
+        other = {name: value.clone() for name, value in batch.items()}
+        for value in (v for v in other.values() if v.is_floating_point()):
+            value[[0, 2]] *= -3
+        again = model(**other)
+        torch.testing.assert_close(again[1], out[1], rtol=0, atol=1e-6)
+        assert (again[0] - out[0]).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("name", ["x_BCTHW", "time_B", "text_BLE", "pooled_BE"])
+    def test_every_input_matters(self, name):
+        model, batch = build(pooled_text=True), inputs()
+        moved = {**batch, name: batch[name] + 1}
+        assert (model(**batch) - model(**moved)).abs().max() > 1e-3
+
+    def test_text_padding_does_not_matter(self):
+        model, batch = build(cross_attention="all"), inputs()
+        text = batch["text_BLE"].clone()
+        text[0, -2:] = 9.0
+        assert torch.equal(model(**batch), model(**{**batch, "text_BLE": text}))
+
+    def test_text_frames(self):
+        assert text_frames(torch.tensor([[True, False]])).tolist() == [[EVERY_FRAME, PADDING]]
+
+    @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
+    def test_gradient_reaches_every_parameter(self, changes):
+        model = build(**changes)
+        batch = inputs(patch=model.patch)
+        previous = torch.randn_like(batch["x_BCTHW"]) if model.self_conditioned else None
+        out = model(**batch, previous_BCTHW=previous)
+        assert out.shape == batch["x_BCTHW"].shape
+        out.square().sum().backward()
+        missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+        assert missing == []
+
+
+class TestImages:
+    """A row of T independent images: each is alone in the world, at time 0, with its own caption."""
+
+    def batch(self, frames=3, tokens=2):
+        g = torch.Generator().manual_seed(3)
+        return {
+            "x_BCTHW": torch.randn(1, CHANNELS, frames, 4, 6, generator=g),
+            "time_B": torch.tensor([300.0]),
+            "text_BLE": torch.randn(1, frames * tokens, TEXT, generator=g),
+            "text_frame_BL": torch.arange(frames).repeat_interleave(tokens)[None],
+            "image_B": torch.tensor([True]),
+        }
+
+    def only(self, batch, k, tokens=2, visible=0):
+        """Image k as a video of one latent frame."""
+        text = slice(k * tokens, (k + 1) * tokens)
+        frame = torch.full((1, tokens), visible)
+        more = {"text_BLE": batch["text_BLE"][:, text], "text_frame_BL": frame}
+        return {**batch, **more, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1]}
+
+    @pytest.mark.parametrize("keys_of", ["text", "video_and_text"])
+    @pytest.mark.parametrize("relative", ["bias", "rope", "none"])
+    def test_in_windows_of_one_frame_it_is_a_video_of_one_frame(self, relative, keys_of):
+        model = build(windows=((1, 0, 0), (1, 2, 4)), relative_position=relative, cross_keys=keys_of)
+        batch = self.batch()
+        out = model(**batch)
+        for k in range(3):
+            alone = model(**self.only(batch, k))
+            torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+            video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
+            torch.testing.assert_close(out[:, :, k : k + 1], model(**video), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("windows", [((0, 0, 0),), ((1, 0, 0), (2, 2, 4))])
+    @pytest.mark.parametrize("cross_keys", ["text", "video_and_text"])
+    def test_attending_within_the_frame_it_is_a_video_of_one_frame(self, windows, cross_keys):
+        c = {"windows": windows, "image_attention": "frame", "cross_attention": "all", "cross_keys": cross_keys}
+        model, batch = build(relative_position="rope", **c), self.batch()
+        out = model(**batch)
+        for k in range(3):
+            video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
+            torch.testing.assert_close(out[:, :, k : k + 1], model(**video), rtol=1e-4, atol=1e-5)
+
+    def test_in_space_time_windows_it_is_a_row_of_one_image(self):
+        model, batch = build(), self.batch()
+        alone = torch.cat([model(**self.only(batch, k)) for k in range(3)], dim=2)
+        torch.testing.assert_close(model(**batch), alone, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("relative", ["bias", "rope", "none"])
+    @pytest.mark.parametrize(
+        ("cross", "keys_of"),
+        [
+            ("none", "text"),
+            ("per_frame", "text"),
+            ("per_frame", "video_and_text"),
+            ("all", "text"),
+            ("all", "video_and_text"),
+        ],
+    )
+    def test_an_image_does_not_see_the_others(self, relative, cross, keys_of):
+        model = build(relative_position=relative, cross_attention=cross, cross_keys=keys_of)
+        batch = self.batch()
+        out = model(**batch)
+        other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone(), "text_BLE": batch["text_BLE"].clone()}
+        other["x_BCTHW"][:, :, 1:] *= -2
+        other["text_BLE"][:, 2:] += 1
+        moved = model(**other)
+        torch.testing.assert_close(moved[:, :, 0], out[:, :, 0], rtol=1e-4, atol=1e-5)
+        assert (moved[:, :, 1] - out[:, :, 1]).abs().max() > 1e-2
+
+    @pytest.mark.parametrize("relative", ["bias", "rope", "none"])
+    def test_its_place_in_the_row_does_not_matter(self, relative):
+        model, batch = build(relative_position=relative), self.batch()
+        order = [2, 0, 1]
+        mixed = {**batch, "x_BCTHW": batch["x_BCTHW"][:, :, order]}
+        mixed["text_BLE"] = batch["text_BLE"].unflatten(1, (3, 2))[:, order].flatten(1, 2)
+        torch.testing.assert_close(model(**mixed), model(**batch)[:, :, order], rtol=1e-4, atol=1e-5)
+
+    def test_a_clip_beside_it_is_as_without_it(self):
+        model = build()
+        clip, image = inputs(1, tokens=6), self.batch()
+        del clip["pooled_BE"]
+        both = {name: torch.cat((clip[name], image[name])) for name in clip}
+        out = model(**both, image_B=torch.tensor([False, True]))
+        torch.testing.assert_close(out[:1], model(**clip), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[1:], model(**image), rtol=1e-4, atol=1e-5)
+
+    def test_a_clip_does_mix_its_frames(self):
+        model, batch = build(), self.batch()
+        del batch["image_B"]
+        other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
+        other["x_BCTHW"][:, :, 1:] *= -2
+        assert (model(**other) - model(**batch))[:, :, 0].abs().max() > 1e-3
+
+
+class TestGrids:
+    @pytest.mark.parametrize("relative", ["bias", "rope", "none"])
+    @pytest.mark.parametrize("grid", [(1, 4, 6), (2, 3, 6), (3, 2, 1)])
+    def test_a_smaller_one_works(self, relative, grid):
+        model = build(relative_position=relative)
+        batch = inputs(grid=grid)
+        assert model(**batch).shape == batch["x_BCTHW"].shape
+
+    @pytest.mark.parametrize("grid", [(4, 4, 6), (3, 5, 6), (3, 4, 7)])
+    def test_a_larger_one_needs_a_model_without_tables(self, grid):
+        with pytest.raises(ValueError, match=re.escape(f"{grid} latent tokens exceeds the position tables' {GRID}")):
+            build()(**inputs(grid=grid))
+        for relative in ("bias", "rope", "none"):
+            out = build(absolute_position=False, relative_position=relative)(**inputs(grid=grid))
+            assert out.shape[2:] == grid
+
+    def test_patches_are_local(self):
+        """Without attention across places, a pixel of a patch moves its own patch alone: order of the folding."""
+        model = build(patch=2, windows=((1, 1, 1),), grid=(2, 3, 5), cross_attention="none")
+        batch = inputs(1, grid=(2, 3, 5), patch=2)
+        other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
+        other["x_BCTHW"][0, 1, 1, 2, 7] += 1  # patch row 1, patch column 3
+        moved = (model(**other) - model(**batch)).abs().amax((0, 1)) > 0
+        expected = torch.zeros(2, 6, 10, dtype=torch.bool)
+        expected[1, 2:4, 6:8] = True
+        assert torch.equal(moved, expected)
+
+
+class TestPatches:
+    """The order of a patch's numbers is part of every stored weight: row, column, channel."""
+
+    def test_feature_order(self):
+        patch = PatchEmbed(3, 2, 12)
+        with torch.no_grad():
+            patch.project.weight.copy_(torch.eye(12))
+            patch.project.bias.zero_()
+        x = torch.randn(2, 3, 2, 4, 6)
+        inside = list(itertools.product(range(2), range(2), range(3)))
+        expected = [
+            torch.stack([x[:, c, t, 2 * h + p, 2 * w + q] for p, q, c in inside], -1)
+            for t, h, w in itertools.product(range(2), range(2), range(3))
+        ]
+        torch.testing.assert_close(patch(x), torch.stack(expected, 1))
+
+    def test_the_head_puts_them_back(self):
+        patch, head = PatchEmbed(3, 2, 12), Head(12, 2, 3)
+        initialise(head, 0)
+        with torch.no_grad():
+            patch.project.weight.copy_(torch.eye(12))
+            patch.project.bias.zero_()
+        x = torch.randn(2, 3, 2, 4, 6)
+        head.project.register_forward_hook(lambda *_: patch(x))
+        assert torch.equal(head(torch.zeros(2, 12, 12), torch.zeros(2, 7, 12), Grid(2, 2, 3)), x)
+
+
+class TestPrecision:
+    def test_bf16_compute_gives_fp32_output_and_gradients(self):
+        model, batch = build(), inputs()
+        exact = model(**batch).detach()
+        model.dtype = torch.bfloat16
+        tokens = []
+        for block in model.blocks.values():
+            block.register_forward_hook(lambda _, args, out: tokens.append((args[0].dtype, args[2].dtype, out.dtype)))
+        out = model(**batch)
+        out.square().mean().backward()
+        assert out.dtype == torch.float32
+        assert tokens == [(torch.bfloat16, torch.float32, torch.bfloat16)] * 4
+        assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 for p in model.parameters() if p.numel())
+        error = (out - exact).norm() / exact.norm()
+        assert 1e-5 < error < 0.05
+
+    def test_fp64_input_and_tables_run(self):
+        """The fp32 islands stay fp32, so this says that dtypes meet, not that the result has fp64's precision."""
+        model, batch = build().double(), inputs()
+        model.dtype = torch.float64
+        wide = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
+        torch.testing.assert_close(model(**wide).float(), build()(**batch), rtol=1e-4, atol=1e-5)
+
+
+class TestSelfConditioning:
+    def test_none_is_zeros(self):
+        model, batch = build(), inputs()
+        zeros = torch.zeros_like(batch["x_BCTHW"])
+        assert torch.equal(model(**batch), model(**batch, previous_BCTHW=zeros))
+        assert (model(**batch) - model(**batch, previous_BCTHW=zeros + 1)).abs().max() > 1e-3
+
+    def test_without_it_the_argument_has_no_effect(self):
+        model, batch = build(self_conditioning=0.0), inputs()
+        assert torch.equal(model(**batch), model(**batch, previous_BCTHW=batch["x_BCTHW"]))

@@ -1,0 +1,280 @@
+"""The step functions: the loss of a row follows from its number alone, however the batch is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vidit.config import RunConfig
+from vidit.data.loader import MicroBatches
+from vidit.data.shards import read_index
+from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
+from vidit.train.ema import Ema
+from vidit.train.latents import cached_latents, encode_all
+from vidit.train.parallelize import build_dit, build_vae
+from vidit.train.step import DitStep, VaeStep, to_pixels
+from vidit.train.validation import validate
+from vidit.vae.store import load_vae
+from vidit.vae.stored import adopt_vae
+
+Configure = Callable[..., RunConfig]
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+class Rig:
+    """A tiny run without its loop: `batch(i)` and `step(batch)`, with every parameter off its initial value."""
+
+    def __init__(self, config: RunConfig, text: TextEncoder | None = None, store: bool = False):
+        self.config = config = adopt_vae(config)
+        refs = read_index(config.data.train)
+        if config.train.task == "vae":
+            self.model, self.step, tokenizer = build_vae(config, CPU, FP32), VaeStep(config, CPU), None
+            latents = None
+        else:
+            vae = load_vae(Path(config.vae.weights), CPU, FP32)
+            text = text or build_text_encoder(config.text)
+            self.model, tokenizer = build_dit(config, text, CPU, FP32), text.tokenizer
+            self.step = DitStep(config, vae, text, CPU)
+            latents = encode_all(config, refs, vae, CPU, print)[1] if store else None
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():  # gates and output start at zero, which would hide the network from the loss
+            for p in self.model.parameters():
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+        self.batch = MicroBatches(config, refs, tokenizer, self.step.images_per_row, latents).__getitem__
+
+    def run(self, numbers: range) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """(loss of each row, its quantile, gradients of the mean), over some micro-batches."""
+        rows, quantiles = [], []
+        for number in numbers:
+            result = self.step(self.model, self.batch(number), "train")
+            (result.rows_B.mean() / len(numbers)).backward()
+            rows.append(result.rows_B.detach())
+            quantiles.append(result.quantile_B)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return torch.cat(rows), torch.cat(quantiles), gradients
+
+
+def assert_close(one: list[Tensor], other: list[Tensor]) -> None:
+    floor = 1e-6 * max(float(g.norm()) for g in one)
+    for a, b in zip(one, other, strict=True):
+        assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + floor
+
+
+@pytest.mark.parametrize("self_conditioning", [0.0, 0.5])
+def test_losses_do_not_depend_on_the_micro_batch(configure: Configure, self_conditioning: float) -> None:
+    """Global step 1 of 8 rows, as one micro-batch of 8, as four of 2: losses, strata and gradients."""
+    change = {"model": {"self_conditioning": self_conditioning}, "data": {"caption_dropout": 0.3}}
+    whole = Rig(configure(**change, train={"global_batch": 8, "micro_batch": 8})).run(range(1, 2))
+    parts = Rig(configure(**change, train={"global_batch": 8, "micro_batch": 2})).run(range(4, 8))
+    torch.testing.assert_close(parts[0], whole[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(parts[1], whole[1])
+    assert_close(whole[2], parts[2])
+    assert sum(bool(g.any()) for g in whole[2]) > 0.9 * len(whole[2])
+
+
+def test_cached_latents_give_the_same_losses(configure: Configure) -> None:
+    """Clips and image rows: the first latent frame of a clip is its first frame as an image."""
+    config = configure(data={"image_rows": 1, "random_crop": False}, train={"micro_batch": 3, "global_batch": 3})
+    direct, cached = Rig(config), Rig(config, store=True)
+    assert cached.batch(1).clips.pixels is None
+    one, other = direct.run(range(1, 3)), cached.run(range(1, 3))
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
+    assert_close(one[2], other[2])
+
+
+def test_the_cache_is_kept_and_keyed(configure: Configure, tmp_path: Path) -> None:
+    config = adopt_vae(configure(tmp_path))
+    refs = read_index(config.data.train)
+    vae, said = load_vae(Path(config.vae.weights), CPU, FP32), []
+    path = tmp_path / "latents.safetensors"
+    kept, store, failed = cached_latents(config, refs, vae, CPU, path, said.append)
+    assert (len(kept), store.latents.shape, failed) == (16, (16, 4, 3, 8, 8), [])
+    again = cached_latents(config, refs, vae, CPU, path, said.append)[1]
+    assert torch.equal(store.latents, again.latents)
+    assert len(said) == 1, "the second start reads the file"
+    vae.encoder.last.bias.add_(1)
+    moved = cached_latents(config, refs, vae, CPU, path, said.append)[1]
+    assert len(said) == 2
+    assert not torch.equal(store.latents, moved.latents), "another VAE encodes anew"
+    path.write_bytes(path.read_bytes()[:100])
+    assert torch.equal(cached_latents(config, refs, vae, CPU, path, said.append)[1].latents, moved.latents)
+
+
+def test_image_rows_hold_independent_images(configure: Configure) -> None:
+    """A row of images has one noise, time and loss like a clip; its images do not see each other."""
+    config = configure(data={"image_rows": 1}, train={"micro_batch": 3, "global_batch": 3})
+    rig = Rig(config)
+    batch = rig.batch(0)
+    assert batch.images is not None
+    assert (len(batch.clips.keys), len(batch.images.keys), batch.rows) == (2, 3, [0, 1, 2])
+    assert batch.images.pixels.shape == (3, 1, 32, 32, 3)
+    latents = rig.step.latents(batch)
+    assert latents.shape == (3, 4, 3, 8, 8)
+    one = rig.step.vae.encode(to_pixels(batch.images.pixels[1:2], CPU)).mean
+    torch.testing.assert_close(latents[2, :, 1], rig.step.vae.whiten(one)[0, :, 0], rtol=1e-4, atol=1e-5)
+    before = rig.step(rig.model, batch, "train").rows_B.detach()
+    batch.images.pixels[0] = 255 - batch.images.pixels[0]
+    after = rig.step(rig.model, batch, "train").rows_B.detach()
+    torch.testing.assert_close(before[:2], after[:2], rtol=1e-5, atol=1e-6)
+    assert abs(float(before[2] - after[2])) > 1e-6
+
+
+def test_an_image_does_not_reach_its_neighbours_output(configure: Configure) -> None:
+    """The network's output for image 1 and 2 of a row, when the latent and the caption of image 0 change."""
+    config = configure(
+        data={"image_rows": 1}, model={"pooled_text": False}, train={"micro_batch": 2, "global_batch": 2}
+    )
+    rig = Rig(config)
+    batch = rig.batch(0)
+    text = rig.step.text(rig.model, batch.tokens, 1)
+    x = rig.step.latents(batch)
+    flags = torch.tensor([False, True])
+    out = rig.step.denoise(rig.model, x, torch.full((2,), 0.5), text, flags, None)
+    x[1, :, 0] += 1
+    batch.tokens.ids[1] = batch.tokens.ids[0]
+    batch.tokens.mask_BL[1] = batch.tokens.mask_BL[0]
+    changed = rig.step.denoise(
+        rig.model, x, torch.full((2,), 0.5), rig.step.text(rig.model, batch.tokens, 1), flags, None
+    )
+    torch.testing.assert_close(changed[1, :, 1:], out[1, :, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(changed[0], out[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(changed[1, :, 0], out[1, :, 0], atol=1e-3)
+
+
+def test_self_conditioning_is_keyed_by_row(configure: Configure) -> None:
+    change = {"model": {"self_conditioning": 0.5}}
+    whole = Rig(configure(**change, train={"global_batch": 16, "micro_batch": 16}))
+    parts = Rig(configure(**change, train={"global_batch": 16, "micro_batch": 2}))
+
+    def chosen(rig: Rig, number: int) -> list[bool]:
+        batch = rig.batch(number)
+        x = torch.ones(len(batch.rows), 4, 3, 8, 8)
+        text = rig.step.text(rig.model, batch.tokens, len(batch.rows))
+        estimate = rig.step.self_condition(
+            rig.model, x, torch.full((len(batch.rows),), 0.5), text, None, batch.rows, "train"
+        )
+        assert estimate is not None
+        assert not estimate.requires_grad
+        return [bool(row.any()) for row in estimate]
+
+    picked = chosen(whole, 0)
+    assert 2 < sum(picked) < 14
+    assert [one for i in range(8) for one in chosen(parts, i)] == picked
+    assert chosen(whole, 1) != picked
+
+
+def test_strata_cover_every_slot_of_every_step(configure: Configure) -> None:
+    rig = Rig(configure(train={"global_batch": 8, "micro_batch": 2}))
+    orders = []
+    for step in range(3):
+        q = rig.step.quantiles(list(range(8 * step, 8 * step + 8)), "train")
+        slots = (q * 8).long().tolist()
+        assert sorted(slots) == list(range(8))
+        orders.append(slots)
+    assert orders[0] != orders[1], "dealt anew each step"
+    free = Rig(configure(diffusion={"stratified": False}, train={"global_batch": 8, "micro_batch": 2}))
+    q = free.step.quantiles(list(range(80)), "train")
+    assert sorted((q[:8] * 8).long().tolist()) != list(range(8))
+    fixed = free.step.quantiles(list(range(4)), "validation")
+    assert sorted((fixed * 4).long().tolist()) == [0, 1, 2, 3], "validation is always stratified"
+
+
+def test_validation_is_fixed_and_leaves_the_model_alone(configure: Configure) -> None:
+    rig = Rig(configure(model={"self_conditioning": 0.5}))
+    ema = Ema(rig.model, 0.9)
+    batches = [rig.batch(i) for i in range(2)]
+    rig.step(rig.model, rig.batch(5), "train")
+    before = {name: p.clone() for name, p in rig.model.named_parameters()}
+    first = validate(rig.model, ema, rig.step, batches, 2)
+    assert all(torch.equal(p, before[name]) for name, p in rig.model.named_parameters())
+    assert rig.model.training
+    assert validate(rig.model, ema, rig.step, batches, 2) == first
+    assert set(first) == {"loss", "loss_band_0", "loss_band_1"}
+    assert first["loss"] == pytest.approx((first["loss_band_0"] + first["loss_band_1"]) / 2, rel=1e-6)
+    with torch.no_grad():  # validation reads the averages, not the weights
+        for p in rig.model.parameters():
+            p.zero_()
+    assert validate(rig.model, ema, rig.step, batches, 2) == first
+    ema.averages["dit.head.project.weight"].mul_(2)
+    assert validate(rig.model, ema, rig.step, batches, 2) != first
+
+
+class FrozenText(TextEncoder):
+    """Stands in for a pretrained encoder: features from a fixed table, one row a character of the caption."""
+
+    trainable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.max_tokens, self.tokenizer = 16, 6, tokenize
+        self.table = nn.Parameter(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), requires_grad=False)
+
+    def forward(self, tokens: TextTokens) -> TextFeatures:
+        features = self.table[tokens.ids] * tokens.mask_BL.unsqueeze(-1)
+        return TextFeatures(features, tokens.mask_BL, features.mean(1))
+
+
+def tokenize(captions: list[str]) -> TextTokens:
+    ids = torch.tensor([[ord(c) % 64 for c in f"\0{text}"[:6].ljust(6)] for text in captions])
+    mask = torch.tensor([[i <= len(text) for i in range(6)] for text in captions])
+    return TextTokens(ids, mask)
+
+
+def test_a_frozen_text_encoder_is_used_and_not_trained(configure: Configure) -> None:
+    text = FrozenText()
+    rig = Rig(configure(data={"image_rows": 1}), text)
+    assert set(rig.model) == {"dit"}, "a frozen encoder is no part of the trained model"
+    rows, _, gradients = rig.run(range(1))
+    assert torch.isfinite(rows).all()
+    assert any(bool(g.any()) for g in gradients)
+    text.table.data.mul_(-3)
+    assert not torch.equal(rig.run(range(1))[0], rows)
+    assert text.table.grad is None
+
+
+@pytest.mark.parametrize("image_rows", [0, 1])
+def test_vae_step(configure: Configure, image_rows: int) -> None:
+    """L1 + L2 + KL as written out, the same however the batch is cut."""
+    config = configure(
+        data={"image_rows": image_rows},
+        vae={"l1_weight": 0.7, "l2_weight": 0.3, "kl_weight": 1e-3},
+        train={"task": "vae", "global_batch": 4, "micro_batch": 4},
+    )
+    rig = Rig(config)
+    rows, quantiles, gradients = rig.run(range(1, 2))
+    assert rows.shape == (4,)
+    assert not quantiles.any()
+    assert all(bool(g.isfinite().all()) for g in gradients)
+    result = rig.step(rig.model, rig.batch(1), "train")
+    assert set(result.parts) == {"l1", "kl", "psnr"}
+    if not image_rows:
+        x = to_pixels(rig.batch(1).clips.pixels, CPU)
+        q = rig.model["vae"].encode(x)
+        expected = 0.5 * (q.mean**2 + q.log_variance.exp() - 1 - q.log_variance).mean()
+        assert result.parts["kl"] == pytest.approx(float(expected.detach()), rel=1e-5)
+        cut = Rig(config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": 1})}))
+        other = cut.run(range(4, 8))
+        torch.testing.assert_close(other[0], rows, rtol=1e-4, atol=1e-5)
+        assert_close(gradients, other[2])
+
+
+def test_a_step_sees_captions_only_through_their_tokens(configure: Configure) -> None:
+    """The caption reaches the loss, and an emptied caption is the unconditional one."""
+    rig = Rig(configure())
+    batch = rig.batch(0)
+    with_text = rig.step(rig.model, batch, "train").rows_B
+    batch.tokens = TextTokens(batch.tokens.ids.clone(), batch.tokens.mask_BL.clone())
+    batch.tokens.ids[:, 1:] = 0
+    batch.tokens.mask_BL[:, 1:] = False
+    without = rig.step(rig.model, batch, "train").rows_B
+    assert not torch.allclose(with_text, without)
+    dropped = MicroBatches(
+        rig.config.model_copy(update={"data": rig.config.data.model_copy(update={"caption_dropout": 0.999})}),
+        read_index(rig.config.data.train), build_text_encoder(rig.config.text).tokenizer, 3,
+    )[0]  # fmt: skip
+    assert torch.equal(dropped.tokens.ids, batch.tokens.ids)
