@@ -30,13 +30,14 @@ class Rule(NamedTuple):
     distributed: bool = False
 
 
-CONFIG = ("vidit.config", "vidit.keys")
+CONFIG = ("vidit.config", "vidit.keys", "vidit.dtypes")
 MODULES = ("vidit.model", "vidit.diffusion", "vidit.vae", "vidit.text", "vidit.data")
 RUN = (*CONFIG, *MODULES, "vidit.train", "vidit.sample", "vidit.evaluate", "vidit.export", "vidit", "parallel")
 # The longest prefix that fits a module decides. Own package always allowed.
 TABLE = {
     "vidit.config": Rule((), ("pydantic",)),
-    "vidit.keys": Rule((), ("torch",)),
+    "vidit.keys": Rule((), ("numpy", "torch")),
+    "vidit.dtypes": Rule((), ("torch",)),
     "vidit.model": Rule(CONFIG),
     "vidit.diffusion": Rule(CONFIG),
     "vidit.vae": Rule(CONFIG),

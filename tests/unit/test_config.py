@@ -310,7 +310,6 @@ class TestResolve:
     def test_faults_that_no_section_sees_alone(self, changes):
         assert len(faults(**changes)) >= 1
 
-
     @pytest.mark.parametrize(("section", "field"), [(Model, "windows"), (Vae, "multipliers")])
     def test_empty_tables(self, section, field):
         with pytest.raises(ValidationError, match=field):

@@ -32,12 +32,12 @@ class TestNumbers:
     def test_golden(self):
         normal = keys.normal((3,), 0, "train/noise", [0, 7])
         expected = [
-            [1.012872576713562, -1.029219627380371, -1.29312264919281],
-            [1.8818562030792236, -1.123267650604248, 1.305433988571167],
+            [0.38632750511169434, -0.3413485884666443, -0.424891859292984],
+            [0.925278902053833, -3.204124927520752, 1.747517704963684],
         ]
         torch.testing.assert_close(normal, torch.tensor(expected), rtol=0, atol=1e-6)
         uniform = keys.uniform(0, "train/time", [0, 1, 10**12])
-        expected = [0.3824190704929686, 0.31186626261755707, 0.5860913768380244]
+        expected = [0.3824190704929685, 0.311866262617557, 0.5860913768380243]
         assert torch.equal(uniform, torch.tensor(expected, dtype=torch.float64))
 
     def test_a_row_is_the_same_in_any_batch(self):

@@ -28,6 +28,7 @@ from vidit.data.video import ClipError, decode_clip
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20
+HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 Item = TypeVar("Item")
 
 
@@ -175,7 +176,7 @@ def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:
 def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefetch: int) -> Iterator[Item]:
     """`dataset[i]` for each index, in order, by worker processes (0: this one); an error keeps its type and text.
 
-    Signals are for this process to answer: a SIGTERM or Ctrl-C that reaches the whole process group, as
+    Signals are for this process to answer: a SIGTERM or Ctrl-C that reaches every process of a job, as
     schedulers and terminals send it, would else kill the workers under a run that is about to save.
     """
     if workers == 0:
@@ -194,7 +195,7 @@ def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefet
     # Child processes inherit the mask, the server that forks the workers too. The tracker of shared memory comes
     # first: Python 3.11 clears the mask when it starts one.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
     try:
         items = iter(loader)
     finally:
@@ -220,7 +221,8 @@ class _Guarded(TorchDataset[Any]):
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    for follow in (_leave_with_parent, _leave_when_told):
+        threading.Thread(target=follow, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
@@ -228,4 +230,13 @@ def _leave_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
+    os._exit(1)
+
+
+def _leave_when_told() -> None:
+    """End this worker on a signal from the run itself, which is how Python ends what is left at its exit."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo(HELD).si_pid != parent.pid:
+        pass
     os._exit(1)

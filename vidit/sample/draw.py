@@ -1,6 +1,7 @@
 """Videos from a denoiser: prompts and a seed -> uint8 frames.
 
-A sample is keyed by (seed, its number), so the same request gives the same video whatever the micro-batch.
+A sample is keyed by (seed, its number): the same request gives the same video, up to rounding whatever the
+micro-batch.
 """
 
 from collections.abc import Sequence

@@ -75,7 +75,11 @@ def train_loop(
     state.model.train()
 
     while state.step < c.steps and stop.signal is None:
-        keys, skipped, losses, quantiles, parts = [], [], [], [], {}
+        keys: list[str] = []
+        skipped: list[str] = []
+        losses: list[float] = []
+        quantiles: list[float] = []
+        parts: dict[str, float] = {}
         for _ in range(accumulation):
             batch = next(data)
             skips.add(batch.keys, batch.skipped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -207,3 +209,25 @@ def test_usable_agrees_with_the_decoder(configure: Configure, tmp_path: Path) ->
                 decodes = False
             assert decodes or ref not in kept, f"{ref.key} at {fps} fps is kept and does not decode"
             assert not decodes or ref in kept, f"{ref.key} at {fps} fps decodes and is dropped"
+
+
+LEAVING = """
+import sys
+from vidit.config import RunConfig
+from vidit.data.loader import MicroBatches, batches
+from vidit.data.shards import read_index
+
+if __name__ == "__main__":
+    config = RunConfig.model_validate_json(sys.argv[1])
+    kept = batches(MicroBatches(config, read_index(config.data.train), None, 3), 0, 10**6)
+    next(kept)
+"""
+
+
+def test_a_process_can_leave_while_its_workers_read(configure: Configure, tmp_path: Path) -> None:
+    """They hold signals back, but not the one that Python ends its children with."""
+    script = tmp_path / "leaving.py"
+    script.write_text(LEAVING)
+    config = configure(data={"num_workers": 1})
+    done = subprocess.run([sys.executable, script, config.to_json()], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -51,7 +52,8 @@ def build(grid=GRID, seed=0, filled=True, **changes):
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if not p.any():
-                    p.copy_(0.1 * torch.randn(p.shape, generator=keys.generator(seed, "fill", name)))
+                    rows = keys.generator(seed, "fill", name).standard_normal(tuple(p.shape), np.float32)
+                    p.copy_(0.1 * torch.from_numpy(rows))
     return model
 
 
@@ -232,7 +234,7 @@ class TestInitialise:
         torch.testing.assert_close(value[0], torch.tensor(GOLDEN), rtol=0, atol=1e-7)
 
 
-GOLDEN = [-0.7375051975250244, 0.10414284467697144, 0.1405373364686966, -0.41889330744743347]
+GOLDEN = [-0.16216836869716644, -0.7522507309913635, 0.19146351516246796, -0.5176733732223511]
 
 
 class TestRows:
