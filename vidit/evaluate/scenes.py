@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from vidit.data.scenes import Scene, caption, render, sample_scene
+from vidit.data.scenes import Scene, Split, caption, render, sample_scene
 from vidit.data.video import decode_clip, encode_mp4
 from vidit.evaluate.scene_score import SceneScore, score_scene
 from vidit.sample.run import open_trained
@@ -41,7 +41,7 @@ def test_scenes(num: int, seed: int, frames: int, height: int, width: int) -> li
     scenes = []
     for index in range(num):
         seen = index % 2 == 0
-        split = "train" if seen else "held_out"
+        split: Split = "train" if seen else "held_out"
         # Training clips are numbered from 0 under the dataset's seed; these use a seed of their own.
         scene = sample_scene(1_000_003 + seed, index, split, num_frames=frames, height=height, width=width)
         scenes.append((scene, seen))

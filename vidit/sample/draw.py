@@ -4,7 +4,7 @@ A sample is keyed by (seed, its number): the same request gives the same video, 
 micro-batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -65,7 +65,7 @@ class _Denoiser:
         self.step, self.model = step, model
         self.previous: Tensor | None = None
 
-    def __call__(self, x: Tensor, t_B: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
         t_B = t_B.to(self.step.device)
         output = self.step.denoise(self.model, x, t_B, text, None, self.previous)

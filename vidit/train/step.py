@@ -202,10 +202,11 @@ class VaeStep:
     def _terms(
         self, model: nn.ModuleDict, pixels: Tensor, numbers: list[int], purpose: str
     ) -> tuple[Tensor, dict[str, float]]:
-        c, x = self.config.vae, to_pixels(pixels, self.device)
-        q = model["vae"].encode(x)
+        c, x, vae = self.config.vae, to_pixels(pixels, self.device), model["vae"]
+        assert isinstance(vae, CausalVae)
+        q = vae.encode(x)
         noise = keys.normal(tuple(q.mean.shape[1:]), self.config.train.seed, f"{purpose}/posterior", numbers)
-        out = model["vae"].decode(q.mean + (0.5 * q.log_variance).exp() * noise.to(self.device))
+        out = vae.decode(q.mean + (0.5 * q.log_variance).exp() * noise.to(self.device))
         error = out - x
         l1_B, l2_B = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)
         kl_B = 0.5 * (q.mean.square() + q.log_variance.exp() - 1 - q.log_variance).flatten(1).mean(1)
