@@ -10,7 +10,9 @@ WEIGHTS = Path(__file__).parent / "weights" / "demo_vae"
 def vae() -> RunConfig:
     """The demo's causal VAE, 4x4x4 and 6 channels.
 
-    Command:  make demo-vae
+    Command:   make demo-vae
+    Hardware:  2 CPU cores
+    Result:    27.8 dB on unseen scenes; the scorer reads 96 % of the shapes of its reconstructions (record.json)
     """
     return RunConfig(
         name="demo-vae",
@@ -55,7 +57,10 @@ def vae() -> RunConfig:
 def demo() -> RunConfig:
     """W.A.L.T. at toy size: colours, shapes and directions from captions.
 
-    Command:  make demo
+    Command:   make demo
+    Hardware:  2 CPU cores
+    Time:      about 430 s of training on 2 cores of AVX2
+    Result:    validation loss 0.50; of 64 captions colour 1.00, direction 0.31, shape 0.26 read right
     """
     return RunConfig(
         name="demo",
@@ -73,10 +78,10 @@ def demo() -> RunConfig:
             caption_dropout=0.1,
         ),
         train=Train(
-            steps=1300,
+            steps=2600,
             global_batch=16,
             micro_batch=16,
-            learning_rate=1e-3,
+            learning_rate=1.5e-3,
             warmup_steps=50,
             schedule="cosine",
             final_learning_rate=0.1,
