@@ -113,9 +113,9 @@ def _sample_motions(rng: np.random.Generator, looks: list[tuple[str, str]], num_
 
 
 def _sample_background(rng: np.random.Generator, height: int, width: int) -> Background:
-    """Two greys 26 to 60 levels apart with a common tint of at most 14 levels; half of the textures drift."""
+    """Two greys 8 to 24 levels apart with a common tint of at most 14 levels; half of the textures drift."""
     texture = str(rng.choice(TEXTURES))
-    contrast = rng.uniform(26, 60)
+    contrast = rng.uniform(8, 24)
     level = rng.uniform(35, 225 - contrast)
     tint = rng.uniform(-7, 7, size=3)
     short = min(height, width)
