@@ -11,20 +11,19 @@ import argparse
 import json
 import statistics
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
+from benchmarks.record import write_result
 from configs.demo import demo
 from vidit.config import RunConfig, apply_overrides, resolve
 from vidit.data.loader import Batch, MicroBatches
-from vidit.data.pack import pack_scenes
+from vidit.data.scene_pack import pack_scenes
 from vidit.data.shards import read_index
 from vidit.train import run as training
-from vidit.train.rundir import environment
 from vidit.train.step import DitStep
 from vidit.vae.stored import adopt_vae
 
@@ -92,11 +91,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
         result = measure(Path(folder), arguments.rounds, arguments.steps)
-    result |= {"rounds": arguments.rounds, "steps": arguments.steps, "environment": environment()}
-    day = datetime.now(UTC).date().isoformat()
-    out = Path(__file__).parent / "results" / f"{day}-loop-overhead.json"
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    path = write_result("loop-overhead", {**result, "rounds": arguments.rounds, "steps": arguments.steps})
     print(json.dumps({key: round(result[key], 4) for key in ("loop_step_s", "bare_step_s", "overhead")}))
+    print(path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment
 from safetensors.torch import load_file
 
-from vidit.data.video import write_gif
+from vidit.data.encode import write_gif
 from vidit.train.metrics import read_metrics
 from vidit.train.rundir import read_config
 

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from vidit.data.encode import encode_mp4
 from vidit.data.scenes import Scene, Split, caption, render, sample_scene
-from vidit.data.video import decode_clip, encode_mp4
+from vidit.data.video import decode_clip
 from vidit.evaluate.scene_score import SceneScore, score_scene
 from vidit.sample.run import open_trained
+from vidit.train.memory import PeakMemory
 from vidit.train.rundir import record_cost
 
 ATTRIBUTES = ("colour", "direction", "shape")
@@ -67,15 +69,16 @@ def evaluate_scenes(run_dir: Path, num_clips: int, seed: int) -> dict[str, Any]:
     unseen half and for ground truth, and what the run cost.
     """
     started = time.time()
-    trained = open_trained(run_dir)
-    d = trained.config.data
-    scenes = test_scenes(num_clips, seed, d.num_frames, d.height, d.width)
-    videos = trained.draw([caption(scene) for scene, _ in scenes], seed)
-    judged = [judge(scene, seen, video) for (scene, seen), video in zip(scenes, videos, strict=True)]
-    truth = [judge(scene, seen, _through_codec(scene)) for scene, seen in scenes]
+    with PeakMemory() as memory:
+        trained = open_trained(run_dir)
+        d = trained.config.data
+        scenes = test_scenes(num_clips, seed, d.num_frames, d.height, d.width)
+        videos = trained.draw([caption(scene) for scene, _ in scenes], seed)
+        judged = [judge(scene, seen, video) for (scene, seen), video in zip(scenes, videos, strict=True)]
+        truth = [judge(scene, seen, _through_codec(scene)) for scene, seen in scenes]
     save_file({f"{i:04d}": video for i, video in enumerate(videos)}, run_dir / "evaluation.safetensors")
     (run_dir / "evaluation.json").write_text(json.dumps([asdict(j) for j in judged], indent=1) + "\n")
-    record_cost(run_dir, "evaluate", time.time() - started, trained.trained_steps)
+    record_cost(run_dir, "evaluate", time.time() - started, trained.trained_steps, memory.peak_gib)
     summary = _summary(judged, truth) | _costs(run_dir) | {"captions": num_clips, "steps": trained.trained_steps}
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary

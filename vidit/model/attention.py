@@ -24,6 +24,10 @@ from vidit.model.windows import Grid, fit, merge, padding_mask, partition
 EVERY_FRAME = -1
 PADDING = -2
 
+# Keys below which bf16 attention is slower than fp32 on a CPU. Forward and backward with AMX, milliseconds in
+# bf16 and fp32: 48 keys 6.8 and 0.9, 192 keys 15 and 8, 1280 keys 83 and 108 (benchmarks/cpu_attention.py).
+CPU_SHORT = 512
+
 
 class Positions(NamedTuple):
     """Where each token of this rank is; sharded along S together with the tokens."""
@@ -66,8 +70,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -
         from flash_attn import flash_attn_func
 
         return flash_attn_func(q, k, v)
+    dtype = q.dtype
+    if half and q.device.type == "cpu" and k.shape[1] < CPU_SHORT:
+        q, k, v = q.float(), k.float(), v.float()
+        mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(dtype)
 
 
 class WindowCore(nn.Module):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from vidit.data.video import write_gif
+from vidit.data.encode import write_gif
 
 
 def add_video(board: SummaryWriter, name: str, video_THW3: NDArray[np.uint8], step: int, fps: float) -> None:

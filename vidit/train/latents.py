@@ -16,9 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError
+from vidit.data.limits import ClipError
 from vidit.data.loader import LatentStore, MicroBatches, read_ahead
 from vidit.data.shards import ClipRef
-from vidit.data.video import ClipError
 from vidit.train.step import to_pixels
 from vidit.vae.autoencoder import CausalVae
 

@@ -13,15 +13,16 @@ from torch import nn
 
 from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig, resolve
+from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches, batches, usable
 from vidit.data.shards import ClipRef, read_index
-from vidit.data.video import encode_mp4
 from vidit.model.flops import forward_flops, training_flops
 from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.ema import Ema
 from vidit.train.latents import cached_latents
 from vidit.train.loop import SkipCount, train_loop
+from vidit.train.memory import PeakMemory
 from vidit.train.metrics import Reporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.parallelize import build_dit, build_vae
@@ -54,8 +55,11 @@ def run(config: RunConfig) -> bool:
     config = adopt_vae(config)
     resolve(config)
     clips = _split(config)
-    with _disk(config.directory):
-        return _train(config, clips)
+    started = time.time()
+    with _disk(config.directory), PeakMemory() as memory:
+        state, done = _train(config, clips)
+    record_cost(config.directory, "train", time.time() - started, state.step, memory.peak_gib)
+    return done
 
 
 @contextmanager
@@ -72,8 +76,7 @@ def _disk(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _train(config: RunConfig, clips: Split) -> bool:
-    started = time.time()
+def _train(config: RunConfig, clips: Split) -> tuple[TrainState, bool]:
     root = config.directory / "checkpoints"
     found = checkpoint.steps(root)
     open_run(config, bool(found))
@@ -105,8 +108,7 @@ def _train(config: RunConfig, clips: Split) -> bool:
             finish_vae(config, task.model, state.ema, validation or [dataset[0]], config.directory / "vae")
         elif done:
             _preview(task, state, reporter)(state.step)
-    record_cost(config.directory, "train", time.time() - started, state.step)
-    return done
+    return state, done
 
 
 def build_task(config: RunConfig, device: torch.device) -> Task:

@@ -13,7 +13,6 @@ costs.jsonl        wall time and peak memory of each start
 import filecmp
 import json
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -117,11 +116,9 @@ def keep_vae(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(target)})})
 
 
-def record_cost(run_dir: Path, stage: str, seconds: float, step: int) -> None:
-    """Append the wall time and peak memory of this process, its workers included, to costs.jsonl."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    row = {"stage": stage, "step": step, "seconds": round(seconds, 3), "peak_rss_gib": (own + workers) / 2**20}
+def record_cost(run_dir: Path, stage: str, seconds: float, step: int, peak_rss_gib: float) -> None:
+    """Append the wall time and peak memory of one start to costs.jsonl."""
+    row = {"stage": stage, "step": step, "seconds": round(seconds, 3), "peak_rss_gib": round(peak_rss_gib, 4)}
     with (run_dir / "costs.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
