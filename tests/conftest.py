@@ -62,7 +62,7 @@ def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """16 procedural clips of 5 frames of 32x32."""
-    from vidit.data.pack import pack_scenes
+    from vidit.data.scene_pack import pack_scenes
 
     folder = tmp_path_factory.mktemp("tiny") / "clips"
     pack_scenes(folder, 16, "train", 0, num_frames=5, height=32, width=32, workers=0)

@@ -95,7 +95,8 @@ def config(arguments: argparse.Namespace) -> int:
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    from vidit.data.pack import pack, print_report
+    from vidit.data.pack import pack
+    from vidit.data.pack_report import print_report
 
     report = pack(
         Path(arguments.source),
@@ -112,7 +113,7 @@ def pack(arguments: argparse.Namespace) -> int:
 
 
 def scenes(arguments: argparse.Namespace) -> int:
-    from vidit.data.pack import pack_scenes
+    from vidit.data.scene_pack import pack_scenes
 
     manifest = pack_scenes(
         Path(arguments.out),

@@ -17,9 +17,11 @@ from PIL import Image
 
 from vidit.cli import main
 from vidit.config import RunConfig
+from vidit.data.encode import encode_mp4
 from vidit.data.scenes import caption, render, sample_scene
-from vidit.data.shards import ShardWriter, read_clip, read_index
-from vidit.data.video import decode_clip, encode_mp4, probe
+from vidit.data.shard_writer import ShardWriter
+from vidit.data.shards import read_clip, read_index
+from vidit.data.video import decode_clip, probe
 from vidit.train.metrics import read_metrics
 from vidit.vae.store import load_vae
 

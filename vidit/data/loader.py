@@ -22,9 +22,10 @@ from torch.utils.data import Dataset as TorchDataset
 from vidit import keys
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
+from vidit.data.limits import ClipError
 from vidit.data.order import clip_at, rows_of, split_rows, substitute
 from vidit.data.shards import ClipRef, read_clip
-from vidit.data.video import ClipError, decode_clip
+from vidit.data.video import decode_clip
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20

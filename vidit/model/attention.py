@@ -155,14 +155,15 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over the head dim, fp32 inside (QK-norm; per head, so tensor parallelism needs no reduction)."""
+    """Layer norm over the head dim, scale only, fp32 inside (QK-norm, 2302.05442; per head, so tensor parallelism
+    needs no reduction)."""
 
     def __init__(self, head_dim: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x_BSNK: Tensor) -> Tensor:
-        return F.rms_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), 1e-6).to(x_BSNK.dtype)
+        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=1e-6).to(x_BSNK.dtype)
 
 
 class RelativeBias(nn.Module):

@@ -58,7 +58,7 @@ class TextEmbed(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, text_BLE: Tensor) -> Tensor:
-        return self.out(F.gelu(self.up(text_BLE), approximate="tanh"))
+        return self.out(F.gelu(self.up(text_BLE)))
 
 
 class AbsolutePosition(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig, apply_overrides
-from vidit.data.video import encode_mp4, write_gif
+from vidit.data.encode import encode_mp4, write_gif
 from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.parallelize import build_dit

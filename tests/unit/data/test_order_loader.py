@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from vidit.config import RunConfig
+from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches, batches, usable
 from vidit.data.order import clip_at, epoch_order, rows_of, split_rows, substitute
-from vidit.data.shards import ShardWriter, read_index
-from vidit.data.video import encode_mp4
+from vidit.data.shard_writer import ShardWriter
+from vidit.data.shards import read_index
 from vidit.text.bytes import ByteTokenizer
 
 Configure = Callable[..., RunConfig]

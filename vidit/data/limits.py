@@ -1,0 +1,20 @@
+"""What one video may ask of the machine, and the error that refuses a video."""
+
+from __future__ import annotations
+
+MAX_PIXELS = 8192 * 4320
+"""Largest picture that is decoded or made on the way: 8K."""
+TIMEOUT_S = 60.0
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used; ``reason`` says why in words fit for a report."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise ClipError(f"{width}x{height} pixels exceed the limit of {MAX_PIXELS}")

@@ -1,0 +1,81 @@
+"""The manifest of a data set, ``dataset.json``: every shard by name, with its size and SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from vidit.data.tar import CURE, ShardError
+
+MANIFEST = "dataset.json"
+FORMAT, VERSION = "vidit-shards", 1
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of this name is part of a data set: a shard, an index or the manifest."""
+    return name == MANIFEST or bool(re.fullmatch(r"shard-\d{6}\.(tar|index\.jsonl)", name))
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips``."""
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "num_clips": sum(shard["num_clips"] for shard in shards),
+        "num_bytes": sum(shard["num_bytes"] for shard in shards),
+        "shards": shards,
+    }
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears under its name when it is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def check_manifest(folder: Path, shards: list[Path], verify_hashes: bool) -> None:
+    """Compare the shards of a folder with its manifest, if it has one: names, sizes, on demand hashes. ShardError."""
+    path = folder / MANIFEST
+    if not path.exists():
+        if verify_hashes:
+            raise ShardError(f"{path} is missing, so there is no hash to verify; {CURE}")
+        return
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = (manifest["format"], manifest["version"])
+        listed = {str(row["name"]): (int(row["num_bytes"]), str(row["sha256"])) for row in manifest["shards"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is not a manifest ({type(error).__name__}: {error}); {CURE}") from error
+    if version != (FORMAT, VERSION):
+        raise ShardError(f"{path}: format {version}, this version reads {(FORMAT, VERSION)}; {CURE}")
+    present = {shard.name: shard for shard in shards}
+    if set(present) != set(listed):
+        differing = ", ".join(sorted(set(present) ^ set(listed))[:5])
+        raise ShardError(
+            f"{folder}: {len(present)} shards are there, {path.name} lists {len(listed)}; "
+            f"in one and not the other: {differing}; {CURE}"
+        )
+    for name, (num_bytes, sha256) in listed.items():
+        _check_listed(present[name], num_bytes, sha256 if verify_hashes else None)
+
+
+def _check_listed(shard: Path, num_bytes: int, sha256: str | None) -> None:
+    found = shard.stat().st_size
+    if found != num_bytes:
+        raise ShardError(f"{shard}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
+    if sha256 is None:
+        return
+    digest = sha256_of(shard)
+    if digest != sha256:
+        raise ShardError(f"{shard}: SHA-256 {digest}, {MANIFEST} says {sha256}; {CURE}")

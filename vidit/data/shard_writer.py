@@ -1,0 +1,125 @@
+"""Write clips into tar shards, with an index beside each and a manifest at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from vidit.data.manifest import is_ours, sha256_of, write_manifest, write_whole
+from vidit.data.shards import facts_of, index_path, ref_of, row_of
+from vidit.data.tar import BLOCK, VIDEO_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
+
+_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
+
+
+@dataclass(slots=True)
+class _Shard:
+    """The shard that is being written."""
+
+    path: Path
+    partial: Path
+    file: BinaryIO
+    tar: Any
+    num_bytes: int = 0
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+class ShardWriter:
+    """Writes clips in the order in which they are added; a context manager.
+
+    A shard appears under its name when it is whole; the manifest appears on ``close``. After an exception in
+    the ``with`` block the unfinished shard and the manifest are not written.
+    """
+
+    def __init__(self, out_dir: Path, max_clips_per_shard: int = 1000, max_bytes: int = 1 << 30) -> None:
+        if max_clips_per_shard < 1 or max_bytes < 1:
+            raise ValueError(f"max_clips_per_shard={max_clips_per_shard}, max_bytes={max_bytes}; use 1 or more")
+        out_dir.mkdir(parents=True, exist_ok=True)
+        present = sorted(path.name for path in out_dir.iterdir() if is_ours(path.name))
+        if present:
+            raise ShardError(f"{out_dir} already holds {present[0]}; write to an empty folder")
+        self._out_dir, self._max_clips, self._max_bytes = out_dir, max_clips_per_shard, max_bytes
+        self._keys: set[str] = set()
+        self._done: list[dict[str, Any]] = []
+        self._shard: _Shard | None = None
+
+    def add(self, key: str, video: bytes, sidecar: Mapping[str, Any], suffix: str = "mp4") -> None:
+        """Append one clip. ``sidecar`` needs a ``caption``; a width, height, fps or num_frames that it lacks
+        is probed for the index. Raises ValueError for a bad key, suffix or sidecar, ClipError from the probe.
+        """
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"key {key!r} is not 1 to 90 letters, digits, - and _ starting with no dash")
+        if key in self._keys:
+            raise ValueError(f"key {key!r} was added before; every clip needs its own")
+        if suffix not in VIDEO_SUFFIXES:
+            raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES))}")
+        if not isinstance(sidecar.get("caption"), str):
+            raise ValueError(f"{key}: the sidecar has no caption text")
+        text = json.dumps(dict(sidecar), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        facts = facts_of(sidecar, lambda: video)
+        size = sum(BLOCK + padded(len(part)) for part in (video, text))
+        shard = self._room_for(size)
+        shard.tar.write({"__key__": key, "json": text, suffix: video})
+        shard.facts[key] = facts | {"caption_chars": len(sidecar["caption"])}
+        shard.num_bytes += size
+        self._keys.add(key)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the last shard, write the manifest and return it. Raises ValueError if no clip was added."""
+        if self._shard is not None:
+            self._finish(self._shard)
+        if not self._done:
+            raise ValueError(f"no clip was added, so {self._out_dir} would be an empty data set")
+        return write_manifest(self._out_dir, self._done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._shard is not None:
+            self._shard.tar.close()
+            self._shard.file.close()
+            self._shard.partial.unlink(missing_ok=True)
+
+    def _room_for(self, size: int) -> _Shard:
+        shard = self._shard
+        if shard and (len(shard.facts) >= self._max_clips or shard.num_bytes + size > self._max_bytes):
+            self._finish(shard)
+            shard = None
+        return shard or self._start()
+
+    def _start(self) -> _Shard:
+        # Imported here because it costs a second, which a reader has no use for.
+        from webdataset import TarWriter
+
+        path = self._out_dir / f"shard-{len(self._done):06d}.tar"
+        partial = path.with_name(f".{path.name}.partial")
+        file = partial.open("wb")
+        # An open file, so that no name is ever taken for a `pipe:` command.
+        tar = TarWriter(file, user="vidit", group="vidit", mode=0o444, encoder=False, mtime=0)
+        self._shard = _Shard(path, partial, file, tar)
+        return self._shard
+
+    def _finish(self, shard: _Shard) -> None:
+        shard.tar.close()
+        shard.file.close()
+        # The reader's own scan gives the offsets, so what was written is proven readable before it is named.
+        rows = []
+        for key, members in scan(shard.partial, Limits(max_video_bytes=1 << 62)).items():
+            video, caption = video_of(shard.path, key, members), members["json"]
+            facts = shard.facts[key] | {"video_suffix": suffix_of(video.name)}
+            rows.append(ref_of(shard.path, key, video, caption, facts))
+        digest, num_bytes = sha256_of(shard.partial), shard.partial.stat().st_size
+        shard.partial.replace(shard.path)
+        write_whole(index_path(shard.path), "".join(map(row_of, rows)))
+        self._done.append({"name": shard.path.name, "num_bytes": num_bytes, "sha256": digest, "num_clips": len(rows)})
+        self._shard = None
