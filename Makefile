@@ -20,7 +20,7 @@ demo: $(STAMP)
 	$(BIN)/vidit report $(DEMO)
 
 demo-vae: $(STAMP)
-	$(BIN)/vidit scenes runs/demo-vae/data --clips 3000 --overwrite
+	$(BIN)/vidit scenes runs/demo-vae/data --clips 4000 --odds 1 1 1 --overwrite
 	$(BIN)/vidit train configs.demo:vae
 	$(BIN)/python -m benchmarks.vae_record runs/demo-vae configs/weights/demo_vae
 

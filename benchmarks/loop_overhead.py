@@ -19,10 +19,12 @@ import torch
 
 from benchmarks.record import write_result
 from configs.demo import demo
-from vidit.config import RunConfig, apply_overrides, resolve
+from vidit.config import RunConfig
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.scene_pack import pack_scenes
 from vidit.data.shards import read_index
+from vidit.overrides import apply_overrides
+from vidit.resolve import resolve
 from vidit.train import run as training
 from vidit.train.step import DitStep
 from vidit.vae.stored import adopt_vae
@@ -60,7 +62,8 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     config = apply_overrides(
         demo(),
         [f"run_dir={folder / 'run'}", f"data.train={folder / 'data'}", "data.num_validation=0", "train.log_every=5",
-         "train.warmup_steps=0", "train.schedule=constant", "sample.prompts=[]", "train.checkpoint_every=1000000"],
+         "train.warmup_steps=0", "train.schedule=constant", "train.final_learning_rate=0",
+         "sample.prompts=[]", "train.checkpoint_every=1000000"],
     )  # fmt: skip
     config = adopt_vae(config)
     resident = apply_overrides(config, [f"run_dir={folder / 'bare'}"])

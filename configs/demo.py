@@ -8,48 +8,40 @@ WEIGHTS = Path(__file__).parent / "weights" / "demo_vae"
 
 
 def vae() -> RunConfig:
-    """The demo's causal VAE, 4x4x4 and 6 channels.
+    """The demo's causal VAE, 4x8x8 and 16 channels.
+
+    Its clips show one, two and three things equally often: more of the loss is then spent on edges.
 
     Command:   make demo-vae
     Hardware:  2 CPU cores
-    Result:    27.8 dB on unseen scenes; the scorer reads 96 % of the shapes of its reconstructions (record.json)
     """
     return RunConfig(
         name="demo-vae",
         vae=Vae(
             patch=2,
-            latent_channels=6,
-            base_channels=24,
-            multipliers=(1, 2, 2),
+            latent_channels=16,
+            base_channels=16,
+            multipliers=(1, 2, 4),
             num_res_blocks=(0, 1, 1),
-            decoder_res_blocks=(1, 1, 1),
-            spatial_down=(True, False),
+            decoder_res_blocks=(1, 2, 2),
+            spatial_down=(True, True),
             temporal_down=(True, True),
             l2_weight=1.0,
-            kl_weight=1e-5,
+            kl_weight=3e-5,
             half_weights=True,
         ),
-        data=Data(
-            train="runs/demo-vae/data",
-            num_validation=64,
-            num_frames=9,
-            height=64,
-            width=64,
-            image_rows=0,
-            num_workers=1,
-        ),
+        data=Data(train="runs/demo-vae/data", num_validation=64, num_frames=9, height=64, width=64, num_workers=1),
         train=Train(
             task="vae",
-            steps=2400,
-            global_batch=4,
-            micro_batch=4,
-            learning_rate=1.5e-3,
+            steps=3500,
+            global_batch=8,
+            micro_batch=8,
+            learning_rate=2e-3,
             warmup_steps=50,
             schedule="cosine",
-            betas=(0.9, 0.99),
             ema_decay=0.995,
-            validate_every=200,
-            checkpoint_every=200,
+            validate_every=500,
+            checkpoint_every=500,
         ),
     )
 

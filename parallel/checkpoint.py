@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8})$")
+_NAME = re.compile(r"step-(\d{8,})(\.partial)?")
 
 
 class CheckpointError(RuntimeError):
@@ -67,8 +67,15 @@ def steps(root: Path) -> list[int]:
     """Steps of the whole checkpoints under `root`, ascending. Partial folders do not count."""
     if not root.is_dir():
         return []
-    found = [match for path in root.iterdir() if (match := _NAME.search(path.name)) and (path / MANIFEST).is_file()]
-    return sorted(int(match[1]) for match in found)
+    found = [step for path in root.iterdir() if (path / MANIFEST).is_file() and (step := _step_of(path)) is not None]
+    return sorted(found)
+
+
+def _step_of(path: Path) -> int | None:
+    """The step of a folder that has a checkpoint's name, as `folder_of` gives it."""
+    match = _NAME.fullmatch(path.name)
+    step = int(match[1]) if match else None
+    return step if step is not None and path == folder_of(path.parent, step) else None
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -80,8 +87,9 @@ def prune(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what crashed saves left behind."""
     for step in steps(root)[:-keep]:
         shutil.rmtree(folder_of(root, step), ignore_errors=True)
-    for partial in root.glob("step-*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    for partial in root.glob("*.partial"):
+        if _NAME.fullmatch(partial.name):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -115,18 +123,15 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def load(folder: Path, tensors: Mapping[str, Tensor], prefix: str | None = None) -> dict[str, Any]:
     """Fill `tensors` in place from a checkpoint, whatever layout wrote it; returns its facts.
 
-    Every tensor asked for must be there with the same global shape. Raises CheckpointError otherwise, before
-    anything is changed.
+    Every tensor asked for must be there with the same global shape and dtype, and every tensor there whose name
+    starts with `prefix` must be asked for: "" for the whole checkpoint, None for any choice of it. Raises
+    CheckpointError otherwise, before anything is changed.
     """
     manifest = verify(folder)
-    stored = manifest["tensors"]
-    faults = [f"{name} is not in it" for name in tensors if name not in stored]
-    for name, tensor in tensors.items():
-        if name in stored and list(tensor.shape) != stored[name]["shape"]:
-            faults.append(f"{name} is {tuple(stored[name]['shape'])} there and {tuple(tensor.shape)} here")
+    faults = list(_misfits(manifest["tensors"], tensors, prefix))
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise CheckpointError(
@@ -138,9 +143,27 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return dict(manifest["facts"])
 
 
+def _misfits(stored: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str | None) -> Iterator[str]:
+    """What keeps `tensors` from being loaded from the stored ones, one phrase a tensor."""
+    for name, tensor in tensors.items():
+        kept = stored.get(name)
+        if kept is None:
+            yield f"{name} is not in it"
+        elif list(tensor.shape) != kept["shape"]:
+            yield f"{name} is {tuple(kept['shape'])} there and {tuple(tensor.shape)} here"
+        elif _dtype(tensor) != kept["dtype"]:
+            yield f"{name} is {kept['dtype']} there and {_dtype(tensor)} here"
+    if prefix is not None:
+        yield from (f"{name} has no place here" for name in stored if name.startswith(prefix) and name not in tensors)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _write_manifest(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-    shapes = {n: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for n, t in tensors.items()}
+    shapes = {name: {"shape": list(t.shape), "dtype": _dtype(t)} for name, t in tensors.items()}
     manifest = {"format": FORMAT, "step": step, "facts": dict(facts), "files": files, "tensors": shapes}
     manifest["sha256"] = _own_hash(manifest)
     with (folder / MANIFEST).open("w") as file:

@@ -76,8 +76,11 @@ def configure(tiny_vae: Path, tiny_clips: Path) -> Configure:
     def build(run_dir: Path | str = "", **changes: Any) -> RunConfig:
         vae = TINY_VAE if changes.get("train", {}).get("task") == "vae" else {"weights": str(tiny_vae)}
         tree: dict[str, Any] = {"name": "tiny", "run_dir": str(run_dir), "vae": vae}
-        tree |= {name: dict(section) for name, section in TINY.items()}
+        acts = TINY if "weights" in vae else ("data", "train")
+        tree |= {name: dict(TINY[name]) for name in acts}
         tree["data"]["train"] = str(tiny_clips)
+        if "weights" not in vae:
+            del tree["train"]["num_time_bands"]  # a VAE has no timesteps
         for name, change in changes.items():
             tree[name] = {**tree.get(name, {}), **change} if isinstance(change, dict) else change
         return RunConfig.model_validate(tree)

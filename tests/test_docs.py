@@ -5,11 +5,16 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from vidit.cli import main, parse
+from vidit.config import RunConfig
+from vidit.data.encode import encode_mp4
+from vidit.data.scenes import caption, render, sample_scene
+from vidit.train.run import run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,30 +31,46 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) > 8
 
 
-@pytest.fixture
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The config of docs/configs.md, saved as it says."""
+@pytest.fixture(scope="module")
+def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the pages assume it: the configs, the config of docs/configs.md, VIDEOS, and a trained runs/clips."""
+    folder = tmp_path_factory.mktemp("docs")
     page = (ROOT / "docs" / "configs.md").read_text()
-    source = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
-    (tmp_path / "mine.py").write_text(source)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    (folder / "mine.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "VIDEOS").mkdir()
+    for index in range(2):
+        scene = sample_scene(0, index, "train")
+        (folder / "VIDEOS" / f"{index}.mp4").write_bytes(encode_mp4(render(scene), float(scene.fps)))
+        (folder / "VIDEOS" / f"{index}.txt").write_text(caption(scene))
+    assert run(configure(folder / "runs" / "clips", train={"steps": 2}, sample={"prompts": ()}))
+    return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command: str, mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs each command for real, but for what takes minutes: `make` is a dry run, `train` resolves its config."""
+    monkeypatch.chdir(workplace)
     words = shlex.split(command)
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif words[0] == "vidit":
         arguments = parse(words[1:])
-        if words[1] in ("train", "config"):
-            assert main(["config", arguments.config, *arguments.overrides]) == 0
-            assert json.loads(capsys.readouterr().out)["derived"]
+        if words[1] == "train":
+            words = ["vidit", "config", arguments.config, *arguments.overrides]
+        if words[1] == "scenes":
+            words += ["--clips", "2", "--overwrite"]
+        assert main(words[1:]) == 0
+        out = capsys.readouterr().out
+        if words[1] == "config":
+            assert json.loads(out)["derived"]
     elif words[0] == "tensorboard":
-        assert (Path(sys.executable).parent / "tensorboard").is_file()
+        done = subprocess.run([Path(sys.executable).parent / words[0], "--help"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert words[1] in done.stdout
     else:
         assert words[0] == "git", f"no test knows how to run {command!r}"
 

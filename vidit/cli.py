@@ -3,47 +3,39 @@
 import argparse
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
+import pkgutil
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 from pydantic import ValidationError
 
-from vidit.config import ConfigError, RunConfig, apply_overrides, faults_of, resolve
+from vidit.config import ConfigError, RunConfig
+from vidit.overrides import apply_overrides, faults_of
+
+DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
     """`configs.demo`, `configs.demo:vae` or `path/to/file.py:function` with overrides applied.
 
-    The function defaults to the module's last name. ValueError where module or function is not there.
+    The function defaults to the module's last name. ValueError where module or function is not there or fails,
+    ConfigError with every fault of the config itself.
     """
     module_name, _, function = name.partition(":")
-    path = Path(module_name)
-    if path.suffix == ".py":
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if spec is None or spec.loader is None or not path.is_file():
-            raise ValueError(f"no config file {path}")
-        module = importlib.util.module_from_spec(spec)
-        with _faults_listed():
-            spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"no config module {module_name} ({error}); the shipped ones are configs.*") from error
+    module = _load_module(module_name)
     function = function or module.__name__.rpartition(".")[2]
     build = getattr(module, function, None)
     if not callable(build):
-        legal = [
-            n
-            for n in vars(module)
-            if not n.startswith("_") and getattr(vars(module)[n], "__module__", "") == module.__name__
-        ]
-        raise ValueError(f"{module_name} has no config {function!r}; it has {', '.join(legal)}")
-    with _faults_listed():
+        raise ValueError(f"{module_name} has no config {function!r}; {_what_is_there(module)}")
+    with _errors_named(name):
         config = build()
     if not isinstance(config, RunConfig):
         raise ValueError(f"{name} returns {type(config).__name__}, not a RunConfig")
@@ -53,17 +45,63 @@ def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
         raise ConfigError([*error.faults, *_other_faults(config, overrides)]) from error
 
 
+def _load_module(name: str) -> ModuleType:
+    """The module of a config: a file by its path, anything else by its dotted name."""
+    if name.endswith(".py") or not DOTTED.fullmatch(name):
+        path = Path(name)
+        if path.suffix != ".py" or not path.is_file():
+            near = path.parent / f"{path.name}.py"
+            cure = f"give {near}" if near.is_file() else "give a path that ends in .py, or a module like configs.demo"
+            raise ValueError(f"no config file {path}; {cure}")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        with _errors_named(name):
+            spec.loader.exec_module(module)
+        return module
+    with _errors_named(name):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name and (name == error.name or name.startswith(error.name + ".")):
+                raise ConfigError([f"no config module {name} ({error}); the shipped ones are configs.*"]) from error
+            raise
+
+
+def _what_is_there(module: ModuleType) -> str:
+    """What to name instead: the functions of a module, the modules of a package."""
+    functions = [
+        n for n, f in vars(module).items()
+        if not n.startswith("_") and inspect.isfunction(f) and f.__module__ == module.__name__
+    ]  # fmt: skip
+    if functions:
+        return f"it has {', '.join(functions)}"
+    modules = [f"{module.__name__}.{m.name}" for m in pkgutil.iter_modules(getattr(module, "__path__", ()))]
+    return f"it is a package; name one of {', '.join(modules)}" if modules else "it defines no function"
+
+
 @contextmanager
-def _faults_listed() -> Iterator[None]:
-    """A section with a wrong field, in a config's own source, is a fault like one on the command line."""
+def _errors_named(name: str) -> Iterator[None]:
+    """Errors of a config's own source as one line that names it; wrong fields of a section as faults."""
     try:
         yield
     except ValidationError as error:
         raise ConfigError(faults_of(error)) from error
+    except ConfigError:
+        raise
+    except SyntaxError as error:
+        raise ValueError(f"config {name}: {error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        # The last place outside Python's own import machinery, which is where the config went wrong.
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
+        where = f"{frames[-1].filename}, line {frames[-1].lineno}"
+        raise ValueError(f"config {name}: {type(error).__name__}: {error} ({where})") from error
 
 
 def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
     """What is wrong with a config apart from the overrides that do not parse."""
+    from vidit.resolve import resolve
     from vidit.vae.stored import adopt_vae
 
     for text in overrides:
@@ -73,8 +111,6 @@ def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
         resolve(adopt_vae(config))
     except ConfigError as error:
         return error.faults
-    except ValueError as error:
-        return (str(error),)
     return ()
 
 
@@ -123,6 +159,7 @@ def scenes(arguments: argparse.Namespace) -> int:
         num_frames=arguments.frames,
         height=arguments.size,
         width=arguments.size,
+        count_odds=arguments.odds,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
@@ -156,6 +193,19 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def whole(least: int) -> Callable[[str], int]:
+    """A whole number of at least `least`, for argparse."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    number.__name__ = "whole number"  # as argparse names it for what is no number at all
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     top = argparse.ArgumentParser(prog="vidit", description="Train video diffusion transformers.")
@@ -177,30 +227,33 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source")
     p.add_argument("out")
     p.add_argument("--captions", help="JSON lines with file and caption; default SOURCE/clips.jsonl")
-    p.add_argument("--min-frames", type=int, default=1)
-    p.add_argument("--min-side", type=int, default=16)
+    p.add_argument("--min-frames", type=whole(1), default=1)
+    p.add_argument("--min-side", type=whole(1), default=16)
     p.add_argument("--allow-empty-captions", action="store_true")
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--workers", type=whole(0), default=2)
     p.add_argument("--overwrite", action="store_true")
     p = add("scenes", scenes, "write procedural captioned clips as shards")
     p.add_argument("out")
-    p.add_argument("--clips", type=int, default=1000)
+    p.add_argument("--clips", type=whole(1), default=1000)
     p.add_argument("--split", choices=("train", "held_out"), default="train")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--frames", type=int, default=9)
-    p.add_argument("--size", type=int, default=64)
-    p.add_argument("--workers", type=int, default=2)
+    p.add_argument("--seed", type=whole(0), default=0)
+    p.add_argument("--frames", type=whole(1), default=9)
+    p.add_argument(
+        "--odds", type=float, nargs=3, default=(0.7, 0.22, 0.08), metavar="N", help="of one, two and three things"
+    )
+    p.add_argument("--size", type=whole(1), default=64)
+    p.add_argument("--workers", type=whole(0), default=2)
     p.add_argument("--overwrite", action="store_true")
     p = add("sample", sample, "draw videos from a run, as mp4 and gif")
     p.add_argument("run")
-    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="of sample.* and data.*")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the sampler, the size, the device")
     p.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     p.add_argument("--out", help="folder; default RUN/samples")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole(0), default=0)
     p = add("evaluate", evaluate, "draw held-out and seen scenes from a run and read them back")
     p.add_argument("run")
-    p.add_argument("--clips", type=int, default=64)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--clips", type=whole(1), default=64)
+    p.add_argument("--seed", type=whole(0), default=0)
     p = add("report", report, "write RUN/report.html")
     p.add_argument("run")
     return top

@@ -1,4 +1,4 @@
-"""Every section of a run, as frozen pydantic models, and the numbers derived from them.
+"""Every section of a run, as frozen pydantic models.
 
 A config is a value: `configs/*.py` build one, the command line overrides single fields
 (`train.steps=100`, `vidit/overrides.py`), the run directory keeps it as `config.json`. Each section says what
@@ -7,18 +7,36 @@ from them. No torch, so that a login node can check a run in milliseconds: what 
 needs to know of a rule (`LEGAL_TARGETS`) stands here, as data.
 """
 
-import difflib
-import json
-import types
-import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 Window = tuple[int, int, int]
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+ForwardProcess = Literal["flow", "vp", "edm"]
+Target = Literal["flow", "eps", "x", "v", "edm"]
+Density = Literal["uniform", "logit_normal", "log_normal"]
+Sampler = Literal["ddim", "dpmpp_2m", "heun", "euler"]
+LEGAL_TARGETS: dict[ForwardProcess, tuple[Target, ...]] = {
+    "flow": ("flow", "x", "v"),
+    "vp": ("eps", "x", "v"),
+    "edm": ("edm",),
+}
+LEGAL_DENSITIES: dict[ForwardProcess, tuple[Density, ...]] = {
+    "flow": ("uniform", "logit_normal"),
+    "vp": ("uniform", "logit_normal"),
+    "edm": ("log_normal",),
+}
+
+# Rows of the byte encoder's table that no n-gram is hashed to: padding, begin token.
+RESERVED_TEXT_ROWS = 2
+# RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
+MIN_ROPE_HEAD_DIM = 6
 
 
 class Section(BaseModel):
@@ -37,7 +55,22 @@ class Text(Section):
     num_layers: int = Field(2, ge=0)
     num_heads: int = Field(4, gt=0)
     max_tokens: int = Field(32, gt=1, description="L, begin token included")
-    hash_buckets: int = Field(8192, gt=0, description="rows of the n-gram table of `bytes`")
+    hash_buckets: int = Field(8192, gt=0, description="rows of the n-gram table of `bytes`, 2 of them reserved")
+
+    def faults(self) -> Iterator[str]:
+        if self.kind != "bytes":
+            if not self.path:
+                yield f"text.kind={self.kind} needs text.path (a local folder or hub name)"
+            return
+        if self.width % self.num_heads or self.width % 2:
+            legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
+            cure = "use an even text.width" if self.width % 2 else f"use one of {legal}"
+            yield f"text.width={self.width} must be even and divisible by text.num_heads={self.num_heads}; {cure}"
+        if self.hash_buckets <= RESERVED_TEXT_ROWS:
+            yield (
+                f"text.hash_buckets={self.hash_buckets} leaves no row beside the {RESERVED_TEXT_ROWS} reserved ones; "
+                f"use at least {RESERVED_TEXT_ROWS + 1}"
+            )
 
 
 class Vae(Section):
@@ -47,9 +80,11 @@ class Vae(Section):
     latent_channels: int = Field(8, gt=0)
     patch: int = Field(1, gt=0, description="pixels folded p x p into channels before the first convolution")
     base_channels: int = Field(128, gt=0)
-    multipliers: tuple[int, ...] = Field((1, 2, 2, 4), min_length=1, description="channels of each level / base")
-    num_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
-    decoder_res_blocks: tuple[int, ...] = Field((4, 4, 4, 4), description="the same of the decoder, finest first")
+    multipliers: tuple[Positive, ...] = Field((1, 2, 2, 4), min_length=1, description="channels of each level / base")
+    num_res_blocks: tuple[NotNegative, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
+    decoder_res_blocks: tuple[NotNegative, ...] = Field(
+        (4, 4, 4, 4), description="the same of the decoder, finest first"
+    )
     spatial_down: tuple[bool, ...] = Field((True, True, True), description="level i halves H, W at its end")
     temporal_down: tuple[bool, ...] = Field((False, True, True), description="level i halves T at its end")
     half_weights: bool = Field(False, description="export the weights in fp16")
@@ -128,15 +163,22 @@ class Model(Section):
         fields = {"num_layers": layers, "width": width, "num_heads": heads, "mlp_width": mlp, **more, **changes}
         return cls(**fields)
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether any caption reaches a token."""
+        return self.cross_attention != "none" or self.pooled_text
+
     def faults(self) -> Iterator[str]:
         if self.width % self.num_heads:
             legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
             yield f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; use one of {legal}"
-        elif self.relative_position == "rope" and (self.width // self.num_heads) % 8:
-            yield (
-                f"model.relative_position=rope needs a head dim divisible by 8, not {self.width // self.num_heads} "
-                f"({self.width} / {self.num_heads} heads); change model.num_heads"
-            )
+        elif self.relative_position == "rope":
+            head_dim = self.width // self.num_heads
+            if head_dim % 2 or head_dim < MIN_ROPE_HEAD_DIM:
+                yield (
+                    f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
+                    f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
+                )
         if any(size < 0 for window in self.windows for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
@@ -169,8 +211,8 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
 class Diffusion(Section):
     """Forward process, target, timestep density, loss weight."""
 
-    path: Literal["flow", "vp", "edm"] = "flow"
-    target: Literal["flow", "eps", "x", "v", "edm"] = "flow"
+    path: ForwardProcess = "flow"
+    target: Target = "flow"
     vp_schedule: Literal["linear", "scaled_linear", "cosine"] = "linear"
     beta_start: float = Field(1e-4, gt=0, lt=1)
     beta_end: float = Field(0.02, gt=0, lt=1)
@@ -180,7 +222,7 @@ class Diffusion(Section):
     sigma_data: float = Field(1.0, gt=0)
     sigma_min: float = Field(0.002, gt=0)
     sigma_max: float = Field(80.0, gt=0)
-    density: Literal["uniform", "logit_normal", "log_normal"] = "logit_normal"
+    density: Density = "logit_normal"
     density_mean: float = 0.0
     density_std: float = Field(1.0, gt=0)
     stratified: bool = Field(True, description="one stratum of the density for each clip of the global batch")
@@ -188,6 +230,42 @@ class Diffusion(Section):
     shift_value: float = Field(1.0, gt=0)
     weighting: Literal["none", "min_snr"] = "none"
     min_snr_gamma: float = Field(5.0, gt=0)
+
+    def faults(self) -> Iterator[str]:
+        yield from self.path_faults()
+        yield from self.target_faults()
+        yield from self.density_faults()
+
+    def path_faults(self) -> Iterator[str]:
+        if self.path == "vp" and self.shift != "none":
+            yield f"diffusion.shift={self.shift} does not apply to path vp; use none and set diffusion.snr_shift"
+        if self.path == "vp" and self.vp_schedule != "cosine" and self.beta_start >= self.beta_end:
+            yield (
+                f"diffusion.beta_start={self.beta_start:g} is not below diffusion.beta_end={self.beta_end:g}; "
+                "betas grow with t, swap them"
+            )
+        if self.path == "edm" and self.sigma_min >= self.sigma_max:
+            yield (
+                f"diffusion.sigma_min={self.sigma_min:g} is not below diffusion.sigma_max={self.sigma_max:g}; "
+                "lower sigma_min"
+            )
+
+    def target_faults(self) -> Iterator[str]:
+        if self.target not in LEGAL_TARGETS[self.path]:
+            legal = " ".join(LEGAL_TARGETS[self.path])
+            yield f"diffusion.target={self.target} is not defined on path {self.path}; use one of {legal}"
+        elif self.target == "eps" and self.zero_terminal_snr:
+            yield (
+                "diffusion.target=eps is undefined at zero terminal SNR, where x_hat = (x_t - s e) / a divides by "
+                "a = 0; use target=v or x, or zero_terminal_snr=false"
+            )
+        if self.weighting == "min_snr" and self.path == "edm":
+            yield "diffusion.weighting=min_snr and EDM's own lambda(sigma) exclude each other; use none"
+
+    def density_faults(self) -> Iterator[str]:
+        if self.density not in LEGAL_DENSITIES[self.path]:
+            legal = " ".join(LEGAL_DENSITIES[self.path])
+            yield f"diffusion.density={self.density} does not fit path {self.path}; use one of {legal}"
 
 
 class Data(Section):
@@ -199,7 +277,7 @@ class Data(Section):
     num_frames: int = Field(17, gt=0)
     height: int = Field(128, gt=0)
     width: int = Field(128, gt=0)
-    fps: float = Field(0.0, ge=0, description="frames a second after resampling; 0 keeps each clip's own")
+    fps: float = Field(0.0, ge=0, le=1000, description="frames a second after resampling; 0 keeps each clip's own")
     random_crop: bool = Field(False, description="random crop and start (keyed); else the middle")
     image_rows: int = Field(0, ge=0, description="rows of a micro-batch made of T independent images each")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="probability of the empty caption")
@@ -217,7 +295,7 @@ class Train(Section):
     global_batch: int = Field(32, gt=0, description="clips (rows) in one optimizer step, over all ranks")
     micro_batch: int = Field(32, gt=0, description="rows in one forward and backward pass of one rank")
     learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     warmup_steps: int = Field(0, ge=0)
@@ -243,7 +321,7 @@ class Train(Section):
 class Sample(Section):
     """How videos are drawn from a trained model."""
 
-    sampler: Literal["ddim", "dpmpp_2m", "heun", "euler"] = "euler"
+    sampler: Sampler = "euler"
     num_steps: int = Field(50, gt=0)
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale s: u + s (c - u)")
     guidance_rescale: float = Field(0.0, ge=0, le=1)
@@ -278,6 +356,13 @@ class ConfigError(ValueError):
     def __init__(self, faults: Sequence[str]):
         super().__init__("\n".join(faults) if len(faults) == 1 else f"{len(faults)} faults:\n- " + "\n- ".join(faults))
         self.faults = tuple(faults)
+
+
+def refuse(faults: Iterable[str]) -> None:
+    """Raise ConfigError with all of them, where there are any."""
+    found = list(faults)
+    if found:
+        raise ConfigError(found)
 
 
 def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:

@@ -4,18 +4,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vidit.config import RunConfig, resolve
+from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, parameter_count, training_flops
+from vidit.resolve import resolve
 from vidit.vae.stored import adopt_vae
 
 
 def describe(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
     """{"config", "derived"}: the run as it would be trained, sizes in tokens, bytes and FLOPs."""
-    config = adopt_vae(config)
-    derived: dict[str, Any] = asdict(resolve(config, world_size))
+    config = adopt_vae(config, world_size)
+    resolved = resolve(config, world_size)
+    derived: dict[str, Any] = asdict(resolved)
     if config.train.task == "dit":
         m, channels, text = config.model, config.vae.latent_channels, config.text
-        grid = resolve(config, world_size).grid
+        grid = resolved.grid
         forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
         parameters = parameter_count(m, grid, channels, text.width)

@@ -14,7 +14,8 @@ from vidit.config import ConfigError, RunConfig, Section
 
 def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """Apply `section.key=value` strings; raises ConfigError naming every unknown key and bad value."""
-    tree, faults = config.model_dump(), []
+    # Only what was set: whether a field was given or is a default matters where a VAE's folder decides it.
+    tree, faults = config.model_dump(exclude_unset=True), []
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -51,7 +52,7 @@ def _set(tree: dict[str, Any], model: type[Section], key: str, value: str) -> No
         field = model.model_fields.get(section)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             raise ValueError(_unknown(key))
-        tree, model = tree[section], field.annotation
+        tree, model = tree.setdefault(section, {}), field.annotation
     if name not in model.model_fields:
         raise ValueError(_unknown(key))
     annotation = model.model_fields[name].annotation

@@ -365,6 +365,59 @@ def test_configs_that_are_not_there(tmp_path: Path, capfd: pytest.CaptureFixture
     assert "has no config 'none'; it has" in fails(capfd, "train", "configs.demo:none")
     (tmp_path / "odd.py").write_text("def odd():\n    return 3\n")
     assert "returns int, not a RunConfig" in fails(capfd, "train", tmp_path / "odd.py")
+    assert "configs has no config 'configs'; it is a package; name one of configs." in fails(capfd, "config", "configs")
+    for name in (tmp_path / "odd", "../odd", ".odd", "", "a b"):
+        assert "no config file" in fails(capfd, "config", name)
+    assert fails(capfd, "config", tmp_path / "odd").endswith(f"give {tmp_path / 'odd.py'}")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x = 1\ndef odd(:\n", "odd.py, line 2: invalid syntax"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module' ({path}, line 1)"),
+        ("from vidit.config import Daten", "ImportError: cannot import name 'Daten'"),
+        ("def odd():\n    return 1 / 0", "ZeroDivisionError: division by zero ({path}, line 2)"),
+        ("from vidit.config import *\n\ndef odd():\n    return Model.preset('XXL')", "no model preset 'XXL'"),
+        ("x = 1", "has no config 'odd'; it defines no function"),
+    ],
+)
+def test_configs_that_do_not_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], source: str, message: str) -> None:
+    (tmp_path / "odd.py").write_text(source)
+    told = fails(capfd, "config", tmp_path / "odd.py")
+    assert message.format(path=tmp_path / "odd.py") in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "run", "--clips", "0"], "argument --clips: 0 is less than 1"),
+        (["evaluate", "run", "--clips", "-3"], "argument --clips: -3 is less than 1"),
+        (["evaluate", "run", "--clips", "many"], "argument --clips: invalid whole number value: 'many'"),
+        (["scenes", "out", "--clips", "0"], "argument --clips: 0 is less than 1"),
+        (["sample", "run", "--prompt", "x", "--seed", "-1"], "argument --seed: -1 is less than 0"),
+    ],
+)
+def test_counts_that_are_none(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.endswith(f"error: {message}\n")
+
+
+def test_config_lists_a_missing_vae_with_every_other_fault(
+    trained: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["vae.weights=/none", "foo.bar=1", "train.betas=[0.9, 1]", "text.width=31", "diffusion.path=vp",
+                 "diffusion.shift=constant", "diffusion.beta_start=0.5", "data.image_rows=2",
+                 "train.final_learning_rate=0.5"]  # fmt: skip
+    message = fails(capfd, "config", trained[1], *overrides)
+    assert message.startswith("9 faults:")
+    for text in ("vae.weights=/none holds no config.json", "foo.bar", "train.betas.1=1", "text.width=31",
+                 "diffusion.target=flow", "diffusion.shift=constant", "beta_start=0.5", "data.image_rows=2",
+                 "train.final_learning_rate=0.5"):  # fmt: skip
+        assert text in message
 
 
 def test_resume_with_another_model(
@@ -449,19 +502,60 @@ def test_sample_requests_that_cannot_be_met(
         capfd, "sample", run, "--prompt", "x", "--out", out, "data.height=30", "data.width=12", "data.num_frames=4"
     )
     assert message.startswith("3 faults:")
-    for text in ("data.height=30 is not", "use 24 or 32", "data.width=12 is not", "use 8 or 16", "use 3 or 5"):
+    for text in ("data.height=30 is not", "one of 24 32", "data.width=12 is not", "one of 8 16", "use 3 or 5"):
         assert text in message
-    assert "model.width=64: only sample.*, data.*" in fails(
-        capfd, "sample", run, "model.width=64", "--prompt", "x", "--out", out
-    )
-    assert "latent tokens exceeds the position tables" in fails(
-        capfd, "sample", run, "data.height=64", "--prompt", "x", "--out", out
-    )
+    request = ("sample", run, "--prompt", "x", "--out", out)
     assert "holds no config.json" in fails(capfd, "sample", tmp_path, "--prompt", "x")
-    assert "nearest: sample.guidance" in fails(capfd, "sample", run, "sample.guidence=2", "--prompt", "x", "--out", out)
-    assert "word: only sample.*" in fails(capfd, "sample", run, "--prompt", "x", "word")
+    assert "nearest: sample.guidance" in fails(capfd, *request, "sample.guidence=2")
+    assert "'word' has no '='" in fails(capfd, *request, "word")
+    message = fails(capfd, *request, "sample.sampler=ddpm", "sample.num_steps=0", "foo.bar=1", "data.height=20")
+    assert message.startswith("4 faults:")
+    for text in ("sample.sampler='ddpm'", "sample.num_steps=0", "unknown key 'foo.bar'", "data.height=20"):
+        assert text in message
+    assert "diffusion.shift_value=3.0 has no effect" in fails(capfd, *request, "diffusion.shift_value=3")
+    assert "data.fps=1001: " in fails(capfd, *request, "data.fps=1001")
+    for option in ("model.width=64", "data.random_crop=true", "data.train=x", "sample.prompts=[]", "train.steps=9",
+                   "diffusion.stratified=false", "train.compile=true"):  # fmt: skip
+        key = option.partition("=")[0]
+        message = fails(capfd, *request, option)
+        assert message.startswith(f"{option}: {key} does not act when sampling; only sample.sampler, ")
     assert not list(out.glob("*"))
     assert content(run) == before
+
+
+def test_a_sample_larger_than_the_position_tables_is_refused_before_any_weight_is_read(
+    run_copy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for path in [*run_copy.rglob("*.safetensors")]:
+        path.write_bytes(b"")
+    request = ("sample", run_copy, "--prompt", "x", "--out", tmp_path / "out")
+    message = fails(capfd, *request, "data.height=64", "data.num_frames=9", "data.width=12")
+    assert message.startswith("3 faults:")
+    assert "data.width=12 is not divisible by 8" in message
+    for name, asked, tokens, most, size in (("height", 64, 8, 4, 32), ("num_frames", 9, 5, 3, 5)):
+        assert (
+            f"data.{name}={asked} is {tokens} tokens, but the position table holds {most}, for data.{name}={size} in "
+            f"training; sample at most {size}, or train with model.absolute_position=false"
+        ) in message
+
+
+def test_samples_are_kept_and_named_by_any_script(
+    trained: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The same prompt again leaves the first files as they are; 60 frames a second is more than a GIF can show."""
+    run, _ = trained
+    request = ["sample", str(run), "--prompt", "кот ловит мяч", "--out", str(tmp_path), "data.height=16"]
+    assert main(request) == 0
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(first) == {"0-0-кот-ловит-мяч.mp4", "0-0-кот-ловит-мяч.gif"}
+    capfd.readouterr()
+    assert main([*request, "data.width=16", "data.fps=60"]) == 0
+    second = capfd.readouterr().out.split()
+    assert second == [str(tmp_path / f"0-0-кот-ловит-мяч-2.{kind}") for kind in ("mp4", "gif")]
+    assert {name: (tmp_path / name).read_bytes() for name in first} == first
+    assert probe(Path(second[0])).fps == 60
+    with Image.open(second[1]) as image:
+        assert (image.n_frames, image.info["duration"]) == (5, 20)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +594,11 @@ def test_a_loss_that_is_not_finite(
 
 
 def test_a_full_disk(
-    configure: Configure, config_file: ConfigFile, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+    configure: Configure, config_file: ConfigFile, small_disk: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """Full at the second checkpoint, full at once: one message each time; freed, the same command goes on."""
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))  # the diff that a run keeps may be larger than the disk
     run = small_disk / "run"
     tiny = configure(
         run,

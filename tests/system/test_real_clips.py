@@ -79,6 +79,33 @@ def test_training_on_them(
     assert (video.num_frames, video.width, video.height, video.fps) == (9, 64, 64, 8)
 
 
+def test_a_clip_damaged_on_disk_is_named_and_never_trained_on(
+    packed: Path, configure: Callable[..., RunConfig], config_file: Callable[[Path, RunConfig], str], tmp_path: Path
+) -> None:
+    """Flipped bits in the middle of a video: sizes and headers stay as they were, and most decoders show a picture."""
+    shards = Path(shutil.copytree(packed, tmp_path / "shards"))
+    refs = read_index(shards)
+    bad = refs[0]
+    content = bytearray(bad.shard_path.read_bytes())
+    for part in (4, 5, 6):
+        content[bad.video_offset + bad.video_size * part // 10] ^= 1
+    bad.shard_path.write_bytes(content)
+    config = configure(
+        tmp_path / "run",
+        data={
+            "train": str(shards), "fps": 8, "num_frames": 5, "height": 32, "width": 32, "num_validation": 0,
+            "max_skipped": 0.5,
+        },
+        train={"steps": 4, "global_batch": 2},
+        sample={"prompts": ()},
+    )  # fmt: skip
+    assert main(["train", config_file(tmp_path, config)]) == 0
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert {key for row in rows for key in row.get("skipped", ())} == {bad.key}
+    used = {key for row in rows for key in row["keys"]}
+    assert used == {ref.key for ref in refs} - {bad.key}
+
+
 def test_clips_that_are_too_short_are_listed(
     packed: Path, configure: Callable[..., RunConfig], config_file: Callable[[Path, RunConfig], str], tmp_path: Path
 ) -> None:

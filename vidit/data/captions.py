@@ -42,7 +42,7 @@ def clean_caption(
     text = note("cut", text, _cut(text, max_chars))
     if not text and not allow_empty:
         found = "is missing" if value is None else "is empty" if not value else "holds no printable text"
-        raise CaptionError(f"the caption {found}; write one, or allow empty captions")
+        raise CaptionError(f"the caption {found}; write one, or pack with --allow-empty-captions")
     return text, tuple(changes)
 
 

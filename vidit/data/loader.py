@@ -1,17 +1,12 @@
 """Micro-batches of clips: micro-batch number -> batch, in worker processes, in order.
 
 Item i of the dataset is a whole micro-batch, a pure function of (config, i, rank, world), so a resume starts
-the sampler at any i. A clip that does not decode is replaced by a keyed other one, counted and named; the
-caller stops the run when the count passes `data.max_skipped`.
+the sampler at any i. A clip that is damaged, does not decode or has no caption is replaced by a keyed other
+one, counted and named; the caller stops the run when the count passes `data.max_skipped`.
 """
 
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +18,15 @@ from vidit import keys
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
-from vidit.data.order import clip_at, rows_of, split_rows, substitute
+from vidit.data.order import clip_at, rows_of, split_places, substitute
 from vidit.data.shards import ClipRef, read_clip
 from vidit.data.video import decode_clip
+from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20
-HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+Skip = tuple[str, str]
+"""The key of a clip that cannot be used, and the reason."""
 Item = TypeVar("Item")
 
 
@@ -54,7 +51,7 @@ class Batch:
     clips: Clips
     images: Clips | None
     tokens: TextTokens | None
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
 
     @property
     def keys(self) -> list[str]:
@@ -83,57 +80,61 @@ class MicroBatches(TorchDataset[Batch]):
         world: int = 1,
     ):
         self.data, self.seed, self.micro = config.data, config.train.seed, config.train.micro_batch
+        assert self.data.image_rows < self.micro, (
+            f"data.image_rows={self.data.image_rows} leaves no row for a clip in train.micro_batch={self.micro}"
+        )
+        self.captioned = config.train.task != "vae"
         self.refs, self.tokenizer, self.images_per_row = refs, tokenizer, images_per_row
         self.store = store
         self.rank, self.world = rank, world
 
     def __getitem__(self, index: int) -> Batch:
         rows = rows_of(self.micro, index, self.rank, self.world)
-        videos, images = split_rows(rows, self.data.image_rows)
-        skipped: list[tuple[str, str]] = []
-        clips, captions = self._clips("clips", [place for _, place in videos], False, skipped)
-        pictures = None
-        if images:
+        places, image_places = split_places(rows, self.data.image_rows)
+        clips, captions, skipped = self._clips("clips", places)
+        images = None
+        if image_places:
             n = self.images_per_row
-            places = [place * n + i for _, place in images for i in range(n)]
-            pictures, more = self._clips("images", places, True, skipped)
-            captions += more
+            images, more, skipped_too = self._clips("images", range(image_places.start * n, image_places.stop * n))
+            captions, skipped = captions + more, skipped + skipped_too
         tokens = None if self.tokenizer is None else self.tokenizer(captions)
-        return Batch(list(rows), clips, pictures, tokens, skipped)
+        return Batch(list(rows), clips, images, tokens, skipped)
 
-    def _clips(
-        self, stream: str, places: list[int], image: bool, skipped: list[tuple[str, str]]
-    ) -> tuple[Clips, list[str]]:
-        drop = keys.uniform(self.seed, f"caption_dropout/{stream}", places) < self.data.caption_dropout
+    def _clips(self, stream: str, places: range) -> tuple[Clips, list[str], list[Skip]]:
+        """What stands at places of the stream "clips" or "images": it, its captions, and what it replaces."""
+        skipped: list[Skip] = []
         if self.store is not None:
             chosen = [clip_at(self.seed, stream, place, len(self.refs)) for place in places]
             # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
-            latents = self.store.latents[chosen][:, :, : 1 if image else None]
+            latents = self.store.latents[chosen][:, :, : 1 if stream == "images" else None]
             clips = Clips([self.refs[i].key for i in chosen], latents=latents)
             captions = [self.store.captions[i] for i in chosen]
         else:
-            read = [self._read(stream, place, image, skipped) for place in places]
+            read = [self._read(stream, place, skipped) for place in places]
             clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
             captions = [caption for _, _, caption in read]
-        return clips, ["" if dropped else text for text, dropped in zip(captions, drop.tolist(), strict=True)]
+        drop = keys.uniform(self.seed, f"caption_dropout/{stream}", list(places)) < self.data.caption_dropout
+        return clips, ["" if no else text for text, no in zip(captions, drop.tolist(), strict=True)], skipped
 
-    def _read(self, stream: str, place: int, image: bool, skipped: list[tuple[str, str]]) -> tuple[str, Tensor, str]:
+    def _read(self, stream: str, place: int, skipped: list[Skip]) -> tuple[str, Tensor, str]:
+        """Key, pixels and caption of the clip at a place, or of one that replaces it, after an entry in `skipped`."""
         index = clip_at(self.seed, stream, place, len(self.refs))
         for attempt in range(MAX_SUBSTITUTES):
             ref = self.refs[index]
             try:
-                return ref.key, *self.decode(ref, f"{stream}/{place}", image)
+                return ref.key, *self.decode(ref, f"{stream}/{place}", image=stream == "images")
             except (ClipError, CaptionError) as error:
                 skipped.append((ref.key, str(error)))
                 index = substitute(self.seed, place, attempt, len(self.refs))
         raise RuntimeError(
-            f"{MAX_SUBSTITUTES} clips in a row do not decode, the last: {skipped[-1][0]}: {skipped[-1][1]}; "
+            f"{MAX_SUBSTITUTES} clips in a row cannot be used, the last: {skipped[-1][0]}: {skipped[-1][1]}; "
             "check the dataset with `vidit pack`"
         )
 
     def decode(self, ref: ClipRef, name: str = "", image: bool = False) -> tuple[Tensor, str]:
         """Pixels (T, H, W, 3) uint8 and the caption of one clip; `name` keys its crop. ClipError, CaptionError."""
         video, caption, _ = read_clip(ref)
+        text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption or not self.captioned)
         d = self.data
         start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
         pixels = decode_clip(
@@ -147,11 +148,10 @@ class MicroBatches(TorchDataset[Batch]):
             start_fraction=start,
             crop_fraction=(y, x),
         )
-        text, _ = clean_caption(caption, allow_empty=True)
         return pixels, text
 
 
-def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], list[tuple[str, str]], list[str]]:
+def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], list[Skip], list[str]]:
     """(clips long enough, those that are not with the reason, keys of those whose picture is cropped)."""
     d = config.data
     kept, dropped, cropped = [], [], []
@@ -175,11 +175,7 @@ def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:
 
 
 def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefetch: int) -> Iterator[Item]:
-    """`dataset[i]` for each index, in order, by worker processes (0: this one); an error keeps its type and text.
-
-    Signals are for this process to answer: a SIGTERM or Ctrl-C that reaches every process of a job, as
-    schedulers and terminals send it, would else kill the workers under a run that is about to save.
-    """
+    """`dataset[i]` for each index, in order, by worker processes (0: this one); an error keeps its type and text."""
     if workers == 0:
         for index in indices:
             yield dataset[index]
@@ -190,17 +186,11 @@ def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefet
         sampler=indices,
         num_workers=workers,
         prefetch_factor=prefetch,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         multiprocessing_context="forkserver",
     )
-    # Child processes inherit the mask, the server that forks the workers too. The tracker of shared memory comes
-    # first: Python 3.11 clears the mask when it starts one.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
-    try:
+    with signals_held():
         items = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     for item in items:
         if isinstance(item, Exception):
             raise item
@@ -218,26 +208,3 @@ class _Guarded(TorchDataset[Any]):
             return self.dataset[index]
         except (ValueError, RuntimeError, OSError) as error:
             return error
-
-
-def _start_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for follow in (_leave_with_parent, _leave_when_told):
-        threading.Thread(target=follow, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this worker when the run is killed: the fork server lives as long as its workers, and they as it does."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _leave_when_told() -> None:
-    """End this worker on a signal from the run itself, which is how Python ends what is left at its exit."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo(HELD).si_pid != parent.pid:
-        pass
-    os._exit(1)

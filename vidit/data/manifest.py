@@ -1,4 +1,4 @@
-"""The manifest of a data set, ``dataset.json``: every shard by name, with its size and SHA-256."""
+"""The manifest of a data set, ``dataset.json``: every shard by name, size and SHA-256; are empty captions meant?"""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, shards: list[dict[str, Any]]) -> dict[str, Any]:
+def write_manifest(folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool) -> dict[str, Any]:
     """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips``."""
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "num_clips": sum(shard["num_clips"] for shard in shards),
         "num_bytes": sum(shard["num_bytes"] for shard in shards),
+        "allow_empty_captions": allow_empty_captions,
         "shards": shards,
     }
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -44,17 +45,18 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def check_manifest(folder: Path, shards: list[Path], verify_hashes: bool) -> None:
-    """Compare the shards of a folder with its manifest, if it has one: names, sizes, on demand hashes. ShardError."""
+def check_manifest(folder: Path, shards: list[Path]) -> bool:
+    """Compare the shards of a folder with its manifest, if it has one: names and sizes. ShardError.
+
+    Returns whether empty captions are there on purpose; without a manifest that says so they are not.
+    """
     path = folder / MANIFEST
     if not path.exists():
-        if verify_hashes:
-            raise ShardError(f"{path} is missing, so there is no hash to verify; {CURE}")
-        return
+        return False
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = (manifest["format"], manifest["version"])
-        listed = {str(row["name"]): (int(row["num_bytes"]), str(row["sha256"])) for row in manifest["shards"]}
+        listed = {str(row["name"]): int(row["num_bytes"]) for row in manifest["shards"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not a manifest ({type(error).__name__}: {error}); {CURE}") from error
     if version != (FORMAT, VERSION):
@@ -66,16 +68,8 @@ def check_manifest(folder: Path, shards: list[Path], verify_hashes: bool) -> Non
             f"{folder}: {len(present)} shards are there, {path.name} lists {len(listed)}; "
             f"in one and not the other: {differing}; {CURE}"
         )
-    for name, (num_bytes, sha256) in listed.items():
-        _check_listed(present[name], num_bytes, sha256 if verify_hashes else None)
-
-
-def _check_listed(shard: Path, num_bytes: int, sha256: str | None) -> None:
-    found = shard.stat().st_size
-    if found != num_bytes:
-        raise ShardError(f"{shard}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
-    if sha256 is None:
-        return
-    digest = sha256_of(shard)
-    if digest != sha256:
-        raise ShardError(f"{shard}: SHA-256 {digest}, {MANIFEST} says {sha256}; {CURE}")
+    for name, num_bytes in listed.items():
+        found = present[name].stat().st_size
+        if found != num_bytes:
+            raise ShardError(f"{present[name]}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
+    return manifest.get("allow_empty_captions") is True

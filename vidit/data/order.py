@@ -36,14 +36,14 @@ def rows_of(micro_batch: int, index: int, rank: int, world: int) -> range:
     return range(start, start + micro_batch)
 
 
-def split_rows(rows: range, image_rows: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(row, place) pairs of the video rows and of the image rows of one micro-batch.
+def split_places(rows: range, image_rows: int) -> tuple[range, range]:
+    """Places in the stream of clips of the video rows of one micro-batch, and in that of images of its image rows.
 
     The last `image_rows` rows hold images. Places count each stream without gaps, so that an epoch of clips
     leaves none out.
     """
-    micro, video = len(rows), len(rows) - image_rows
-    block = rows.start // micro
-    videos = [(rows[i], block * video + i) for i in range(video)]
-    images = [(rows[video + i], block * image_rows + i) for i in range(image_rows)]
-    return videos, images
+    block, video_rows = rows.start // len(rows), len(rows) - image_rows
+    return (
+        range(block * video_rows, (block + 1) * video_rows),
+        range(block * image_rows, (block + 1) * image_rows),
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,10 @@ from vidit.data.limits import ClipError
 from vidit.data.pack_report import PackReport
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.sources import Source, caption_rows, find_sources
-from vidit.data.staging import Stage, staged
+from vidit.data.staging import staged
 from vidit.data.tar import VIDEO_SUFFIXES, Limits
 from vidit.data.video import VideoInfo, verify
 from vidit.data.workers import mapped
-
-Progress = Callable[[int, int], None]
-"""Called with (clips done, clips in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,6 @@ def pack(
     allow_empty_captions: bool = False,
     overwrite: bool = False,
     workers: int = 1,
-    progress: Progress | None = None,
 ) -> PackReport:
     """Check every video below ``source`` and write those that hold into shards in ``out``.
 
@@ -80,7 +76,10 @@ def pack(
     unused = tuple(sorted(set(rows) - {item.name for item in sources}))
     with staged(out, overwrite) as stage:
         checks = mapped(functools.partial(_check, rules=rules), sources, workers)
-        return _write(stage, sources, checks, clips_per_shard, unused, progress)
+        with ShardWriter(stage.folder, clips_per_shard, allow_empty_captions=allow_empty_captions) as writer:
+            report = _write(writer, sources, checks, unused)
+        report.write(stage.folder)
+        return replace(report, unchanged=stage.publish())
 
 
 def _check_folders(source: Path, out: Path) -> None:
@@ -133,34 +132,24 @@ def _shortfall(info: VideoInfo, rules: _Rules) -> str:
 
 
 def _write(
-    stage: Stage,
-    sources: list[Source],
-    checks: Iterator[_Checked],
-    clips_per_shard: int,
-    unused: tuple[str, ...],
-    progress: Progress | None,
+    writer: ShardWriter, sources: list[Source], checks: Iterator[_Checked], unused: tuple[str, ...]
 ) -> PackReport:
     kept, rejected, cleaned = [], [], []
-    with ShardWriter(stage.folder, clips_per_shard) as writer:
-        for done, (source, check) in enumerate(zip(sources, checks, strict=True), start=1):
-            if check.sidecar is None:
-                rejected.append((source.name, check.reason))
-            else:
-                video = _read(source.path)
-                if hashlib.sha256(video).hexdigest() != check.sha256:
-                    raise RuntimeError(f"{source.path} changed while it was packed; run again when it is still")
-                writer.add(source.key, video, check.sidecar, source.path.suffix[1:].lower())
-                kept.append(source.name)
-            if check.changes:
-                cleaned.append((source.name, check.changes))
-            if progress:
-                progress(done, len(sources))
-        if not kept:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:5])
-            raise ValueError(f"none of {len(sources)} files can be used, so nothing was written: {reasons}")
-        manifest = writer.close()
-    report = PackReport(
+    for source, check in zip(sources, checks, strict=True):
+        if check.sidecar is None:
+            rejected.append((source.name, check.reason))
+        else:
+            video = _read(source.path)
+            if hashlib.sha256(video).hexdigest() != check.sha256:
+                raise RuntimeError(f"{source.path} changed while it was packed; run again when it is still")
+            writer.add(source.key, video, check.sidecar, source.path.suffix[1:].lower())
+            kept.append(source.name)
+        if check.changes:
+            cleaned.append((source.name, check.changes))
+    if not kept:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:5])
+        raise ValueError(f"none of {len(sources)} files can be used, so nothing was written: {reasons}")
+    manifest = writer.close()
+    return PackReport(
         tuple(kept), tuple(rejected), tuple(cleaned), unused, len(manifest["shards"]), manifest["num_bytes"]
     )
-    report.write(stage.folder)
-    return replace(report, unchanged=stage.publish())

@@ -109,13 +109,3 @@ class Scene:
     def to_json(self) -> dict[str, Any]:
         """A dict of numbers, strings, lists and dicts that `json.dumps` accepts."""
         return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_json(fields: dict[str, Any]) -> "Scene":
-        """The inverse of `to_json`, also after a trip through JSON text, where tuples become lists."""
-        things = tuple(
-            Thing(**{**thing, "poses": tuple(Pose(**pose) for pose in thing["poses"])}) for thing in fields["things"]
-        )
-        ground = fields["background"]
-        pairs = {name: tuple(ground[name]) for name in ("dark", "light", "drift")}
-        return Scene(**{**fields, "things": things, "background": Background(**{**ground, **pairs})})

@@ -33,6 +33,7 @@ from vidit.data.scene_types import (
 
 __all__ = [
     "COLOURS",
+    "COUNT_ODDS",
     "DIRECTIONS",
     "HELD_OUT",
     "MOTIONS",
@@ -50,6 +51,10 @@ __all__ = [
 ]
 
 
+# Odds of one, two and three things: most scenes are simple, as most captions of videos are.
+COUNT_ODDS = (0.7, 0.22, 0.08)
+
+
 def sample_scene(
     seed: int,
     index: int,
@@ -58,16 +63,16 @@ def sample_scene(
     height: int = 64,
     width: int = 64,
     fps: int = 8,
-    count_weights: Sequence[float] = (0.7, 0.22, 0.08),
+    count_odds: Sequence[float] = COUNT_ODDS,
 ) -> Scene:
     """Scene number `index` of a split: a pure function of its arguments.
 
-    `count_weights` are the (unnormalised) odds of one, two and three things. In the held-out split every
+    `count_odds` are the (unnormalised) odds of one, two and three things. In the held-out split every
     scene has a held-out pair. Raises ValueError for arguments that describe no scene.
     """
-    _check(split, num_frames, height, width, count_weights)
+    _check(split, num_frames, height, width, count_odds)
     rng = keyed_generator("scene", seed, index, split)
-    weights = np.asarray(count_weights, dtype=float)
+    weights = np.asarray(count_odds, dtype=float)
     count = 1 + int(rng.choice(len(weights), p=weights / weights.sum()))
     looks = _sample_looks(rng, count, split)
     motions = _sample_motions(rng, looks, num_frames)
@@ -76,13 +81,13 @@ def sample_scene(
     return Scene(things, background, num_frames, height, width, fps, int(rng.integers(2**53)))
 
 
-def _check(split: str, num_frames: int, height: int, width: int, count_weights: Sequence[float]) -> None:
+def _check(split: str, num_frames: int, height: int, width: int, count_odds: Sequence[float]) -> None:
     if split not in ("train", "held_out"):
         raise ValueError(f"split is {split!r}; use 'train' or 'held_out'")
     if num_frames < 1 or min(height, width) < 32:
         raise ValueError(f"{num_frames} frames of {height}x{width}: a scene needs at least 1 frame and 32x32 pixels")
-    if not 1 <= len(count_weights) <= 3 or min(count_weights) < 0 or sum(count_weights) <= 0:
-        raise ValueError(f"count_weights={tuple(count_weights)}: give 1 to 3 odds, none negative, not all 0")
+    if not 1 <= len(count_odds) <= 3 or min(count_odds) < 0 or sum(count_odds) <= 0:
+        raise ValueError(f"count_odds={tuple(count_odds)}: give 1 to 3 odds, none negative, not all 0")
 
 
 def _sample_looks(rng: np.random.Generator, count: int, split: Split) -> list[tuple[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +34,17 @@ class ShardWriter:
     """Writes clips in the order in which they are added; a context manager.
 
     A shard appears under its name when it is whole; the manifest appears on ``close``. After an exception in
-    the ``with`` block the unfinished shard and the manifest are not written.
+    the ``with`` block the unfinished shard and the manifest are not written. Without ``allow_empty_captions``
+    a reader takes an empty caption for a fault of its clip.
     """
 
-    def __init__(self, out_dir: Path, max_clips_per_shard: int = 1000, max_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        out_dir: Path,
+        max_clips_per_shard: int = 1000,
+        max_bytes: int = 1 << 30,
+        allow_empty_captions: bool = False,
+    ) -> None:
         if max_clips_per_shard < 1 or max_bytes < 1:
             raise ValueError(f"max_clips_per_shard={max_clips_per_shard}, max_bytes={max_bytes}; use 1 or more")
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -44,6 +52,7 @@ class ShardWriter:
         if present:
             raise ShardError(f"{out_dir} already holds {present[0]}; write to an empty folder")
         self._out_dir, self._max_clips, self._max_bytes = out_dir, max_clips_per_shard, max_bytes
+        self._allow_empty_captions = allow_empty_captions
         self._keys: set[str] = set()
         self._done: list[dict[str, Any]] = []
         self._shard: _Shard | None = None
@@ -65,7 +74,11 @@ class ShardWriter:
         size = sum(BLOCK + padded(len(part)) for part in (video, text))
         shard = self._room_for(size)
         shard.tar.write({"__key__": key, "json": text, suffix: video})
-        shard.facts[key] = facts | {"caption_chars": len(sidecar["caption"])}
+        shard.facts[key] = facts | {
+            "caption_chars": len(sidecar["caption"]),
+            "video_crc32": zlib.crc32(video),
+            "json_crc32": zlib.crc32(text),
+        }
         shard.num_bytes += size
         self._keys.add(key)
 
@@ -75,7 +88,7 @@ class ShardWriter:
             self._finish(self._shard)
         if not self._done:
             raise ValueError(f"no clip was added, so {self._out_dir} would be an empty data set")
-        return write_manifest(self._out_dir, self._done)
+        return write_manifest(self._out_dir, self._done, self._allow_empty_captions)
 
     def __enter__(self) -> Self:
         return self

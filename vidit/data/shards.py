@@ -4,7 +4,8 @@ A data set is a folder of WebDataset tars, ``shard-000000.tar`` and so on, each 
 ``<key>.json`` (the sidecar, with the caption) and ``<key>.mp4`` (or another allow-listed suffix). Beside each
 tar lies ``shard-000000.index.jsonl``, one row a clip, and at the end ``dataset.json`` names every shard with
 its size and SHA-256. The tars are a pure function of what was added, byte for byte, so a hash identifies a
-data set. Tars made by others, without index or manifest and with ``.txt`` captions, are read as well.
+data set. The index holds the CRC-32 of what was added, and each read is compared with it. Tars made by others,
+without index or manifest and with ``.txt`` captions, are read as well, unchecked.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ from vidit.data.video import probe
 class ClipRef:
     """Where one clip lies and what it is. Offsets and sizes are in bytes, of the member's content.
 
-    ``json_offset`` and ``json_size`` are those of the caption's member, which is a ``.txt`` where
-    ``caption_suffix`` says so.
+    The fields ``json_*`` are of the caption's member, which is a ``.txt`` where ``caption_suffix`` says so. A CRC
+    is None in a tar that has no index, or one whose index has none.
     """
 
     shard_path: Path
@@ -60,8 +61,14 @@ class ClipRef:
     caption_chars: int
     video_suffix: str = "mp4"
     caption_suffix: str = "json"
+    video_crc32: int | None = None
+    json_crc32: int | None = None
+    allow_empty_caption: bool = False
+    """Whether its data set was packed with empty captions on purpose; the manifest says so, not the index."""
 
 
+_NOT_IN_INDEX = {"shard_path", "allow_empty_caption"}
+_CRCS = {"video_crc32", "json_crc32"}
 Dataset = tuple[ClipRef, ...]
 
 
@@ -70,14 +77,13 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.jsonl")
 
 
-def read_index(folder: Path | str, limits: Limits | None = None, verify_hashes: bool = False) -> Dataset:
+def read_index(folder: Path | str) -> Dataset:
     """All clips of a data set, shards in the order of their names; writes nothing.
 
     A shard without an index is scanned, and its videos probed where the sidecar does not give their shape.
-    ``verify_hashes`` reads every shard in full against the manifest. Raises ShardError for every fault found
-    in a file, one message each, and ClipError never.
+    Raises ShardError for every fault found in a file, one message each, and ClipError never.
     """
-    folder, limits = Path(folder), limits or Limits()
+    folder = Path(folder)
     if not folder.is_dir():
         raise ShardError(f"{folder} is not a folder; name the folder that `vidit pack` wrote (no URL, no pipe)")
     shards = sorted(folder.glob("*.tar"))
@@ -85,20 +91,21 @@ def read_index(folder: Path | str, limits: Limits | None = None, verify_hashes: 
         raise ShardError(
             f"{folder} holds no .tar file; name the folder that `vidit pack` wrote (.tar.gz must be unpacked)"
         )
-    check_manifest(folder, shards, verify_hashes)
+    allow_empty = check_manifest(folder, shards)
     refs: dict[str, ClipRef] = {}
     for shard in shards:
-        for ref in _read_shard_index(shard) if index_path(shard).exists() else build_index(shard, limits):
+        for found in _read_shard_index(shard) if index_path(shard).exists() else build_index(shard):
+            ref = replace(found, allow_empty_caption=True) if allow_empty else found
             other = refs.setdefault(ref.key, ref)
             if other is not ref:
                 raise ShardError(f"{shard}: key {ref.key!r} is also in {other.shard_path.name}; keys must differ")
     return tuple(refs.values())
 
 
-def build_index(shard: Path, limits: Limits | None = None) -> list[ClipRef]:
+def build_index(shard: Path) -> list[ClipRef]:
     """Index a tar by its headers, in the tar's order; the sidecars are read. Raises ShardError."""
     refs = []
-    for key, members in scan(shard, limits or Limits()).items():
+    for key, members in scan(shard, Limits()).items():
         video = video_of(shard, key, members)
         caption, sidecar = caption_of(shard, key, members)
         try:
@@ -115,11 +122,19 @@ def build_index(shard: Path, limits: Limits | None = None) -> list[ClipRef]:
 
 
 def read_clip(ref: ClipRef) -> tuple[bytes, str, dict[str, Any]]:
-    """(video file, caption, sidecar) of one clip. Raises ShardError if the tar is not what the index says."""
-    video = Member(f"{ref.key}.{ref.video_suffix}", ref.video_offset, ref.video_size)
-    caption = Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size)
-    sidecar = sidecar_of(ref.shard_path, caption)
+    """(video file, caption, sidecar) of one clip.
+
+    Raises ShardError if the tar is not the one that the index is of, ClipError if the clip was damaged since.
+    """
+    video = Member(f"{ref.key}.{ref.video_suffix}", ref.video_offset, ref.video_size, ref.video_crc32)
+    sidecar = read_sidecar(ref)
     return read(ref.shard_path, video), sidecar["caption"], sidecar
+
+
+def read_sidecar(ref: ClipRef) -> dict[str, Any]:
+    """The caption, under that name, and what came with it; the video is not read. Errors as ``read_clip``."""
+    member = Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size, ref.json_crc32)
+    return sidecar_of(ref.shard_path, member)
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -146,8 +161,7 @@ def ref_of(shard: Path, key: str, video: Member, caption: Member, facts: Mapping
 
 def row_of(ref: ClipRef) -> str:
     """A clip's line of the index."""
-    row = asdict(ref)
-    del row["shard_path"]
+    row = {name: value for name, value in asdict(ref).items() if name not in _NOT_IN_INDEX}
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
@@ -169,11 +183,11 @@ def _parsed(shard: Path, line: str, place: str) -> ClipRef:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{place} is not JSON: {error}; delete the index, or {CURE}") from error
-    expected = {item.name for item in fields(ClipRef)} - {"shard_path"}
-    if not isinstance(row, dict) or set(row) != expected:
+    expected = {item.name for item in fields(ClipRef)} - _NOT_IN_INDEX
+    if not isinstance(row, dict) or set(row) not in (expected, expected - _CRCS):
         raise ShardError(f"{place} does not have the fields {' '.join(sorted(expected))}; {CURE}")
     counts = {"video_offset": 512, "json_offset": 512, "num_frames": 1, "width": 1, "height": 1}
-    counts |= {"video_size": 0, "json_size": 0, "caption_chars": 0}
+    counts |= {"video_size": 0, "json_size": 0, "caption_chars": 0} | dict.fromkeys(_CRCS & set(row), 0)
     wrong = [name for name, least in counts.items() if not _is_count(row[name], least)]
     wrong += [] if _is_rate(row["fps"]) else ["fps"]
     wrong += [] if isinstance(row["key"], str) and row["key"] else ["key"]

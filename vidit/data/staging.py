@@ -1,13 +1,22 @@
-"""A folder beside the final one, which a data set is written to and moved from when it is whole."""
+"""A folder beside the final one, which a data set is written to and moved from when it is whole.
+
+Its name is fixed, so that what a killed process left is found and removed by the next one; a lock in it keeps
+two processes that write the same data set apart.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
-import tempfile
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import BinaryIO
 
 from vidit.data.manifest import MANIFEST, is_ours, sha256_of
 from vidit.data.pack_report import REPORT
@@ -15,7 +24,7 @@ from vidit.data.pack_report import REPORT
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A folder beside ``out`` that takes its place when it is whole."""
+    """A folder beside ``out`` whose content goes there when it is whole."""
 
     folder: Path
     out: Path
@@ -23,6 +32,7 @@ class Stage:
 
     def publish(self) -> bool:
         """Move everything into place; True if ``out`` had the same shards and keeps them."""
+        self.out.mkdir(parents=True, exist_ok=True)
         old, new = self.out / MANIFEST, self.folder / MANIFEST
         held = [path for path in self.out.iterdir() if _may_be_here(path.name)]
         if old.is_file() and old.read_bytes() == new.read_bytes() and self._same_shards():
@@ -48,17 +58,70 @@ class Stage:
 
 @contextmanager
 def staged(out: Path, overwrite: bool) -> Iterator[Stage]:
-    out.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(path.name for path in out.iterdir() if not _may_be_here(path.name))
+    """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal.
+
+    Raises ValueError for an ``out`` with other content, RuntimeError while another process writes it.
+    """
+    foreign = sorted(path.name for path in out.iterdir() if not _may_be_here(path.name)) if out.exists() else []
     if foreign:
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a data set; write to an empty folder")
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield Stage(folder, out, overwrite)
-    finally:
+    final = out.resolve()
+    root = final.parent / f".{final.name}.partial"
+    with _leaving_on_sigterm(), _locked(root, out):
+        folder = root / "data"
         shutil.rmtree(folder, ignore_errors=True)
-        if not any(out.iterdir()):
-            out.rmdir()
+        folder.mkdir()
+        try:
+            yield Stage(folder, out, overwrite)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(root: Path, out: Path) -> Iterator[None]:
+    """Hold the lock in ``root``, which is made for it and removed with it."""
+    path = root / "lock"
+    with _lock(path, out):
+        try:
+            yield
+        finally:
+            path.unlink()
+            with suppress(OSError):  # another process has made its lock already
+                root.rmdir()
+
+
+def _lock(path: Path, out: Path) -> BinaryIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Whoever holds the lock may remove it between any two lines here: a lock on a removed file keeps nobody out.
+        with suppress(FileNotFoundError):
+            file = path.open("wb")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            except BlockingIOError:
+                raise RuntimeError(
+                    f"another process is writing {out} (it holds {path}); wait for it, or write elsewhere"
+                ) from None
+            file.close()
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Python dies of a SIGTERM without a `finally`; a thread that is not the main one cannot change that."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _may_be_here(name: str) -> bool:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
+
+from vidit.data.limits import ClipError
 
 VIDEO_SUFFIXES = frozenset({"mp4", "mov", "mkv", "webm", "avi", "asf", "m4v"})
 CAPTION_SUFFIXES = frozenset({"json", "txt"})
@@ -29,22 +32,22 @@ class ShardError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a tar may hold. ``skip_suffixes``: members that are passed over instead of refused."""
+    """What a tar may hold."""
 
     max_video_bytes: int = 1 << 30
     max_caption_bytes: int = 4 << 20
     max_name_chars: int = 240
     max_members: int = 2_000_000
-    skip_suffixes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a tar: where its content lies, in bytes."""
+    """One file of a tar: where its content lies, in bytes, and its CRC-32 where an index holds it."""
 
     name: str
     offset: int
     size: int
+    crc32: int | None = None
 
 
 def padded(size: int) -> int:
@@ -74,8 +77,6 @@ def scan(shard: Path, limits: Limits) -> dict[str, dict[str, Member]]:
     clips: dict[str, dict[str, Member]] = {}
     for member in _members(shard, limits):
         suffix = suffix_of(member.name)
-        if suffix in limits.skip_suffixes:
-            continue
         members = clips.setdefault(member.name[: -len(suffix) - 1], {})
         if suffix in members:
             raise ShardError(f"{shard}: member {member.name!r} is there twice; {CURE}")
@@ -136,10 +137,10 @@ def _is_clip_member(shard: Path, info: tarfile.TarInfo, limits: Limits) -> bool:
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.issparse():
         raise refuse("it is a link, a device or another kind of special file")
     suffix = suffix_of(info.name)
-    if suffix not in VIDEO_SUFFIXES | CAPTION_SUFFIXES | limits.skip_suffixes:
+    if suffix not in VIDEO_SUFFIXES | CAPTION_SUFFIXES:
         raise refuse(f"suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES | CAPTION_SUFFIXES))}")
     limit = limits.max_caption_bytes if suffix in CAPTION_SUFFIXES else limits.max_video_bytes
-    if info.size > limit and suffix not in limits.skip_suffixes:
+    if info.size > limit:
         raise refuse(f"it has {info.size} bytes, the limit is {limit}")
     return True
 
@@ -165,7 +166,7 @@ def caption_of(shard: Path, key: str, members: Mapping[str, Member]) -> tuple[Me
 
 
 def sidecar_of(shard: Path, member: Member, caption_needed: bool = True) -> dict[str, Any]:
-    """The object in a .json, or the text of a .txt as its ``caption``. ShardError."""
+    """The object in a .json, or the text of a .txt as its ``caption``. ShardError; ClipError as from ``read``."""
     content = read(shard, member)
     try:
         text = content.decode("utf-8")
@@ -178,7 +179,10 @@ def sidecar_of(shard: Path, member: Member, caption_needed: bool = True) -> dict
 
 
 def read(shard: Path, member: Member) -> bytes:
-    """A member's content, after its tar header was compared with what the index says."""
+    """A member's content, after its tar header and its CRC-32 were compared with what the index says.
+
+    Raises ShardError for a tar that does not belong to its index, ClipError for content that was damaged later.
+    """
     try:
         descriptor = os.open(shard, os.O_RDONLY)
     except OSError as error:
@@ -190,7 +194,10 @@ def read(shard: Path, member: Member) -> bytes:
     check_header(shard, member, block[:BLOCK])
     if len(block) != BLOCK + member.size:
         raise ShardError(f"{shard}: truncated: {member.name} has {len(block) - BLOCK} of {member.size} bytes; {CURE}")
-    return block[BLOCK:]
+    content = block[BLOCK:]
+    if member.crc32 is not None and (found := zlib.crc32(content)) != member.crc32:
+        raise ClipError(f"{shard}: {member.name} is damaged: CRC-32 {found:08x}, its index says {member.crc32:08x}")
+    return content
 
 
 def check_header(shard: Path, member: Member, header: bytes) -> None:

@@ -10,14 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from vidit.config import Diffusion
+from vidit.config import Diffusion, refuse
 from vidit.diffusion.paths import shift_time
-
-LEGAL_DENSITIES: dict[str, tuple[str, ...]] = {
-    "flow": ("uniform", "logit_normal"),
-    "vp": ("uniform", "logit_normal"),
-    "edm": ("log_normal",),
-}
 
 
 def stratified_uniform(u_B: Tensor, slot_B: Tensor, num_slots: int) -> Tensor:
@@ -40,9 +34,7 @@ def times_from_uniform(c: Diffusion, u_B: Tensor, shift: float = 1.0) -> Tensor:
     flow: t in [0, 1]; vp: whole training steps 0 .. N-1; edm: sigma > 0. Convention A: a larger u, a larger
     density_mean and a larger shift all mean more noise. ValueError where path, density and shift do not fit.
     """
-    if c.density not in LEGAL_DENSITIES[c.path]:
-        legal = " ".join(LEGAL_DENSITIES[c.path])
-        raise ValueError(f"diffusion.density={c.density} does not fit path {c.path}; use one of {legal}")
+    refuse(c.density_faults())
     if c.path == "vp" and shift != 1:
         raise ValueError(f"shift={shift} has no meaning on a table of steps; set diffusion.snr_shift instead")
     if c.density == "uniform":
@@ -85,11 +77,10 @@ def shift_for(
     if c.shift == "sqrt_pixels_frames":
         frames = _open_sora_frames(num_frames, num_latent_frames)
         return c.shift_value * math.sqrt(height_px * width_px / 512**2) * math.sqrt(frames)
-    if c.shift == "linear_tokens":
-        # Open-Sora 2.0 (2503.09642): the line through (256 tokens, 1) and (4096, 3), not clamped outside.
-        per_frame = 1 + (tokens_per_frame - 256) * (3 - 1) / (4096 - 256)
-        return c.shift_value * per_frame * math.sqrt(num_latent_frames)
-    raise ValueError(f"unknown diffusion.shift={c.shift!r}; use none, constant, sqrt_pixels_frames or linear_tokens")
+    assert c.shift == "linear_tokens", c.shift
+    # Open-Sora 2.0 (2503.09642): the line through (256 tokens, 1) and (4096, 3), not clamped outside.
+    per_frame = 1 + (tokens_per_frame - 256) * (3 - 1) / (4096 - 256)
+    return c.shift_value * per_frame * math.sqrt(num_latent_frames)
 
 
 def _open_sora_frames(num_frames: int, num_latent_frames: int) -> int:

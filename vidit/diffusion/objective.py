@@ -3,7 +3,7 @@
 Every target is a fixed mixture y = p x + q e of the clean latent and the noise. With x_t = a x + s e that
 is a 2 x 2 system, and D = a q - s p decides everything:
 
-    x_hat = (q x_t - s y) / D        e_hat = (a y - p x_t) / D        |x - x_hat| = (s / |D|) |y - y_hat|
+    x_hat = (q x_t - s y) / D        |x - x_hat| = (s / |D|) |y - y_hat|
 
     target   p                    q              D           paper
     eps      0                    1              a           DDPM (2006.11239)
@@ -19,22 +19,13 @@ Conversions run in fp32 (fp64 for fp64 input) whatever the network's dtype.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vidit.config import Diffusion
+from vidit.config import Diffusion, Target, refuse
 from vidit.diffusion.paths import Path, build_path, expand
 from vidit.dtypes import wide
-
-Target = Literal["flow", "eps", "x", "v", "edm"]
-
-LEGAL_TARGETS: dict[str, tuple[Target, ...]] = {
-    "flow": ("flow", "x", "v"),
-    "vp": ("eps", "x", "v"),
-    "edm": ("edm",),
-}
 
 
 @dataclass(frozen=True)
@@ -87,11 +78,6 @@ class Objective:
         q, s, d = self._mixture(t)[1], self.path.sigma(t), self._determinant(t)
         return expand(q / d, x_t) * x_t - expand(s / d, x_t) * output
 
-    def eps(self, output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """e_hat from the network's output at x_t; not finite for x and edm at s = 0, where there is none."""
-        a, p, d = self.path.alpha(t), self._mixture(t)[0], self._determinant(t)
-        return expand(a / d, x_t) * output - expand(p / d, x_t) * x_t
-
     def _error_ratio(self, t: Tensor) -> Tensor:
         """|x - x_hat|^2 / |y - y_hat|^2 at the same network error: (s / D)^2."""
         if self.target_kind == "x":
@@ -110,42 +96,21 @@ class Objective:
         snr = (self.path.alpha(t) / self.path.sigma(t)) ** 2
         return snr.clamp(max=self.min_snr_gamma) * self._error_ratio(t)
 
-    def data_weight(self, t: Tensor) -> Tensor:
-        """The same weight seen from |x - x_hat|^2: SNR for eps, SNR + 1 for v, lambda(sigma) for edm."""
-        return self.weight(t) / self._error_ratio(t)
-
-    def loss(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
-        """weight(t) |y - y_hat|^2, averaged over all but dim 0: (B,) fp32 (fp64 for fp64 input).
-
-        mask broadcasts against x and is 1 where the loss counts (0 on given frames or padding); a clip with
-        nothing to count has loss 0.
-        """
+    def loss(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """weight(t) |y - y_hat|^2, averaged over all but dim 0: (B,) fp32 (fp64 for fp64 input)."""
         dtype = torch.promote_types(wide(x.dtype), output.dtype)
         error = (output.to(dtype) - self.target(x.to(dtype), noise.to(dtype), t)) ** 2
-        error = error * expand(self.weight(t), error)
-        if mask is None:
-            return error.flatten(1).mean(1)
-        counted = mask.to(error.device, torch.bool).expand_as(error)
-        # where, not a product: padding may hold anything, and 0 x nan is nan.
-        total = torch.where(counted, error, torch.zeros_like(error)).flatten(1).sum(1)
-        return total / counted.flatten(1).sum(1).clamp(min=1)
+        return (error * expand(self.weight(t), error)).flatten(1).mean(1)
 
 
 def build_objective(c: Diffusion) -> Objective:
-    """The objective that the config names. ValueError for a combination that is not defined."""
+    """The objective that the config names. ConfigError for a combination that is not defined."""
+    refuse((*c.path_faults(), *c.target_faults()))
     path = build_path(c)
-    if c.target == "eps" and path.zero_terminal_snr:
-        cure = "target=v or x, or zero_terminal_snr=false" if c.path == "vp" else "target=flow, x or v"
+    if c.target == "eps" and path.zero_terminal_snr:  # the config promises otherwise, but the table has underflowed
         raise ValueError(
-            f"diffusion.target=eps is undefined on path {c.path}: its last step has SNR 0, where x_hat = "
-            f"(x_t - s e) / a divides by a = 0; use {cure}"
+            f"diffusion.target=eps: after {c.num_train_steps} steps of these betas the SNR is 0 in fp64, where x_hat "
+            "divides by a = 0; use target=v or x, or lower diffusion.beta_end"
         )
-    if c.target not in LEGAL_TARGETS[c.path]:
-        legal = " ".join(LEGAL_TARGETS[c.path])
-        raise ValueError(f"diffusion.target={c.target} is not defined on path {c.path}; use one of {legal}")
-    if c.weighting not in ("none", "min_snr"):
-        raise ValueError(f"unknown diffusion.weighting={c.weighting!r}; use none or min_snr")
-    if c.weighting == "min_snr" and c.path == "edm":
-        raise ValueError("diffusion.weighting=min_snr and EDM's own lambda(sigma) exclude each other; use none")
     gamma = c.min_snr_gamma if c.weighting == "min_snr" else None
     return Objective(path, c.target, c.sigma_data, gamma)

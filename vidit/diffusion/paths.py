@@ -7,7 +7,7 @@
 
 Everything else in this package (targets, samplers, guidance) reads a path through a(t) and s(t) alone, so a
 new process is one class here. Flow times follow convention A of the formula sheet: t = 1 is noise and the
-velocity points from data to noise; other conventions are converted at the border (`conventions.py`).
+velocity v = e - x points from data to noise, as in SD3 and HunyuanVideo.
 
 Contract: t is fp32, fp64 or an integer tensor of shape (B,), or any shape that is a prefix of x's (then every
 latent frame may have its own time). Half precision is refused: in bf16 step 999 rounds to 1000.
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidit.config import Diffusion
+from vidit.config import Diffusion, refuse
 from vidit.dtypes import wide
 
 
@@ -78,10 +78,6 @@ class Path(ABC):
     def add_noise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t = a(t) x + s(t) noise; x and noise (B, ...), t a prefix of that; fp32 or x's fp64."""
         return expand(self.alpha(t), x) * x + expand(self.sigma(t), x) * noise
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """log SNR = 2 log(a / s): +inf at the clean end, -inf where a = 0."""
-        return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
 
 class FlowPath(Path):
@@ -224,18 +220,15 @@ def alphas_bar(c: Diffusion) -> Tensor:
     The shift comes first, as in CogVideoX: the rescale then ends at zero whatever the shift.
     """
     n = c.num_train_steps
-    if c.vp_schedule != "cosine" and c.beta_start >= c.beta_end:
-        raise ValueError(f"beta_start={c.beta_start} is not below beta_end={c.beta_end}; betas grow with t, swap them")
+    refuse(c.path_faults())
     if c.vp_schedule == "linear":
         beta = torch.linspace(c.beta_start, c.beta_end, n, dtype=torch.float64)
     elif c.vp_schedule == "scaled_linear":
         beta = torch.linspace(math.sqrt(c.beta_start), math.sqrt(c.beta_end), n, dtype=torch.float64) ** 2
-    elif c.vp_schedule == "cosine":
+    else:
         # Nichol & Dhariwal (2102.09672) eq. 17; the clip keeps the last step from erasing x in one go.
         f = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2) ** 2
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"unknown vp_schedule={c.vp_schedule!r}; use linear, scaled_linear or cosine")
     abar = shift_snr(torch.cumprod(1 - beta, 0), c.snr_shift)
     return rescale_zero_terminal_snr(abar) if c.zero_terminal_snr else abar
 
@@ -252,20 +245,13 @@ def rescale_zero_terminal_snr(abar: Tensor) -> Tensor:
 
 
 def build_path(c: Diffusion) -> Path:
-    """The path that the config names. ValueError for an option that the path cannot honour."""
+    """The path that the config names. ConfigError for an option that the path cannot honour."""
+    refuse(c.path_faults())
     if c.path == "flow":
         return FlowPath()
     if c.path == "vp":
-        if c.shift != "none":
-            raise ValueError(
-                f"diffusion.shift={c.shift} does not apply to path vp; use none and set diffusion.snr_shift"
-            )
         return VPPath.from_alphas_bar(alphas_bar(c))
-    if c.path == "edm":
-        if c.sigma_min >= c.sigma_max:
-            raise ValueError(f"sigma_min={c.sigma_min} is not below sigma_max={c.sigma_max}; lower sigma_min")
-        return EDMPath(c.sigma_min, c.sigma_max)
-    raise ValueError(f"unknown diffusion.path={c.path!r}; use flow, vp or edm")
+    return EDMPath(c.sigma_min, c.sigma_max)
 
 
 def _check_steps(num_steps: int) -> None:

@@ -20,15 +20,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from vidit.config import Sampler
 from vidit.diffusion.paths import Path
 from vidit.dtypes import wide
 
-Sampler = Literal["ddim", "dpmpp_2m", "heun", "euler"]
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(x_t (B, ...), t_B (B,)) -> x_hat (B, ...)."""
 
@@ -117,7 +117,7 @@ def _dpmpp_2m(run: _Run, x: Tensor, now: _Point, to: _Point) -> Tensor:
     return to.s / now.s * x - to.a * math.expm1(-h) * data
 
 
-_STEPS: dict[str, Callable[[_Run, Tensor, _Point, _Point], Tensor]] = {
+_STEPS: dict[Sampler, Callable[[_Run, Tensor, _Point, _Point], Tensor]] = {
     "ddim": _ddim,
     "dpmpp_2m": _dpmpp_2m,
     "heun": _heun,
@@ -132,7 +132,6 @@ def sample(
     path: Path,
     noise: Tensor,
     times: Tensor,
-    callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Carry standard normal noise to data along times.
 
@@ -141,7 +140,6 @@ def sample(
         denoise: (x_t, t_B) -> x_hat; x_t like noise in fp32 (fp64 for fp64 noise), t_B (B,) likewise.
         noise: (B, ...) standard normal; `path.start` scales it to times[0].
         times: (num_steps + 1,), falling, as `path.sampling_times` gives it.
-        callback: called after each step with its number (from 0) and x.
 
     Returns: x at times[-1], shape of noise, fp32 or noise's fp64, without gradients.
     """
@@ -150,8 +148,6 @@ def sample(
     points = _points(path, times)
     run, step = _Run(denoise, path), _STEPS[sampler]
     x = path.start(noise.to(wide(noise.dtype)), times[0])
-    for i, (now, to) in enumerate(pairwise(points)):
+    for now, to in pairwise(points):
         x = step(run, x, now, to)
-        if callback is not None:
-            callback(i, x)
     return x

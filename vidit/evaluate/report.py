@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vidit.data.encode import write_gif
+from vidit.train.board import MAX_GIF_FPS
 from vidit.train.metrics import read_metrics
 from vidit.train.rundir import read_config
-
-mpl.use("Agg")
+from vidit.train.whole_file import full_disk_explained, write_whole
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>
@@ -48,29 +48,45 @@ pre { background: #f5f7fa; padding: 1rem; overflow: auto; font-size: .8rem; }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write the page from what the run directory holds; returns its path. ValueError where it is no run."""
+    """Write the page from what the run directory holds; returns its path.
+
+    ValueError where it is no run, or where what `vidit evaluate` wrote is damaged.
+    """
     config = read_config(run_dir)
-    summary = _json(run_dir / "summary.json")
+    try:
+        summary = _json(run_dir / "summary.json", {})
+        facts, rows = _facts(summary), _accuracy_rows(summary)
+        samples = _samples(run_dir, config.data.fps or 8.0)
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(
+            f"what {run_dir} holds of an evaluation is damaged or of another version ({type(error).__name__}: "
+            f"{error}); run `vidit evaluate` again, or delete summary.json and evaluation.*"
+        ) from error
     page = (
         Environment(autoescape=True)
         .from_string(PAGE)
         .render(
             name=config.name,
-            facts=_facts(summary),
+            facts=facts,
             columns=("colour", "direction", "shape", "count"),
-            rows=_accuracy_rows(summary),
-            samples=_samples(run_dir, config.data.fps or 8.0),
+            rows=rows,
+            samples=samples,
             plots=_plots(run_dir),
             settings=config.to_json(),
         )
     )
     path = run_dir / "report.html"
-    path.write_text(page)
+    with full_disk_explained(run_dir):
+        write_whole(path, page)
     return path
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+def _json(path: Path, absent: Any) -> Any:
+    """The content of a file; ValueError, with its name, where it is no JSON."""
+    try:
+        return json.loads(path.read_text()) if path.is_file() else absent
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error
 
 
 def _facts(summary: dict[str, Any]) -> str:
@@ -97,7 +113,7 @@ def _samples(run_dir: Path, fps: float) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     videos = load_file(path)
-    judged = json.loads((run_dir / "evaluation.json").read_text())
+    judged = _json(run_dir / "evaluation.json", [])
     samples = []
     for (_, video), row in zip(sorted(videos.items()), judged, strict=True):
         marks = ", ".join(f"{n} {row[n]:.0%}" for n in ("colour", "direction", "shape") if row[n] is not None)
@@ -108,7 +124,7 @@ def _samples(run_dir: Path, fps: float) -> list[dict[str, str]]:
 
 def _gif(video: np.ndarray, fps: float) -> str:
     buffer = io.BytesIO()
-    write_gif(buffer, video, fps, scale=2)
+    write_gif(buffer, video, min(fps, MAX_GIF_FPS), scale=2)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

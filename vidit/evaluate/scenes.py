@@ -5,7 +5,6 @@ scenes goes through the same codec and scorer, as the ceiling of what can be mea
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +12,15 @@ from statistics import mean
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vidit.data.encode import encode_mp4
 from vidit.data.scenes import Scene, Split, caption, render, sample_scene
 from vidit.data.video import decode_clip
 from vidit.evaluate.scene_score import SceneScore, score_scene
 from vidit.sample.run import open_trained
-from vidit.train.memory import PeakMemory
-from vidit.train.rundir import record_cost
+from vidit.train.costs import costed, read_costs
+from vidit.train.whole_file import full_disk_explained, write_whole
 
 ATTRIBUTES = ("colour", "direction", "shape")
 
@@ -38,7 +37,7 @@ class Judged:
     count: bool
 
 
-def test_scenes(num: int, seed: int, frames: int, height: int, width: int) -> list[tuple[Scene, bool]]:
+def judged_scenes(num: int, seed: int, frames: int, height: int, width: int) -> list[tuple[Scene, bool]]:
     """`num` scenes, (scene, seen): every other one holds a held-out pair. None of them is a training clip."""
     scenes = []
     for index in range(num):
@@ -68,19 +67,20 @@ def evaluate_scenes(run_dir: Path, num_clips: int, seed: int) -> dict[str, Any]:
     Returns the summary: colour, direction, shape and count over all captions, the same for the seen and the
     unseen half and for ground truth, and what the run cost.
     """
-    started = time.time()
-    with PeakMemory() as memory:
-        trained = open_trained(run_dir)
-        d = trained.config.data
-        scenes = test_scenes(num_clips, seed, d.num_frames, d.height, d.width)
-        videos = trained.draw([caption(scene) for scene, _ in scenes], seed)
-        judged = [judge(scene, seen, video) for (scene, seen), video in zip(scenes, videos, strict=True)]
-        truth = [judge(scene, seen, _through_codec(scene)) for scene, seen in scenes]
-    save_file({f"{i:04d}": video for i, video in enumerate(videos)}, run_dir / "evaluation.safetensors")
-    (run_dir / "evaluation.json").write_text(json.dumps([asdict(j) for j in judged], indent=1) + "\n")
-    record_cost(run_dir, "evaluate", time.time() - started, trained.trained_steps, memory.peak_gib)
-    summary = _summary(judged, truth) | _costs(run_dir) | {"captions": num_clips, "steps": trained.trained_steps}
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    with full_disk_explained(run_dir):
+        with costed(run_dir, "evaluate") as start:
+            trained = open_trained(run_dir)
+            start.step = trained.trained_steps
+            d = trained.config.data
+            scenes = judged_scenes(num_clips, seed, d.num_frames, d.height, d.width)
+            videos = trained.draw([caption(scene) for scene, _ in scenes], seed)
+            judged = [judge(scene, seen, video) for (scene, seen), video in zip(scenes, videos, strict=True)]
+            truth = [judge(scene, seen, _through_codec(scene)) for scene, seen in scenes]
+            videos_by_number = save({f"{i:04d}": video for i, video in enumerate(videos)})
+            write_whole(run_dir / "evaluation.safetensors", videos_by_number)
+            write_whole(run_dir / "evaluation.json", json.dumps([asdict(j) for j in judged], indent=1) + "\n")
+        summary = _summary(judged, truth) | _costs(run_dir) | {"captions": num_clips, "steps": trained.trained_steps}
+        write_whole(run_dir / "summary.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
@@ -104,7 +104,7 @@ def _summary(judged: Sequence[Judged], truth: Sequence[Judged]) -> dict[str, Any
 
 def _costs(run_dir: Path) -> dict[str, float]:
     """Seconds of training over every start, and the largest peak memory of any stage."""
-    rows = [json.loads(line) for line in (run_dir / "costs.jsonl").read_text().splitlines()]
+    rows = read_costs(run_dir)
     return {
         "train_s": round(sum(r["seconds"] for r in rows if r["stage"] == "train"), 1),
         "evaluate_s": round(sum(r["seconds"] for r in rows if r["stage"] == "evaluate"), 1),

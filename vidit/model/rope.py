@@ -12,13 +12,19 @@ from vidit.dtypes import widen
 THETA = 10_000.0
 
 
+def axis_pairs(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's K/2 rotated pairs time, height and width have: 1/4, 3/8, 3/8, the rest to time."""
+    pairs = head_dim // 2
+    space = pairs * 3 // 8
+    return pairs - 2 * space, space, space
+
+
 def rope_angles(position_S3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each (S, K/2) fp32: K/4 of the head dim for time, 3K/8 each for height and width."""
-    shares = (head_dim // 4, head_dim * 3 // 8, head_dim * 3 // 8)
+    """Cosines and sines, each (S, K/2) fp32, time first, then height and width."""
     angles = []
-    for axis, share in enumerate(shares):
-        frequency = THETA ** (-torch.arange(0, share, 2, device=position_S3.device, dtype=torch.float32) / share)
-        angles.append(position_S3[:, axis, None].float() * frequency)
+    for axis, pairs in enumerate(axis_pairs(head_dim)):
+        steps = torch.arange(pairs, device=position_S3.device, dtype=torch.float32)
+        angles.append(position_S3[:, axis, None].float() * THETA ** (-steps / pairs))
     angle_SK = torch.cat(angles, dim=-1)
     return angle_SK.cos(), angle_SK.sin()
 

@@ -14,6 +14,7 @@ from vidit import keys
 from vidit.config import RunConfig
 from vidit.diffusion.guidance import guided
 from vidit.diffusion.samplers import sample
+from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
 from vidit.train.step import DitStep, TextInputs, row_text
 
@@ -24,12 +25,13 @@ def draw(
 ) -> list[Tensor]:
     """One video (T, H, W, 3) uint8 on the CPU for each prompt, of the size that `config.data` gives.
 
-    Raises ValueError for a size that the VAE's strides or the model's position tables do not take.
+    Raises ConfigError for a size that the VAE's strides and the patch do not divide.
     """
     d, s = config.data, config.sample
     path = step.objective.path
     times = path.sampling_times(s.num_steps, step.shift)
-    shape = latent_shape(config)
+    r = resolve(config)
+    shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
     videos: list[Tensor] = []
     for start in range(0, len(prompts), s.micro_batch):
         chunk = list(prompts[start : start + s.micro_batch])
@@ -44,13 +46,6 @@ def draw(
         videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
     assert all(v.shape == (d.num_frames, d.height, d.width, 3) for v in videos)
     return videos
-
-
-def latent_shape(config: RunConfig) -> tuple[int, int, int, int]:
-    """(C, T, H, W) of a clip's latent."""
-    d, v = config.data, config.vae
-    frames = 1 + (d.num_frames - 1) // v.temporal_stride
-    return v.latent_channels, frames, d.height // v.spatial_stride, d.width // v.spatial_stride
 
 
 def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Sampling a finished or running run: its newest checkpoint's averaged weights -> mp4 and gif files."""
 
+import itertools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from parallel import checkpoint
-from vidit.config import ConfigError, RunConfig, apply_overrides
+from vidit.config import ConfigError, RunConfig, refuse
 from vidit.data.encode import encode_mp4, write_gif
+from vidit.overrides import apply_overrides, field_names
+from vidit.resolve import faults
 from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.parallelize import build_dit
@@ -18,7 +22,15 @@ from vidit.train.rundir import read_config
 from vidit.train.step import DitStep
 from vidit.vae.store import load_vae
 
-FREE_SECTIONS = ("sample.", "data.", "train.device=", "train.precision=", "diffusion.shift")
+# What acts when sampling. The captions come with the request, everything else is in the weights.
+SAMPLING = (
+    "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.micro_batch",
+    "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
+    "diffusion.shift", "diffusion.shift_value",
+)  # fmt: skip
+MAX_GIF_FPS = 50.0
+"""Players show a GIF no faster."""
+MAX_STEM_BYTES = 120
 
 
 @dataclass
@@ -37,18 +49,12 @@ class TrainedRun:
 
 
 def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
-    """Load a run's newest checkpoint. ValueError where there is none; ConfigError for an override of the model."""
-    config = read_config(run_dir)
-    free = ", ".join(name.removesuffix("=") if name.endswith("=") else f"{name}*" for name in FREE_SECTIONS)
-    faults = [f"{text}: only {free} can change when sampling" for text in overrides
-              if not text.startswith(FREE_SECTIONS)]  # fmt: skip
-    if faults:
-        raise ConfigError(faults)
-    trained, config = config, apply_overrides(config, overrides)
+    """Load a run's newest checkpoint. ValueError where there is none; ConfigError with every fault of the request."""
+    trained = read_config(run_dir)
     found = checkpoint.steps(run_dir / "checkpoints")
-    if config.train.task != "dit" or not found:
+    if trained.train.task != "dit" or not found:
         raise ValueError(f"{run_dir} holds no checkpoint of a DiT to sample from; train it with `vidit train`")
-    check_size(config)
+    config = requested(trained, overrides)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
@@ -59,35 +65,68 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     return TrainedRun(config, DitStep(config, vae, text, device), model, text, found[-1])
 
 
-def check_size(config: RunConfig) -> None:
-    """ValueError when the VAE's strides do not divide the size asked for, naming the nearest that they do."""
-    d, v, p = config.data, config.vae, config.model.patch
-    faults = []
-    for name, stride in (("height", v.spatial_stride * p), ("width", v.spatial_stride * p)):
-        size = getattr(d, name)
-        if size % stride:
-            low = size // stride * stride
-            near = " or ".join(str(n) for n in (low, low + stride) if n)
-            faults.append(f"data.{name}={size} is not divisible by VAE stride x patch = {stride}; use {near}")
-    if (d.num_frames - 1) % v.temporal_stride:
-        low = 1 + (d.num_frames - 1) // v.temporal_stride * v.temporal_stride
-        faults.append(
-            f"data.num_frames={d.num_frames} is not 1 + a multiple of the VAE's temporal stride {v.temporal_stride}; "
-            f"use {low} or {low + v.temporal_stride}"
-        )
-    if faults:
-        raise ConfigError(faults)
+def requested(trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The config of a run as a request changes it; raises ConfigError with all that cannot be met."""
+    config, known, found = trained, set(field_names()), []
+    for text in overrides:
+        key = text.partition("=")[0]
+        if key in known and key not in SAMPLING:
+            found.append(f"{text}: {key} does not act when sampling; only {', '.join(SAMPLING)} do")
+            continue
+        try:
+            config = apply_overrides(config, [text])
+        except ConfigError as error:
+            found += error.faults
+    found += [*faults(config), *_table_faults(trained, config)]
+    refuse(found)
+    return config
+
+
+def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
+    """Sizes above the model's absolute position tables, which have the size of the training clips."""
+    if not trained.model.absolute_position:
+        return
+    t, s = trained.vae.temporal_stride, trained.vae.spatial_stride * trained.model.patch
+    axes = (
+        ("num_frames", 1 + (config.data.num_frames - 1) // t, 1 + (trained.data.num_frames - 1) // t),
+        ("height", config.data.height // s, trained.data.height // s),
+        ("width", config.data.width // s, trained.data.width // s),
+    )
+    for name, asked, most in axes:
+        if asked > most:
+            size = getattr(trained.data, name)
+            yield (
+                f"data.{name}={getattr(config.data, name)} is {asked} tokens, but the position table holds {most}, for "
+                f"data.{name}={size} in training; sample at most {size}, or train with model.absolute_position=false"
+            )
 
 
 def sample_run(run_dir: Path, prompts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]) -> Iterator[Path]:
-    """Write one mp4 and one gif for each prompt; yields their paths."""
+    """Write one mp4 and one gif for each prompt, beside what is there; yields their paths."""
     trained = open_trained(run_dir, overrides)
     fps = trained.config.data.fps or 8.0
     out.mkdir(parents=True, exist_ok=True)
     for number, (prompt, video) in enumerate(zip(prompts, trained.draw(prompts, seed), strict=True)):
-        stem = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "empty"
-        mp4, gif = out / f"{seed}-{number}-{stem}.mp4", out / f"{seed}-{number}-{stem}.gif"
+        mp4, gif = _unused(out, f"{seed}-{number}-{stem_of(prompt)}")
         mp4.write_bytes(encode_mp4(video.numpy(), fps))
-        write_gif(gif, video.numpy(), fps, scale=max(1, 256 // video.shape[1]))
+        write_gif(gif, video.numpy(), min(fps, MAX_GIF_FPS), scale=max(1, 256 // video.shape[1]))
         yield mp4
         yield gif
+
+
+def stem_of(prompt: str) -> str:
+    """A prompt as part of a file name: the letters and digits of every script, the rest as single dashes."""
+    kept = [c if unicodedata.category(c)[0] in "LMN" else "-" for c in unicodedata.normalize("NFC", prompt).lower()]
+    short = re.sub("-+", "-", "".join(kept)).strip("-")[:60]
+    # A file name holds 255 bytes, and a letter has up to four.
+    return short.encode()[:MAX_STEM_BYTES].decode(errors="ignore").strip("-") or "empty"
+
+
+def _unused(out: Path, stem: str) -> tuple[Path, Path]:
+    """The mp4 and the gif of this name, with a number added where one of them is there already."""
+    for number in itertools.count(1):
+        name = stem if number == 1 else f"{stem}-{number}"
+        mp4, gif = out / f"{name}.mp4", out / f"{name}.gif"
+        if not mp4.exists() and not gif.exists():
+            return mp4, gif
+    raise AssertionError("the numbers do not end")

@@ -1,33 +1,184 @@
 """Encoding a small dataset once, before the first step (`data.cache_latents`).
 
 The VAE is frozen and the crop is fixed, so a clip's latent never changes; a run of many epochs then pays the
-encoder once. Raw latents are kept, in the run directory, under a key of everything they depend on.
+encoder once. Raw latents are kept in parts, RUN/latents/clips-XXXXXXXX.safetensors, named by the first clip and
+each under a key of everything it depends on: a start that is cut short keeps the parts it wrote, and the next
+one goes on behind them. Captions are read anew at each start.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
+from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from vidit.config import RunConfig
-from vidit.data.captions import CaptionError
+from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
 from vidit.data.loader import LatentStore, MicroBatches, read_ahead
 from vidit.data.shards import ClipRef
+from vidit.data.tar import Member, sidecar_of
+from vidit.train.clips import Reasons
+from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
+from vidit.train.whole_file import write_whole
 from vidit.vae.autoencoder import CausalVae
 
 ENCODE_BATCH = 16
-Item = tuple[torch.Tensor | None, str]
+PART_CLIPS = 256
+Say = Callable[[str], None]
+Check = Callable[[], None]
 
 
-class _Decoded(TorchDataset[Item]):
-    """Clip number -> (pixels, caption), or (None, reason)."""
+@dataclass(frozen=True)
+class Part:
+    """Neighbouring clips, encoded: those that decode, their latents (n, C, T, H, W), the others with the reason.
+
+    `latents` is None where no clip decodes.
+    """
+
+    keys: list[str]
+    latents: Tensor | None
+    failed: Reasons
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.keys) + len(self.failed)
+
+
+class LatentCache:
+    """The parts of one run's clips. Whatever asks for another VAE, other clips or another cut finds none."""
+
+    def __init__(self, config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, folder: Path):
+        self.config, self.refs, self.vae, self.device, self.folder = config, refs, vae, device, folder
+        d = config.data
+        facts = hashlib.sha256(repr((d.num_frames, d.height, d.width, d.fps, vae.dtype)).encode())
+        for tensor in vae.state_dict().values():
+            facts.update(tensor.cpu().numpy().tobytes())
+        self._facts = facts.hexdigest()
+
+    def load(self, say: Say, check: Check) -> tuple[list[ClipRef], LatentStore, Reasons]:
+        """(clips that decode, their latents and captions, the others with the reason), encoding what is missing.
+
+        `check` may raise between two batches: what is encoded by then is kept.
+        """
+        parts: list[Part] = []
+        done = 0
+        while done < len(self.refs) and (part := self._read(done)) is not None:
+            parts.append(part)
+            done += part.num_clips
+        if done < len(self.refs):
+            say(f"encoding {len(self.refs) - done} of {len(self.refs)} clips once")
+            parts += self._encode_from(done, say, check)
+        whole = joined(parts)
+        if whole.latents is None:
+            key, reason = whole.failed[0]
+            raise ValueError(f"none of {len(self.refs)} clips decodes; the first: {key}: {reason}")
+        captions, failed = self._captions(whole.keys)
+        chosen = [number for number, key in enumerate(whole.keys) if key in captions]
+        kept = [ref for ref in self.refs if ref.key in captions]
+        latents = whole.latents if len(chosen) == len(whole.keys) else whole.latents[chosen]
+        return kept, LatentStore(latents, list(captions.values())), whole.failed + failed
+
+    def _captions(self, keys: Sequence[str]) -> tuple[dict[str, str], Reasons]:
+        """Key -> caption as the loader would give it, and the keys of those that have none."""
+        captions: dict[str, str] = {}
+        failed: Reasons = []
+        by_key = {ref.key: ref for ref in self.refs}
+        for ref in map(by_key.__getitem__, keys):
+            member = Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size)
+            text = sidecar_of(ref.shard_path, member)["caption"]
+            try:
+                captions[ref.key] = clean_caption(text, allow_empty=ref.allow_empty_caption)[0]
+            except CaptionError as error:
+                failed.append((ref.key, str(error)))
+        return captions, failed
+
+    def _encode_from(self, done: int, say: Say, check: Check) -> list[Part]:
+        self.folder.mkdir(exist_ok=True)
+        parts: list[Part] = []
+        batches: list[Part] = []
+        try:
+            for batch in encode(self.config, self.refs[done:], self.vae, self.device, check):
+                batches.append(batch)
+                if sum(one.num_clips for one in batches) >= PART_CLIPS:
+                    parts.append(self._write(done, batches))
+                    done += parts[-1].num_clips
+                    say(f"encoded {done} of {len(self.refs)} clips")
+                    batches = []
+        finally:
+            if batches:
+                parts.append(self._write(done, batches))
+        return parts
+
+    def _path(self, first: int) -> Path:
+        return self.folder / f"clips-{first:08d}.safetensors"
+
+    def _key(self, first: int, num_clips: int) -> str:
+        return f"{self._facts}/{digest(self.refs[first : first + num_clips])}"
+
+    def _write(self, first: int, batches: list[Part]) -> Part:
+        part = joined(batches)
+        metadata = {
+            "key": self._key(first, part.num_clips), "keys": json.dumps(part.keys), "failed": json.dumps(part.failed)
+        }  # fmt: skip
+        tensors = {} if part.latents is None else {"latents": part.latents}
+        write_whole(self._path(first), save(tensors, metadata=metadata))
+        return part
+
+    def _read(self, first: int) -> Part | None:
+        """The part that starts at a clip; None where it is missing, damaged or of something else."""
+        try:
+            with safe_open(self._path(first), framework="pt") as file:
+                metadata = file.metadata()
+                failed = [(key, reason) for key, reason in json.loads(metadata["failed"])]
+                keys = json.loads(metadata["keys"])
+                if not keys + failed or metadata["key"] != self._key(first, len(keys) + len(failed)):
+                    return None
+                return Part(keys, file.get_tensor("latents") if keys else None, failed)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """The parts as one."""
+    latents = [part.latents for part in parts if part.latents is not None]
+    keys, failed = [key for part in parts for key in part.keys], [one for part in parts for one in part.failed]
+    return Part(keys, torch.cat(latents) if latents else None, failed)
+
+
+@torch.no_grad()
+def encode(
+    config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, check: Check
+) -> Iterator[Part]:
+    """Clips in batches of ENCODE_BATCH, the last one maybe smaller; `check` may raise before each."""
+    decoded = _Decoded(MicroBatches(config, refs, None, 1))
+    items = read_ahead(decoded, range(len(refs)), config.data.num_workers, 2 * ENCODE_BATCH)
+    for start in range(0, len(refs), ENCODE_BATCH):
+        pixels: list[Tensor] = []
+        keys: list[str] = []
+        failed: Reasons = []
+        for ref in refs[start : start + ENCODE_BATCH]:
+            check()
+            found, reason = next(items)
+            if found is None:
+                failed.append((ref.key, reason))
+            else:
+                pixels.append(found)
+                keys.append(ref.key)
+        check()
+        latents = vae.encode(to_pixels(torch.stack(pixels), device)).mean.cpu() if pixels else None
+        yield Part(keys, latents, failed)
+
+
+class _Decoded(TorchDataset[tuple[Tensor | None, str]]):
+    """Clip number -> (pixels, ""), or (None, reason)."""
 
     def __init__(self, clips: MicroBatches):
         self.clips = clips
@@ -35,85 +186,8 @@ class _Decoded(TorchDataset[Item]):
     def __len__(self) -> int:
         return len(self.clips.refs)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         try:
-            return self.clips.decode(self.clips.refs[index])
+            return self.clips.decode(self.clips.refs[index])[0], ""
         except (ClipError, CaptionError) as error:
             return None, str(error)
-
-
-@torch.no_grad()
-def encode_all(
-    config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, say: Callable[[str], None]
-) -> tuple[list[ClipRef], LatentStore, list[tuple[str, str]]]:
-    """(clips that decode, their latents and captions, the others with the reason)."""
-    decoded = _Decoded(MicroBatches(config, refs, None, 1))
-    items = read_ahead(decoded, range(len(refs)), config.data.num_workers, 2 * ENCODE_BATCH)
-    kept: list[ClipRef] = []
-    latents: list[torch.Tensor] = []
-    captions: list[str] = []
-    failed: list[tuple[str, str]] = []
-    for start in range(0, len(refs), ENCODE_BATCH):
-        good = []
-        for ref in refs[start : start + ENCODE_BATCH]:
-            pixels, text = next(items)
-            if pixels is None:
-                failed.append((ref.key, text))
-            else:
-                good.append(pixels)
-                kept.append(ref)
-                captions.append(text)
-        if good:
-            latents.append(vae.encode(to_pixels(torch.stack(good), device)).mean.cpu())
-        if start and start % (32 * ENCODE_BATCH) == 0:
-            say(f"encoded {start} of {len(refs)} clips")
-    if not latents:
-        raise ValueError(f"none of {len(refs)} clips decodes; the first: {failed[0][0]}: {failed[0][1]}")
-    return kept, LatentStore(torch.cat(latents), captions), failed
-
-
-def cached_latents(
-    config: RunConfig,
-    refs: Sequence[ClipRef],
-    vae: CausalVae,
-    device: torch.device,
-    path: Path,
-    say: Callable[[str], None],
-) -> tuple[list[ClipRef], LatentStore, list[tuple[str, str]]]:
-    """`encode_all`, kept in `path` for the next start of the same run."""
-    key = _key(config, refs, vae)
-    stored = _read(path, key)
-    if stored is not None:
-        latents, captions, keys, failed = stored
-        by_key = {ref.key: ref for ref in refs}
-        return [by_key[k] for k in keys], LatentStore(latents, captions), failed
-    say(f"encoding {len(refs)} clips once")
-    kept, store, failed = encode_all(config, refs, vae, device, say)
-    facts = {"captions": store.captions, "keys": [ref.key for ref in kept], "failed": failed}
-    partial = path.with_suffix(".partial")
-    save_file({"latents": store.latents}, partial, metadata={"key": key, "facts": json.dumps(facts)})
-    partial.replace(path)
-    return kept, store, failed
-
-
-def _key(config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae) -> str:
-    d = config.data
-    digest = hashlib.sha256(repr((d.num_frames, d.height, d.width, d.fps, vae.dtype)).encode())
-    for ref in refs:
-        digest.update(f"{ref.shard_path.name}/{ref.key}/{ref.video_size}".encode())
-    for tensor in vae.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str) -> tuple[torch.Tensor, list[str], list[str], list[tuple[str, str]]] | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            if metadata["key"] != key:
-                return None
-            facts = json.loads(metadata["facts"])
-            failed = [(name, reason) for name, reason in facts["failed"]]
-            return file.get_tensor("latents"), facts["captions"], facts["keys"], failed
-    except (OSError, SafetensorError):
-        return None

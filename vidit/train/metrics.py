@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from vidit.train.whole_file import write_whole
+
 METRICS = "metrics.jsonl"
 
 
@@ -37,9 +39,7 @@ def rewind(run_dir: Path, step: int) -> None:
     path = run_dir / METRICS
     if path.is_file():
         kept = [row for row in read_metrics(run_dir) if row["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 class Reporter:
@@ -68,8 +68,7 @@ class Reporter:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
         self._board.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self.sync()
         self._file.close()
 
     def say(self, text: str) -> None:
@@ -79,6 +78,11 @@ class Reporter:
     def record(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl."""
         self._file.write(json.dumps(row) + "\n")
+
+    def sync(self) -> None:
+        """Bring metrics.jsonl to the disk: a checkpoint must not know of a step that the file has lost."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def speed(self, row: Mapping[str, Any]) -> None:
         """One line of speed.jsonl: where the time of the last steps went. Apart, since no two runs agree on it."""

@@ -1,21 +1,23 @@
 """The run directory: what is written there besides checkpoints and metrics.
 
+lock               held by the process that trains the run
 config.json        the resolved config; a resume with another one is refused where it would not fit
 environment.json   versions, host, commit, command
 source.diff        uncommitted changes of the source tree, when there are any
-data.json          clips used, dropped (with the reason) and cropped
-vae/, text.json    the frozen VAE that the run was trained on
+data.json          clips used, dropped (with the reason) and cropped, of training and of validation
+vae/               the frozen VAE that the run is trained on
 checkpoints/       step-XXXXXXXX/
-metrics.jsonl, tensorboard/, samples/
+latents/           with data.cache_latents: every clip, encoded once
+metrics.jsonl, speed.jsonl, tensorboard/, samples/
 costs.jsonl        wall time and peak memory of each start
 """
 
 import filecmp
 import json
 import platform
-import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +25,98 @@ import torch
 from pydantic import ValidationError
 
 import vidit
+from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig
+from vidit.overrides import faults_of
+from vidit.train.whole_file import write_whole
 
-# Fields that may change between two starts of one run: they say where and how long, not what.
+# Fields that may change between two starts of one run: they say where, how fast and what to look at, not what
+# is learned. Where the clips lie may change, which clips they are may not: see `_data_faults`.
 FREE = {
-    "run_dir", "train.steps", "train.device", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "run_dir", "train.device", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.validate_every", "train.sample_every", "train.compile", "train.activation_checkpointing",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
 }  # fmt: skip
 
 
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The folder of the newest whole checkpoint."""
+    root = run_dir / "checkpoints"
+    found = checkpoint.steps(root)
+    return checkpoint.folder_of(root, found[-1]) if found else None
+
+
 def read_config(run_dir: Path) -> RunConfig:
-    """The config of a run. ValueError where the folder is no run."""
-    path = run_dir / "config.json"
-    if not path.is_file():
+    """The config of a run; its newest checkpoint's where config.json is damaged. ValueError where there is neither."""
+    path, newest = run_dir / "config.json", newest_checkpoint(run_dir)
+    if not path.is_file() and newest is None:
         raise ValueError(f"{run_dir} is not a run directory: it holds no config.json")
     try:
         return RunConfig.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        if newest is None:
+            raise ValueError(
+                f"{path} is damaged or of another version ({_reason(error)}); there is no checkpoint to lose: delete "
+                f"{run_dir} and start the run again"
+            ) from error
+    kept = checkpoint.read_manifest(newest)["facts"].get("config")
+    try:
+        return RunConfig.model_validate_json(json.dumps(kept))
     except ValidationError as error:
-        raise ValueError(f"{path} is not a config of this version: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read, and the config in {newest} is not of this version ({_reason(error)}); use the "
+            "version of vidit that environment.json names, or restore config.json"
+        ) from error
 
 
-def open_run(config: RunConfig, has_checkpoint: bool) -> None:
-    """Create the run directory, or check that the config continues the run that is there.
+def _reason(error: Exception) -> str:
+    return "; ".join(faults_of(error)) if isinstance(error, ValidationError) else str(error)
 
-    Raises ConfigError naming every field that differs and may not, with both values.
+
+def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
+    """Write what describes this start, or refuse one that does not continue the run in its directory.
+
+    `data` holds the fingerprints of the clips, as the checkpoints of this start will. Returns the checkpoint to
+    resume from. Raises ConfigError naming everything that differs and may not, both ways.
     """
     run_dir = config.directory
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "config.json"
-    if path.is_file() and has_checkpoint:
-        faults = _changes(read_config(run_dir), config)
+    newest = newest_checkpoint(run_dir)
+    if newest is not None:
+        kept = checkpoint.read_manifest(newest)["facts"].get("data", data)
+        faults = [*_changes(read_config(run_dir), config), *_data_faults(config, kept, data)]
         if faults:
             raise ConfigError([f"{fault}; {run_dir} holds another run: give the old value, or a new run_dir"
                                for fault in faults])  # fmt: skip
-    path.write_text(config.to_json() + "\n")
-    (run_dir / "environment.json").write_text(json.dumps(environment(), indent=1) + "\n")
+    write_whole(run_dir / "config.json", config.to_json() + "\n")
+    write_whole(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
     diff = _git("diff", "HEAD")
     if diff:
-        (run_dir / "source.diff").write_text(diff)
+        write_whole(run_dir / "source.diff", diff)
+    else:
+        (run_dir / "source.diff").unlink(missing_ok=True)
+    return newest
 
 
-def _changes(old: RunConfig, new: RunConfig) -> list[str]:
+def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
-    return [
-        f"{key}: the run has {before.get(key)!r}, this config {after[key]!r}"
-        for key in after
-        if key not in FREE and before.get(key) != after[key]
-    ]
+    for key in after:
+        if before.get(key) == after[key] or key in FREE or key.startswith("sample."):
+            continue
+        fault = f"{key}: the run has {before.get(key)!r}, this config {after[key]!r}"
+        if key != "train.steps":
+            yield fault
+        elif new.train.schedule != "constant":
+            yield f"{fault}, and train.schedule={new.train.schedule} is laid out over all steps from the first on"
+
+
+def _data_faults(config: RunConfig, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    for split, folder in (("train", config.data.train), ("validation", config.data.validation or config.data.train)):
+        before, after = old[split], new[split]
+        if before != after:
+            yield (
+                f"data.{split}: the run has {before['num_clips']} clips of fingerprint {before['sha256'][:12]}, "
+                f"{folder} gives {after['num_clips']} of {after['sha256'][:12]}; it may be moved, not packed anew"
+            )
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,6 +143,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def find_vae(config: RunConfig) -> RunConfig:
+    """The config with the run's own copy for `vae.weights`, where a resumed run's original is gone."""
+    copy = config.directory / "vae"
+    given = config.vae.weights
+    if given and not Path(given).exists() and newest_checkpoint(config.directory) and (copy / "config.json").is_file():
+        return _with_vae(config, copy)
+    return config
+
+
 def keep_vae(config: RunConfig) -> RunConfig:
     """Copy the VAE into the run, so that the run can be sampled wherever it is; returns the config that uses it.
 
@@ -104,7 +159,7 @@ def keep_vae(config: RunConfig) -> RunConfig:
     """
     source, target = Path(config.vae.weights or ""), config.directory / "vae"
     weights = target / "model.safetensors"
-    if weights.is_file() and any((config.directory / "checkpoints").glob("step-*/manifest.json")):
+    if weights.is_file() and newest_checkpoint(config.directory):
         if not filecmp.cmp(source / weights.name, weights, shallow=False):
             raise ConfigError(
                 [f"vae.weights={source} is another VAE than the run was started with; give vae.weights={target}"]
@@ -112,15 +167,12 @@ def keep_vae(config: RunConfig) -> RunConfig:
     elif source.resolve() != target.resolve():
         target.mkdir(exist_ok=True)
         for name in ("config.json", weights.name):
-            shutil.copyfile(source / name, target / name)
-    return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(target)})})
+            write_whole(target / name, (source / name).read_bytes())
+    return _with_vae(config, target)
 
 
-def record_cost(run_dir: Path, stage: str, seconds: float, step: int, peak_rss_gib: float) -> None:
-    """Append the wall time and peak memory of one start to costs.jsonl."""
-    row = {"stage": stage, "step": step, "seconds": round(seconds, 3), "peak_rss_gib": round(peak_rss_gib, 4)}
-    with (run_dir / "costs.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _with_vae(config: RunConfig, folder: Path) -> RunConfig:
+    return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(folder)})})
 
 
 def _git(*arguments: str) -> str:

@@ -49,7 +49,7 @@ class TrainState:
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Resume from a checkpoint; returns its facts."""
-        facts = checkpoint.load(folder, self.tensors())
+        facts = checkpoint.load(folder, self.tensors(), prefix="")
         self.step, self.clips = int(facts["step"]), int(facts["clips"])
         for p in self.model.parameters():
             if p in self.optimizer.state:

@@ -12,11 +12,12 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidit import keys
-from vidit.config import RunConfig, resolve
+from vidit.config import RunConfig
 from vidit.data.loader import Batch, Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
 from vidit.vae.autoencoder import CausalVae
 
@@ -72,10 +73,21 @@ def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs
 
 
 class DitStep:
-    """Diffusion loss of the denoiser on whitened latents."""
+    """Diffusion loss of the denoiser on whitened latents.
 
-    def __init__(self, config: RunConfig, vae: CausalVae, text: TextEncoder, device: torch.device):
+    `num_validation` counts the rows of a validation, where that is not `data.num_validation`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        vae: CausalVae,
+        text: TextEncoder,
+        device: torch.device,
+        num_validation: int | None = None,
+    ):
         self.config, self.vae, self.device = config, vae, device
+        self.num_validation = config.data.num_validation if num_validation is None else num_validation
         self.frozen_text = None if text.trainable else text
         self.objective: Objective = build_objective(config.diffusion)
         r, d = resolve(config), config.data
@@ -149,7 +161,7 @@ class DitStep:
         u = keys.uniform(seed, f"{purpose}/time", rows)
         if not c.diffusion.stratified and purpose == "train":
             return u
-        slots = c.train.global_batch if purpose == "train" else max(1, c.data.num_validation)
+        slots = c.train.global_batch if purpose == "train" else max(1, self.num_validation)
         dealt = [deal(seed, purpose, row // slots, slots)[row % slots] for row in rows]
         return stratified_uniform(u, torch.tensor(dealt), slots)
 

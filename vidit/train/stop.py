@@ -7,6 +7,10 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+class StoppedError(Exception):
+    """Long work was left half done because a signal asked for it."""
+
+
 class StopRequest:
     """While entered, remembers the first signal instead of dying of it; a second Ctrl-C is not held back."""
 
@@ -22,6 +26,11 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Raise StoppedError if a signal has come: for work that takes long, at every place where it may be left."""
+        if self.signal is not None:
+            raise StoppedError
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         if self.signal is signal.SIGINT and number == signal.SIGINT:

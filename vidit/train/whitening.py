@@ -1,6 +1,6 @@
 """The end of a VAE run: latent statistics, and the weights as a folder that a DiT run can use."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -10,28 +10,39 @@ from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.train.ema import Ema
 from vidit.train.step import to_pixels
+from vidit.train.whole_file import write_whole
 from vidit.vae.autoencoder import CausalVae
-from vidit.vae.store import save_vae
+from vidit.vae.store import vae_files
+
+# Training clips that the statistics are taken over: of a mean over that many latents only the third digit moves.
+NUM_CLIPS = 256
 
 
 @torch.no_grad()
-def finish_vae(config: RunConfig, model: nn.ModuleDict, ema: Ema, data: Sequence[Batch], folder: Path) -> None:
+def finish_vae(
+    config: RunConfig,
+    model: nn.ModuleDict,
+    ema: Ema,
+    data: Iterable[Batch],
+    folder: Path,
+    check: Callable[[], None],
+) -> None:
     """Measure mean and std of each latent channel over `data` with the averaged weights, and export those.
 
     W.A.L.T. normalises latents before the transformer (section 3.1); the statistics travel in the weights.
+    `check` may raise before each batch.
     """
     vae = model["vae"]
     assert isinstance(vae, CausalVae)
-    ema.swap(model)
-    try:
-        device = vae.latent_mean.device
+    with ema.applied(model):
         latents = []
         for batch in data:
+            check()
             assert batch.clips.pixels is not None
-            latents.append(vae.encode(to_pixels(batch.clips.pixels, device)).mean)
+            latents.append(vae.encode(to_pixels(batch.clips.pixels, vae.latent_mean.device)).mean)
         z = torch.cat(latents).transpose(0, 1).flatten(1)
         vae.latent_mean.copy_(z.mean(1))
         vae.latent_std.copy_(z.std(1))
-        save_vae(folder, vae, half=config.vae.half_weights)
-    finally:
-        ema.swap(model)
+        folder.mkdir(exist_ok=True)
+        for name, content in vae_files(vae, half=config.vae.half_weights).items():
+            write_whole(folder / name, content)

@@ -4,20 +4,28 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.stored import vae_config
 
 
-def save_vae(folder: Path, vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> None:
-    """Write weights (of `state`, else of `vae`) and config; `half` stores fp16, for weights that travel in git."""
-    folder.mkdir(parents=True, exist_ok=True)
+def vae_files(vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> dict[str, bytes]:
+    """File name -> content: weights (of `state`, else of `vae`) and config; `half` stores fp16, for git."""
     tensors = dict(vae.state_dict() if state is None else state)
     if half:
         tensors = {name: t if name.startswith("latent_") else t.half() for name, t in tensors.items()}
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(vae.config.model_dump_json(indent=1) + "\n")
+    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+    return {"model.safetensors": weights, "config.json": (vae.config.model_dump_json(indent=1) + "\n").encode()}
+
+
+def save_vae(folder: Path, vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> None:
+    """Write `vae_files` to a folder. Each file takes its name when it is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in vae_files(vae, state, half).items():
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVae:

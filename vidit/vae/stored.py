@@ -5,33 +5,49 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vidit.config import ConfigError, RunConfig, Vae
+from vidit.resolve import faults
 
 
 def vae_config(folder: Path) -> Vae:
-    """The geometry of a stored VAE, with `weights` set to the folder."""
+    """The geometry of a stored VAE, with `weights` set to the folder. ValueError where there is none to read."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"vae.weights={folder} holds no config.json; give a folder that a VAE run wrote (RUN/vae)")
     try:
         return Vae.model_validate_json(path.read_text()).model_copy(update={"weights": str(folder)})
     except ValidationError as error:
-        raise ValueError(f"{path} is not a VAE config: {error}") from error
+        found = "; ".join(" ".join([".".join(map(str, fault["loc"])), fault["msg"]]) for fault in error.errors())
+        raise ValueError(f"{path} is not a VAE config: {found}") from error
 
 
-def adopt_vae(config: RunConfig) -> RunConfig:
-    """Take the VAE's geometry from its folder; a config that says otherwise is a fault.
+def adopt_vae(config: RunConfig, world_size: int = 1) -> RunConfig:
+    """Take the VAE's geometry from its folder; a config that says otherwise, or a folder without one, is a fault.
 
-    A VAE run, and a run without weights, are returned as they are.
+    A VAE run, and a run without weights, are returned as they are. Raises ConfigError with the faults of the
+    folder and, so that all are seen at once, those that `resolve` would find.
     """
     if config.train.task != "dit" or not config.vae.weights:
         return config
-    stored = vae_config(Path(config.vae.weights))
-    given = config.vae.model_dump(exclude_defaults=True)
-    faults = [
+    try:
+        stored = vae_config(Path(config.vae.weights))
+    except ValueError as error:
+        raise ConfigError([str(error), *faults(config, world_size, geometry_known=False)]) from error
+    adopted = config.model_copy(update={"vae": stored})
+    contradictions = [
         f"vae.{name}={value!r}, but {config.vae.weights} was trained with {getattr(stored, name)!r}; leave it out"
-        for name, value in given.items()
-        if name != "weights" and value != getattr(stored, name)
+        for name, value in _given(config.vae).items()
+        if value != getattr(stored, name)
     ]
-    if faults:
-        raise ConfigError(faults)
-    return config.model_copy(update={"vae": stored})
+    if contradictions:
+        raise ConfigError([*contradictions, *faults(adopted, world_size)])
+    return adopted
+
+
+def _given(vae: Vae) -> dict[str, object]:
+    """The fields that were written down, even with the value of their default.
+
+    A section read back from a whole JSON names every field: there only what differs from the default speaks.
+    """
+    whole = vae.model_fields_set == set(Vae.model_fields)
+    given = vae.model_dump(exclude_defaults=whole, exclude_unset=not whole)
+    return {name: value for name, value in given.items() if name != "weights"}

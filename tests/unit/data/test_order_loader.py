@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +17,7 @@ import torch
 from vidit.config import RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches, batches, usable
-from vidit.data.order import clip_at, epoch_order, rows_of, split_rows, substitute
+from vidit.data.order import clip_at, epoch_order, rows_of, split_places, substitute
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_index
 from vidit.text.bytes import ByteTokenizer
@@ -29,9 +31,10 @@ def places(micro: int, image_rows: int, world: int, rounds: int) -> tuple[dict[i
     videos, images = {}, {}
     for index in range(rounds):
         for rank in range(world):
-            one, two = split_rows(rows_of(micro, index, rank, world), image_rows)
-            videos |= dict(one)
-            images |= dict(two)
+            rows = rows_of(micro, index, rank, world)
+            one, two = split_places(rows, image_rows)
+            videos |= zip(rows[: micro - image_rows], one, strict=True)
+            images |= zip(rows[micro - image_rows :], two, strict=True)
     return videos, images
 
 
@@ -154,9 +157,54 @@ def test_a_broken_clip_is_replaced_and_named(configure: Configure, tmp_path: Pat
         assert seen[place // 2].keys[place % 2] == stand_in
 
 
+def test_a_clip_damaged_after_it_was_packed_is_skipped(configure: Configure, tiny_clips: Path, tmp_path: Path) -> None:
+    """Three flipped bits that leave the tar whole and that most decoders show as a picture."""
+    folder = Path(shutil.copytree(tiny_clips, tmp_path / "clips"))
+    config = configure(data={"train": str(folder)})
+    refs = read_index(folder)
+    content = bytearray(refs[3].shard_path.read_bytes())
+    for part in (3, 4, 5):
+        content[refs[3].video_offset + refs[3].video_size * part // 6] ^= 1
+    refs[3].shard_path.write_bytes(content)
+    seen = [dataset_of(config)[i] for i in range(8)]
+    [(key, reason)] = [skip for batch in seen for skip in batch.skipped if skip[0] == refs[3].key]
+    assert key not in [key for batch in seen for key in batch.keys]
+    assert re.search(r"CRC-32 [0-9a-f]{8}, its index says [0-9a-f]{8}", reason)
+
+
+@pytest.mark.parametrize(("allowed", "task"), [(False, "dit"), (True, "dit"), (False, "vae")])
+def test_empty_captions_are_skipped_unless_meant(
+    configure: Configure, tmp_path: Path, allowed: bool, task: str
+) -> None:
+    """A VAE reads no captions, so it takes every clip."""
+    video = encode_mp4(np.zeros((5, 32, 32, 3), np.uint8), 8)
+    captions = {"full": "a red circle", "empty": "", "white": " \n\u00a0", "also": "a blue star"}
+    with ShardWriter(tmp_path, allow_empty_captions=allowed) as writer:
+        for key, caption in captions.items():
+            writer.add(key, video, {"caption": caption})
+    dataset = dataset_of(configure(data={"train": str(tmp_path)}, train={"task": task}))
+    seen = [dataset[0], dataset[1]]
+    skipped = {key: reason for batch in seen for key, reason in batch.skipped}
+    used = {key for batch in seen for key in batch.keys}
+    if allowed or task == "vae":
+        assert (used, skipped) == (set(captions), {})
+        return
+    assert used == {"full", "also"}
+    assert set(skipped) == {"empty", "white"}
+    assert "the caption is empty" in skipped["empty"]
+    assert "the caption holds no printable text" in skipped["white"]
+
+
+def test_a_micro_batch_keeps_a_row_for_a_clip(configure: Configure) -> None:
+    for rows in (2, 3):
+        config = configure(data={"image_rows": rows}, train={"micro_batch": 2})
+        with pytest.raises(AssertionError, match=rf"image_rows={rows} leaves no row .*micro_batch=2"):
+            dataset_of(config)
+
+
 def test_a_dataset_of_broken_clips_is_an_error(configure: Configure, tmp_path: Path) -> None:
     config = configure(data={"train": str(broken_dataset(tmp_path, set(range(8))))})
-    with pytest.raises(RuntimeError, match="20 clips in a row do not decode, the last: clip-"):
+    with pytest.raises(RuntimeError, match="20 clips in a row cannot be used, the last: clip-"):
         dataset_of(config)[0]
 
 

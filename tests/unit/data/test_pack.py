@@ -86,7 +86,7 @@ class TestFolder:
     def test_the_shards_hold_the_files_as_they_were(self, tmp_path: Path) -> None:
         source = folder_of(tmp_path)
         run(source, tmp_path / "out")
-        data = read_index(tmp_path / "out", verify_hashes=True)
+        data = read_index(tmp_path / "out")
         keys = [ref.key for ref in data]
         assert keys == sorted(keys)
         assert keys[:2] == ["a", "b"]
@@ -102,11 +102,9 @@ class TestFolder:
 
     def test_same_bytes_from_any_number_of_workers(self, tmp_path: Path) -> None:
         source = folder_of(tmp_path)
-        calls: list[tuple[int, int]] = []
-        run(source, tmp_path / "one", progress=lambda done, total: calls.append((done, total)))
+        run(source, tmp_path / "one")
         run(source, tmp_path / "two", workers=2)
         assert content(tmp_path / "one") == content(tmp_path / "two")
-        assert calls == [(done, 10) for done in range(1, 11)]
         assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "source", "two"]
 
     def test_running_again(self, tmp_path: Path) -> None:
@@ -122,7 +120,7 @@ class TestFolder:
         assert content(out) == before
         run(source, out, overwrite=True, clips_per_shard=100)
         assert len(list(out.glob("*.tar"))) == 1
-        assert len(read_index(out, verify_hashes=True)) == 6
+        assert len(read_index(out)) == 6
 
     def test_a_damaged_shard_is_not_called_the_same(self, tmp_path: Path) -> None:
         source, out = folder_of(tmp_path), tmp_path / "out"
@@ -141,8 +139,12 @@ class TestFolder:
         assert content(out) == {"thesis.txt": b"years of work"}
 
     def test_empty_captions_only_on_purpose(self, tmp_path: Path) -> None:
-        report = run(folder_of(tmp_path), tmp_path / "out", allow_empty_captions=True)
+        source = folder_of(tmp_path)
+        report = run(source, tmp_path / "out", allow_empty_captions=True)
         assert "mute.mp4" in report.kept
+        assert all(ref.allow_empty_caption for ref in read_index(tmp_path / "out"))
+        run(source, tmp_path / "strict")
+        assert not any(ref.allow_empty_caption for ref in read_index(tmp_path / "strict"))
 
     def test_wrong_inputs(self, tmp_path: Path) -> None:
         source, out = folder_of(tmp_path), tmp_path / "out"

@@ -31,6 +31,22 @@ def scales(c, t):
     return path.alpha(t)[:, None, None, None], path.sigma(t)[:, None, None, None]
 
 
+def snr_at(path, t):
+    return (path.alpha(t) / path.sigma(t)) ** 2
+
+
+def e_hat_of(o, x_hat, x_t, t):
+    """What is left of x_t."""
+    a, s = o.path.alpha(t)[:, None, None, None], o.path.sigma(t)[:, None, None, None]
+    return (x_t - a * x_hat) / s
+
+
+def data_weight(o, t):
+    """The weight of |y - y_hat|^2 as one of |x - x_hat|^2, measured with an error of 1 in the output."""
+    ones = torch.ones(len(t), 1, 1, 1, dtype=F64)
+    return o.weight(t) / mse(o.denoised(ones, ones, t) - o.denoised(0 * ones, ones, t))
+
+
 def mse(difference):
     return (difference**2).flatten(1).mean(1)
 
@@ -41,7 +57,6 @@ def test_target_and_its_inverse(fields):
     o, (x, noise, _, t) = build_objective(c), data(c.path)
     x_t, y = o.path.add_noise(x, noise, t), o.target(x, noise, t)
     torch.testing.assert_close(o.denoised(y, x_t, t), x)
-    torch.testing.assert_close(o.eps(y, x_t, t), noise, rtol=1e-6, atol=1e-6)
     assert o.denoised(y.bfloat16(), x_t.float(), t).dtype == torch.float32
 
 
@@ -69,22 +84,11 @@ def test_conversions_are_the_sheets():
     for kind, (x_hat, e_hat) in expected.items():
         o = Objective(path, kind)
         torch.testing.assert_close(o.denoised(y, x_t, t), x_hat)
-        torch.testing.assert_close(o.eps(y, x_t, t), e_hat)
+        torch.testing.assert_close(e_hat_of(o, o.denoised(y, x_t, t), x_t, t), e_hat)
     x, noise, error, t = data("flow")
     o, t_B111 = build_objective(Diffusion(path="flow", target="flow")), t[:, None, None, None]
     x_t = (1 - t_B111) * x + t_B111 * noise
     torch.testing.assert_close(o.denoised(error, x_t, t), x_t - t_B111 * error)
-    torch.testing.assert_close(o.eps(error, x_t, t), x_t + (1 - t_B111) * error)
-
-
-@pytest.mark.parametrize("fields", COMBINATIONS, ids=lambda f: "-".join(map(str, f.values())))
-def test_x_hat_and_e_hat_rebuild_x_t(fields):
-    c = Diffusion(**fields)
-    o, (x, noise, error, t) = build_objective(c), data(c.path)
-    x_t = o.path.add_noise(x, noise, t)
-    output = o.target(x, noise, t) + error
-    rebuilt = o.path.add_noise(o.denoised(output, x_t, t), o.eps(output, x_t, t), t)
-    torch.testing.assert_close(rebuilt, x_t, rtol=1e-6, atol=1e-6)
 
 
 def test_error_identity():
@@ -94,8 +98,8 @@ def test_error_identity():
     o, (a, s) = build_objective(c), scales(c, t)
     x_t, v = a * x + s * noise, a * noise - s * x
     v_hat = v + error
-    of_x, of_e = mse(x - o.denoised(v_hat, x_t, t)), mse(noise - o.eps(v_hat, x_t, t))
-    snr = o.path.log_snr(t).exp()
+    of_x, of_e = mse(x - o.denoised(v_hat, x_t, t)), mse(noise - e_hat_of(o, o.denoised(v_hat, x_t, t), x_t, t))
+    snr = snr_at(o.path, t)
     torch.testing.assert_close(mse(v - v_hat), (1 + snr) * of_x)
     torch.testing.assert_close(mse(v - v_hat), of_e / a.flatten() ** 2)
     torch.testing.assert_close(o.loss(v_hat, x, noise, t), of_x / (1 - a.flatten() ** 2))  # CogVideoX's code
@@ -111,7 +115,7 @@ def test_edm_preconditioning_and_lambda():
     torch.testing.assert_close(o.denoised(error, x_t, sigma), c_skip * x_t + c_out * error)
     torch.testing.assert_close(o.target(x, noise, sigma), (x - c_skip * x_t) / c_out, rtol=1e-6, atol=1e-6)
     lam = (sigma**2 + sd**2) / (sigma * sd) ** 2
-    torch.testing.assert_close(o.data_weight(sigma), lam)
+    torch.testing.assert_close(data_weight(o, sigma), lam)
     expected = lam * mse(o.denoised(error, x_t, sigma) - x)
     torch.testing.assert_close(o.loss(error, x, noise, sigma), expected)
     # Unit-variance input and target at every sigma, for data of deviation sd: the purpose of it all.
@@ -132,12 +136,12 @@ def test_min_snr_weights():
     t, gamma = torch.tensor([20.0, 300, 900], dtype=F64), 5.0
     for kind in ("eps", "x", "v"):
         o = build_objective(Diffusion(**VP, target=kind, weighting="min_snr", min_snr_gamma=gamma))
-        snr = o.path.log_snr(t).exp()
+        snr = snr_at(o.path, t)
         assert snr[0] > gamma > snr[2]  # both sides of the cap
         capped = snr.clamp(max=gamma)
         expected = {"x": capped, "eps": capped / snr, "v": capped / (snr + 1)}[kind]
         torch.testing.assert_close(o.weight(t), expected)
-        torch.testing.assert_close(o.data_weight(t), capped)
+        torch.testing.assert_close(data_weight(o, t), capped)
     t = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=F64)
     o = build_objective(Diffusion(path="flow", target="flow", weighting="min_snr", min_snr_gamma=gamma))
     torch.testing.assert_close(o.weight(t), torch.minimum((1 - t) ** 2, gamma * t**2))
@@ -149,9 +153,9 @@ def test_weight_one_and_what_it_means_for_x():
     t = torch.tensor([20.0, 300, 900], dtype=F64)
     for kind in ("eps", "x", "v"):
         o = build_objective(Diffusion(**VP, target=kind))
-        snr = o.path.log_snr(t).exp()
+        snr = snr_at(o.path, t)
         assert o.weight(t).tolist() == [1, 1, 1]
-        torch.testing.assert_close(o.data_weight(t), {"eps": snr, "x": snr * 0 + 1, "v": snr + 1}[kind])
+        torch.testing.assert_close(data_weight(o, t), {"eps": snr, "x": snr * 0 + 1, "v": snr + 1}[kind])
 
 
 def test_zero_terminal_snr_v_is_finite_at_the_last_step():
@@ -163,7 +167,7 @@ def test_zero_terminal_snr_v_is_finite_at_the_last_step():
     assert o.weight(t).isfinite().all()
 
 
-def test_loss_weight_dtype_and_mask():
+def test_loss_weight_and_dtype():
     o = build_objective(Diffusion(path="flow", target="x", weighting="min_snr"))
     x, noise, error, t = data("flow")
     output = o.target(x, noise, t) + error
@@ -172,12 +176,6 @@ def test_loss_weight_dtype_and_mask():
     loss = o.loss(output.bfloat16(), x.bfloat16(), noise.bfloat16(), t.float())
     assert loss.dtype == torch.float32
     assert loss.shape == (3,)
-    mask = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]])[:, None, :, None]
-    output = torch.where(mask.bool(), output, torch.inf)  # what is masked may hold anything
-    loss = o.loss(output, x, noise, t, mask)
-    torch.testing.assert_close(loss[0], weight[0] * (error[0, :, :2] ** 2).mean())
-    torch.testing.assert_close(loss[1], weight[1] * (error[1, :, 1] ** 2).mean())
-    assert loss[2] == 0
     per_frame = t[:, None].expand(3, 2)  # a time of its own for every index of dim 1
     torch.testing.assert_close(o.loss(error, x, noise, per_frame), o.loss(error, x, noise, t))
 
@@ -194,7 +192,7 @@ def test_loss_has_gradients():
     ("fields", "says"),
     [
         ({"path": "vp", "target": "eps", "zero_terminal_snr": True}, "zero_terminal_snr=false"),
-        ({"path": "flow", "target": "eps"}, "divides by a = 0"),
+        ({"path": "flow", "target": "eps"}, "flow x v"),
         ({"path": "vp", "target": "flow"}, "eps x v"),
         ({"path": "edm", "target": "v"}, "one of edm"),
         ({"path": "flow", "target": "edm"}, "flow x v"),

@@ -19,21 +19,18 @@ def t64(*values):
     return torch.tensor(values, dtype=F64)
 
 
-def test_flow_scales_and_log_snr():
+def test_flow_scales():
     path, t = build_path(Diffusion(path="flow")), t64(0.1, 0.5, 0.8)
     torch.testing.assert_close(path.alpha(t), 1 - t)
     torch.testing.assert_close(path.sigma(t), t)
-    torch.testing.assert_close(path.log_snr(t), 2 * torch.log((1 - t) / t))
     torch.testing.assert_close(path.time_embedding_input(t), t64(100, 500, 800))
     assert path.zero_terminal_snr
-    assert path.log_snr(t64(0, 1)).tolist() == [math.inf, -math.inf]
 
 
-def test_edm_scales_and_log_snr():
+def test_edm_scales():
     path, t = build_path(Diffusion(path="edm", target="edm")), t64(0.1, 1.0, 50.0)
     torch.testing.assert_close(path.alpha(t), torch.ones(3, dtype=F64))
     torch.testing.assert_close(path.sigma(t), t)
-    torch.testing.assert_close(path.log_snr(t), -2 * torch.log(t))
     torch.testing.assert_close(path.time_embedding_input(t), 1000 * t.log() / 4)  # 1000 c_noise
     assert path.time_embedding_input(t64(0.0)).isfinite().all()
     assert not path.zero_terminal_snr

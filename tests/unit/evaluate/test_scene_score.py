@@ -31,7 +31,7 @@ def h264(frames_THW3: np.ndarray) -> np.ndarray:
 
 
 def single(index: int) -> Scene:
-    return sample_scene(11, index, "train", count_weights=(1,))
+    return sample_scene(11, index, "train", count_odds=(1,))
 
 
 def moving(number: int) -> list[Scene]:
@@ -94,7 +94,7 @@ def test_another_thing_scores_wrong() -> None:
 
 
 def test_a_missing_and_a_surplus_thing_are_noticed() -> None:
-    pair = sample_scene(11, 0, "train", count_weights=(0, 1))
+    pair = sample_scene(11, 0, "train", count_odds=(0, 1))
     lone = Scene(**{**vars(pair), "things": pair.things[:1]})
     missing = score_scene(pair, render(lone))
     assert not missing.count

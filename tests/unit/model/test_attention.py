@@ -23,7 +23,7 @@ from vidit.model.attention import (
 )
 from vidit.model.embed import TokenPositions
 from vidit.model.init import initialise
-from vidit.model.rope import THETA, rope_angles, rotate
+from vidit.model.rope import THETA, axis_pairs, rope_angles, rotate
 from vidit.model.windows import Grid, partition
 
 F64 = torch.float64
@@ -263,6 +263,28 @@ class TestRope:
         torch.testing.assert_close(cos, expected.cos())
         torch.testing.assert_close(sin, expected.sin())
 
+    @pytest.mark.parametrize(
+        ("head_dim", "pairs"),
+        [(6, (1, 1, 1)), (8, (2, 1, 1)), (24, (4, 4, 4)), (40, (6, 7, 7)), (72, (10, 13, 13)), (88, (12, 16, 16)),
+         (16, (2, 3, 3)), (32, (4, 6, 6)), (64, (8, 12, 12)), (128, (16, 24, 24))],
+    )  # fmt: skip
+    def test_every_pair_of_a_head_belongs_to_one_axis(self, head_dim, pairs):
+        """All K/2 pairs are turned, whatever divides, and every axis has its share: a quarter and three eighths."""
+        assert axis_pairs(head_dim) == pairs
+        assert sum(pairs) == head_dim // 2
+        q = draw(1, 4, 2, head_dim, dtype=torch.float32)
+        at = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+        turned = rotate(q, *rope_angles(at, head_dim))
+        changed = (turned != q).any(dim=(0, 2)).unflatten(-1, (2, -1)).any(dim=1)
+        own = torch.arange(3).repeat_interleave(torch.tensor(pairs))
+        assert torch.equal(changed[1:], own == torch.arange(3)[:, None])
+
+    @pytest.mark.parametrize("head_dim", [1, 2, 4, 25])
+    def test_head_dims_that_rope_refuses_still_have_positions(self, head_dim):
+        """A model without RoPE asks for the angles too, and does not read them."""
+        cos, sin = rope_angles(torch.zeros(5, 3, dtype=torch.long), head_dim)
+        assert cos.shape == sin.shape == (5, head_dim // 2)
+
     def test_logits_depend_on_differences_only(self):
         q, k = draw(1, 1, 1, 16, seed=1, dtype=torch.float32), draw(1, 1, 1, 16, seed=2, dtype=torch.float32)
 
@@ -322,7 +344,8 @@ class TestHeadNorm:
         with torch.no_grad():
             norm.weight.copy_(draw(16, seed=3))
         x = draw(2, 5, 3, 16, dtype=torch.float32)
-        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+        centred = x - x.mean(-1, keepdim=True)
+        expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
         torch.testing.assert_close(norm(x), expected)
         assert norm(x.bfloat16()).dtype == torch.bfloat16
 

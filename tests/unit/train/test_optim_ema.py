@@ -152,7 +152,7 @@ class TestEma:
         ema.update(model, 100)
         assert torch.equal(ema.averages["0.weight"], model[0].weight)
 
-    def test_swap_and_back_is_exact(self):
+    def test_applied_and_back_is_exact(self):
         model = network()
         ema = Ema(model, 0.9)
         with torch.no_grad():
@@ -160,10 +160,35 @@ class TestEma:
                 p.mul_(1.7).add_(0.3)
         weights = {k: v.clone() for k, v in model.state_dict().items()}
         averages = {k: v.clone() for k, v in ema.averages.items()}
-        ema.swap(model)
-        assert all(torch.equal(v, averages[k]) for k, v in model.state_dict().items())
-        assert all(torch.equal(v, weights[k]) for k, v in ema.averages.items())
-        ema.swap(model)
+        with ema.applied(model):
+            assert all(torch.equal(v, averages[k]) for k, v in model.state_dict().items())
+            assert not model.training
+        assert model.training
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+        assert all(torch.equal(v, averages[k]) for k, v in ema.averages.items())
+
+    @pytest.mark.parametrize("fails_at", [0, 2, 5, None])
+    def test_an_error_anywhere_leaves_the_weights_as_they_were(self, fails_at, monkeypatch):
+        """No memory for the copy of the first, third or last of six parameters; or in the work inside."""
+        model = network()
+        ema = Ema(model, 0.9)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.7).add_(0.3)
+        weights = {k: v.clone() for k, v in model.state_dict().items()}
+        averages = {k: v.clone() for k, v in ema.averages.items()}
+        exchange, calls = Ema._exchange, []
+
+        def failing(*arguments):
+            calls.append(arguments)
+            if len(calls) - 1 == fails_at:
+                raise torch.OutOfMemoryError
+            exchange(*arguments)
+
+        monkeypatch.setattr(Ema, "_exchange", failing)
+        with pytest.raises((torch.OutOfMemoryError, KeyError)), ema.applied(model):
+            raise KeyError
+        assert model.training
         assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
         assert all(torch.equal(v, averages[k]) for k, v in ema.averages.items())
 
@@ -175,14 +200,15 @@ class TestEma:
         assert all(a.dtype == torch.float32 and not a.requires_grad for a in ema.averages.values())
         nn.init.zeros_(model[2].weight)
         assert ema.averages["2.weight"].any()
-        ema.swap(model)
-        assert model[0].weight.any()
+        with ema.applied(model):
+            assert model[0].weight.any()
 
-    def test_swap_and_update_leave_no_graph(self):
+    def test_applied_and_update_leave_no_graph(self):
         model = network()
         ema = Ema(model, 0.9)
         ema.update(model, 3)
-        ema.swap(model)
+        with ema.applied(model):
+            pass
         assert all(p.is_leaf and p.requires_grad and p.grad is None for p in model.parameters())
 
 

@@ -14,7 +14,7 @@ from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train.ema import Ema
-from vidit.train.latents import cached_latents, encode_all
+from vidit.train.latents import LatentCache
 from vidit.train.parallelize import build_dit, build_vae
 from vidit.train.step import DitStep, VaeStep, to_pixels
 from vidit.train.validation import validate
@@ -22,6 +22,12 @@ from vidit.vae.store import load_vae
 from vidit.vae.stored import adopt_vae
 
 Configure = Callable[..., RunConfig]
+
+
+def go_on() -> None:
+    """The check of work that nobody stops."""
+
+
 CPU, FP32 = torch.device("cpu"), torch.float32
 
 
@@ -39,7 +45,7 @@ class Rig:
             text = text or build_text_encoder(config.text)
             self.model, tokenizer = build_dit(config, text, CPU, FP32), text.tokenizer
             self.step = DitStep(config, vae, text, CPU)
-            latents = encode_all(config, refs, vae, CPU, print)[1] if store else None
+            latents = LatentCache(config, refs, vae, CPU, config.directory).load(print, go_on)[1] if store else None
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():  # gates and output start at zero, which would hide the network from the loss
             for p in self.model.parameters():
@@ -77,32 +83,15 @@ def test_losses_do_not_depend_on_the_micro_batch(configure: Configure, self_cond
     assert sum(bool(g.any()) for g in whole[2]) > 0.9 * len(whole[2])
 
 
-def test_cached_latents_give_the_same_losses(configure: Configure) -> None:
+def test_cached_latents_give_the_same_losses(configure: Configure, tmp_path: Path) -> None:
     """Clips and image rows: the first latent frame of a clip is its first frame as an image."""
-    config = configure(data={"image_rows": 1, "random_crop": False}, train={"micro_batch": 3, "global_batch": 3})
+    data = {"image_rows": 1, "random_crop": False}
+    config = configure(tmp_path, data=data, train={"micro_batch": 3, "global_batch": 3})
     direct, cached = Rig(config), Rig(config, store=True)
     assert cached.batch(1).clips.pixels is None
     one, other = direct.run(range(1, 3)), cached.run(range(1, 3))
     torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
     assert_close(one[2], other[2])
-
-
-def test_the_cache_is_kept_and_keyed(configure: Configure, tmp_path: Path) -> None:
-    config = adopt_vae(configure(tmp_path))
-    refs = read_index(config.data.train)
-    vae, said = load_vae(Path(config.vae.weights), CPU, FP32), []
-    path = tmp_path / "latents.safetensors"
-    kept, store, failed = cached_latents(config, refs, vae, CPU, path, said.append)
-    assert (len(kept), store.latents.shape, failed) == (16, (16, 4, 3, 8, 8), [])
-    again = cached_latents(config, refs, vae, CPU, path, said.append)[1]
-    assert torch.equal(store.latents, again.latents)
-    assert len(said) == 1, "the second start reads the file"
-    vae.encoder.last.bias.add_(1)
-    moved = cached_latents(config, refs, vae, CPU, path, said.append)[1]
-    assert len(said) == 2
-    assert not torch.equal(store.latents, moved.latents), "another VAE encodes anew"
-    path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(cached_latents(config, refs, vae, CPU, path, said.append)[1].latents, moved.latents)
 
 
 def test_image_rows_hold_independent_images(configure: Configure) -> None:
@@ -188,20 +177,25 @@ def test_validation_is_fixed_and_leaves_the_model_alone(configure: Configure) ->
     rig = Rig(configure(model={"self_conditioning": 0.5}))
     ema = Ema(rig.model, 0.9)
     batches = [rig.batch(i) for i in range(2)]
+
+    def values() -> dict[str, float]:
+        with ema.applied(rig.model):
+            return validate(rig.model, rig.step, batches, 2, go_on)
+
     rig.step(rig.model, rig.batch(5), "train")
     before = {name: p.clone() for name, p in rig.model.named_parameters()}
-    first = validate(rig.model, ema, rig.step, batches, 2)
+    first = values()
     assert all(torch.equal(p, before[name]) for name, p in rig.model.named_parameters())
     assert rig.model.training
-    assert validate(rig.model, ema, rig.step, batches, 2) == first
+    assert values() == first
     assert set(first) == {"loss", "loss_band_0", "loss_band_1"}
     assert first["loss"] == pytest.approx((first["loss_band_0"] + first["loss_band_1"]) / 2, rel=1e-6)
-    with torch.no_grad():  # validation reads the averages, not the weights
+    with torch.no_grad():  # the averages count, not the weights
         for p in rig.model.parameters():
             p.zero_()
-    assert validate(rig.model, ema, rig.step, batches, 2) == first
+    assert values() == first
     ema.averages["dit.head.project.weight"].mul_(2)
-    assert validate(rig.model, ema, rig.step, batches, 2) != first
+    assert values() != first
 
 
 class FrozenText(TextEncoder):

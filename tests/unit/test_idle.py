@@ -1,0 +1,93 @@
+"""Options that have no effect: each is refused where it does not act, and accepted where it does."""
+
+import pytest
+
+from vidit.config import RunConfig
+from vidit.idle import RULES, idle_faults
+from vidit.overrides import apply_overrides, field_names
+
+VAE, VP, EDM = "train.task=vae", "diffusion.path=vp", "diffusion.path=edm"
+BLIND = "model.cross_attention=none"
+# option, others that leave it idle, others that let it act
+CASES = [
+    ("text.max_tokens=8", [VAE], []),
+    ("model.num_layers=2", [VAE], []),
+    ("diffusion.path=vp", [VAE], []),
+    ('sample.prompts=["a"]', [VAE], []),
+    ("sample.num_steps=3", [VAE], []),
+    ("vae.weights=x", [VAE], []),
+    ("data.cache_latents=true", [VAE], []),
+    ("data.caption_dropout=0.2", [VAE], []),
+    ("train.num_time_bands=3", [VAE], []),
+    ("vae.l2_weight=1", [], [VAE]),
+    ("vae.half_weights=true", [], [VAE]),
+    ("text.num_layers=1", [BLIND], [BLIND, "model.pooled_text=true"]),
+    ("text.path=x", [], ["text.kind=t5"]),
+    ("text.revision=x", [], ["text.kind=t5"]),
+    ("text.width=32", ["text.kind=t5"], []),
+    ("text.hash_buckets=32", ["text.kind=clip"], []),
+    ("model.cross_keys=text", [BLIND, "model.pooled_text=true"], []),
+    ("model.image_attention=frame", ["model.windows=[[1,0,0]]"], []),
+    ("diffusion.vp_schedule=cosine", [], [VP]),
+    ("diffusion.beta_start=0.001", [], [VP]),
+    ("diffusion.beta_end=0.03", [VP, "diffusion.vp_schedule=cosine"], [VP, "diffusion.vp_schedule=scaled_linear"]),
+    ("diffusion.num_train_steps=500", [EDM], [VP]),
+    ("diffusion.zero_terminal_snr=false", [], [VP]),
+    ("diffusion.snr_shift=3", [], [VP]),
+    ("diffusion.sigma_data=0.5", [], [EDM]),
+    ("diffusion.sigma_min=0.1", [], [EDM]),
+    ("diffusion.sigma_max=70", [VP], [EDM]),
+    ("diffusion.density_mean=1", ["diffusion.density=uniform"], []),
+    ("diffusion.density_std=2", ["diffusion.density=uniform"], [EDM, "diffusion.density=log_normal"]),
+    ("diffusion.shift_value=3", [], ["diffusion.shift=constant"]),
+    ("diffusion.min_snr_gamma=3", [], ["diffusion.weighting=min_snr"]),
+    ("data.validation=x", ["data.num_validation=0"], []),
+    ("data.prefetch=8", ["data.num_workers=0"], []),
+    ("data.prefetch=9", ["data.cache_latents=true"], []),
+    ("train.final_learning_rate=0.1", [], ["train.schedule=cosine"]),
+    ("train.sample_every=5", [], ['sample.prompts=["a"]']),
+    ("sample.guidance_rescale=0.7", ["sample.guidance=1"], []),
+]
+
+
+def idle(*overrides):
+    return list(idle_faults(apply_overrides(RunConfig(name="a"), overrides)))
+
+
+def about(found, option):
+    return [line for line in found if option.partition("=")[0] + "=" in line]
+
+
+@pytest.mark.parametrize(("option", "off", "on"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_an_option_that_does_not_act_is_refused_and_one_that_acts_is_not(option, off, on):
+    (line,) = about(idle(option, *off), option)
+    assert " no effect without " in line
+    assert about(idle(option, *on), option) == []
+
+
+def test_every_rule_has_a_case():
+    """So that a rule that never fires, or always does, is found."""
+    covered = {option.partition("=")[0] for option, _, _ in CASES}
+    for rule in RULES:
+        fields = [n for n in field_names() if n in rule.options or n.partition(".")[0] in rule.options]
+        assert len(fields) >= len(rule.options), f"{rule.options} names what does not exist"
+        assert covered & set(fields), rule.options
+
+
+def test_the_defaults_are_silent():
+    assert idle() == []
+    assert idle("train.task=vae") == []
+
+
+def test_one_line_for_all_that_one_rule_refuses():
+    (line,) = idle("diffusion.snr_shift=3", "diffusion.beta_end=0.03")
+    assert line == (
+        "diffusion.beta_end=0.03, diffusion.snr_shift=3.0 have no effect without diffusion.path=vp; leave them out or "
+        "set that"
+    )
+
+
+def test_an_option_is_told_once():
+    found = idle("text.path=x", "train.task=vae")
+    assert len(found) == 1
+    assert found[0].startswith("text.path=x has no effect without train.task=dit; ")

@@ -1,0 +1,75 @@
+"""Which clips a run trains on and is validated on, and how another dataset is told from a moved one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from vidit.config import RunConfig
+from vidit.data.encode import encode_mp4
+from vidit.data.shard_writer import ShardWriter
+from vidit.data.shards import read_index
+from vidit.train.clips import fixed_batches, read_splits
+from vidit.train.fingerprint import fingerprint
+from vidit.train.task import build_task
+from vidit.vae.stored import adopt_vae
+
+Configure = Callable[..., RunConfig]
+
+
+def packed(folder: Path, frames: list[int], text: str = "x") -> Path:
+    with ShardWriter(folder) as writer:
+        for i, num in enumerate(frames):
+            video = torch.full((num, 32, 32, 3), 9 * i, dtype=torch.uint8)
+            sidecar = {"caption": text, "width": 32, "height": 32, "fps": 8.0, "num_frames": num}
+            writer.add(f"clip-{i:02d}", encode_mp4(video, 8.0), sidecar)
+    return folder
+
+
+def test_validation_clips_that_are_too_short_are_listed(configure: Configure, tmp_path: Path) -> None:
+    folder = packed(tmp_path / "data", [5, 5, 3, 5, 2, 5, 5])
+    config = configure(tmp_path, data={"train": str(folder), "num_validation": 4})
+    train, held = read_splits(config)
+    assert [ref.key for ref in train.refs] == ["clip-00", "clip-01"]
+    assert train.report() == {"used": 2, "dropped": [("clip-02", "3 frames; data.num_frames=5")], "cropped": []}
+    assert held.report()["used"] == 3
+    assert held.report()["dropped"] == [("clip-04", "2 frames; data.num_frames=5")]
+    batches = list(fixed_batches(config, held.refs, 3, None, 3))
+    assert sorted(key for batch in batches for key in batch.keys) == ["clip-03", "clip-05", "clip-06"]
+
+
+def test_strata_of_validation_are_those_of_its_clips(configure: Configure, tmp_path: Path) -> None:
+    """Of 4 clips asked for 3 remain: thirds of the density, each once."""
+    config = adopt_vae(configure(tmp_path, data={"num_validation": 4}))
+    for given, slots in ((3, 3), (None, 4)):
+        step = build_task(config, torch.device("cpu"), given).step
+        places = (step.quantiles(list(range(slots)), "validation") * slots).long()
+        assert sorted(places.tolist()) == list(range(slots))
+
+
+def test_no_validation_clip_left_is_refused(configure: Configure, tmp_path: Path) -> None:
+    folder = packed(tmp_path / "data", [5, 5, 3])
+    config = configure(tmp_path, data={"train": str(folder), "num_validation": 1})
+    with pytest.raises(ValueError, match=r"none of the 1 validation clips of .* clip-02.* data\.num_validation=0"):
+        read_splits(config)
+    none = configure(tmp_path, data={"train": str(folder), "num_validation": 0})
+    assert read_splits(none)[1].report() == {"used": 0, "dropped": [], "cropped": []}
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    folder = packed(tmp_path / "a", [5, 5])
+    known = fingerprint(read_index(folder))
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert fingerprint(read_index(moved)) == known
+    assert fingerprint(read_index(packed(tmp_path / "again", [5, 5]))) == known
+    assert fingerprint(read_index(packed(tmp_path / "text", [5, 5], "y"))) != known, "another caption of the same size"
+    assert fingerprint(read_index(packed(tmp_path / "more", [5, 5, 5]))) != known
+    assert fingerprint(read_index(folder)[:1]) != known
+    (moved / "dataset.json").unlink()
+    bare = fingerprint(read_index(moved))
+    assert fingerprint(read_index(moved)) == bare
+    assert fingerprint(read_index(packed(tmp_path / "other", [5, 6]))) not in (bare, known)

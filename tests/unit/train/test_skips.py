@@ -1,0 +1,46 @@
+"""How many clips may fail: `data.max_skipped`, taken at its word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vidit.train.skips import SkipCount, SkipLimitError
+
+
+class Listener:
+    """A reporter that keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def count(limit: float) -> tuple[SkipCount, Any]:
+    listener = Listener()
+    return SkipCount(limit, listener), listener
+
+
+def test_a_fraction_forgives_the_first() -> None:
+    skips, listener = count(0.01)
+    skips.add(["a"], [("b", "torn")])
+    assert listener.said == ["skipped clip b: torn"]
+    skips.add(["x"] * 198, [("c", "torn")])  # 2 of 201
+    with pytest.raises(SkipLimitError, match=r"3 of 202 clips .* data\.max_skipped=0\.01 .* d: torn"):
+        skips.add([], [("d", "torn")])
+
+
+def test_zero_means_none() -> None:
+    skips, _ = count(0)
+    skips.add(["x"] * 1000, [])
+    with pytest.raises(SkipLimitError, match=r"1 of 1001 clips could not be used, more than data\.max_skipped=0 "):
+        skips.add([], [("b", "torn")])
+
+
+def test_one_means_all() -> None:
+    skips, _ = count(1.0)
+    for _ in range(5):
+        skips.add([], [("b", "torn")])

@@ -1,0 +1,93 @@
+"""Options that have no effect: each acts only where others let it, and set elsewhere it is an error.
+
+Whoever sets an option expects something of it. One that differs from its default and does not act is a typo
+or a misunderstanding, and silence would hide it until the run is over. No torch.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from vidit.config import RunConfig
+from vidit.overrides import field_names
+
+
+class Rule(NamedTuple):
+    """Options, whole sections among them, with the condition under which they act, in code and in words."""
+
+    options: tuple[str, ...]
+    acts: Callable[[RunConfig], bool]
+    needs: str
+
+
+# An option is judged by the first rule that finds it idle.
+RULES = (
+    Rule(
+        ("text", "model", "diffusion", "sample", "vae.weights", "data.cache_latents", "data.caption_dropout",
+         "train.num_time_bands", "train.sample_every"),
+        lambda c: c.train.task == "dit", "train.task=dit",
+    ),
+    Rule(("vae.half_weights", "vae.l1_weight", "vae.l2_weight", "vae.kl_weight"),
+         lambda c: c.train.task == "vae" or bool(c.vae.weights), "train.task=vae"),
+    Rule(("text",), lambda c: c.model.reads_text, "a model that reads captions (model.cross_attention or pooled_text)"),
+    Rule(("text.path", "text.revision"), lambda c: c.text.kind != "bytes", "a pretrained text.kind (t5, umt5, clip)"),
+    Rule(("text.width", "text.num_layers", "text.num_heads", "text.hash_buckets"),
+         lambda c: c.text.kind == "bytes", "text.kind=bytes"),
+    Rule(("model.cross_keys",), lambda c: c.model.cross_attention != "none", "model.cross_attention=per_frame or all"),
+    Rule(("model.image_attention",), lambda c: any(window[0] != 1 for window in c.model.windows),
+         "a window in model.windows that spans latent frames"),
+    Rule(
+        ("diffusion.vp_schedule", "diffusion.beta_start", "diffusion.beta_end", "diffusion.num_train_steps",
+         "diffusion.zero_terminal_snr", "diffusion.snr_shift"),
+        lambda c: c.diffusion.path == "vp", "diffusion.path=vp",
+    ),
+    Rule(("diffusion.beta_start", "diffusion.beta_end"), lambda c: c.diffusion.vp_schedule != "cosine",
+         "diffusion.vp_schedule=linear or scaled_linear"),
+    Rule(("diffusion.sigma_data", "diffusion.sigma_min", "diffusion.sigma_max"),
+         lambda c: c.diffusion.path == "edm", "diffusion.path=edm"),
+    Rule(("diffusion.density_mean", "diffusion.density_std"), lambda c: c.diffusion.density != "uniform",
+         "diffusion.density=logit_normal or log_normal"),
+    Rule(("diffusion.shift_value",), lambda c: c.diffusion.shift != "none", "a diffusion.shift"),
+    Rule(("diffusion.min_snr_gamma",), lambda c: c.diffusion.weighting == "min_snr", "diffusion.weighting=min_snr"),
+    Rule(("data.validation",), lambda c: c.data.num_validation > 0, "data.num_validation above 0"),
+    Rule(("data.prefetch",), lambda c: c.data.num_workers > 0 and not c.data.cache_latents,
+         "data.num_workers above 0 and data.cache_latents=false"),
+    Rule(("train.final_learning_rate",), lambda c: c.train.schedule == "cosine", "train.schedule=cosine"),
+    Rule(("train.sample_every",), lambda c: bool(c.sample.prompts), "sample.prompts"),
+    Rule(("sample.guidance_rescale",), lambda c: c.sample.guidance != 1, "a sample.guidance other than 1"),
+)  # fmt: skip
+
+
+def idle_faults(c: RunConfig) -> Iterator[str]:
+    """One line for each rule that is broken, with every option that breaks it."""
+    given, default = _flat(c), _flat(RunConfig(name="default"))
+    told: set[str] = set()
+    for rule in RULES:
+        if rule.acts(c):
+            continue
+        idle = [
+            name for name in given if given[name] != default[name] and name not in told and _names(rule.options, name)
+        ]
+        told.update(idle)
+        if idle:
+            shown = ", ".join(f"{name}={_shown(given[name])}" for name in idle)
+            verb, it = ("has", "it") if len(idle) == 1 else ("have", "them")
+            yield f"{shown} {verb} no effect without {rule.needs}; leave {it} out or set that"
+
+
+def _names(options: tuple[str, ...], name: str) -> bool:
+    return name in options or name.partition(".")[0] in options
+
+
+def _flat(c: RunConfig) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name in field_names():
+        value: object = c
+        for part in name.split("."):
+            value = getattr(value, part)
+        flat[name] = value
+    return flat
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,135 @@
+"""A run checked as a whole, and the numbers that follow from it.
+
+`resolve` is pure: it lists every fault at once and computes every derived number (latent grid, tokens,
+accumulation) before any device is touched. It reads no file; the geometry of a VAE on disk is put into the
+config first (`vidit/vae/stored.py`). No torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vidit.config import RunConfig, Window, refuse, whole_window
+from vidit.idle import idle_faults
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Numbers that follow from a config and a world size. Sizes are in tokens unless named otherwise."""
+
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+    grid: tuple[int, int, int]
+    tokens_per_clip: int
+    windows: tuple[Window, ...]
+    head_dim: int
+    data_ranks: int
+    accumulation: int
+    clips_total: int
+
+
+def resolve(config: RunConfig, world_size: int = 1) -> Resolved:
+    """Check a config as a whole and derive its numbers; raises ConfigError with every fault."""
+    refuse(faults(config, world_size))
+    c, data, vae = config, config.data, config.vae
+    frames = 1 + (data.num_frames - 1) // vae.temporal_stride
+    height, width = data.height // vae.spatial_stride, data.width // vae.spatial_stride
+    grid = (frames, height // c.model.patch, width // c.model.patch)
+    return Resolved(
+        latent_frames=frames,
+        latent_height=height,
+        latent_width=width,
+        grid=grid,
+        tokens_per_clip=grid[0] * grid[1] * grid[2],
+        windows=tuple(whole_window(window, grid) for window in c.model.windows),
+        head_dim=c.model.width // c.model.num_heads,
+        data_ranks=world_size,
+        accumulation=c.train.global_batch // (c.train.micro_batch * world_size),
+        clips_total=c.train.steps * c.train.global_batch,
+    )
+
+
+def faults(config: RunConfig, world_size: int = 1, geometry_known: bool = True) -> Iterator[str]:
+    """All that is wrong with a config, one line each.
+
+    Without `geometry_known` the `vae` section stands for a folder that could not be read, and what follows
+    from its strides is left out.
+    """
+    c = config
+    if c.train.task == "dit":
+        yield from c.text.faults()
+        yield from c.model.faults()
+        yield from c.diffusion.faults()
+    if geometry_known:
+        yield from c.vae.faults()
+        yield from _size_faults(c)
+    yield from _batch_faults(c, world_size)
+    yield from _input_faults(c)
+    if c.train.task == "dit":
+        yield from _caption_faults(c)
+        d = c.diffusion
+        if d.path == "vp" and c.sample.num_steps > d.num_train_steps:
+            yield (
+                f"sample.num_steps={c.sample.num_steps} exceeds diffusion.num_train_steps={d.num_train_steps}: a time "
+                f"would repeat; use at most {d.num_train_steps}"
+            )
+    yield from idle_faults(c)
+
+
+def _size_faults(c: RunConfig) -> Iterator[str]:
+    """What the strides of the VAE and the patch do not divide."""
+    patch = c.model.patch if c.train.task == "dit" else 1
+    stride = c.vae.spatial_stride * patch
+    for name, size in (("height", c.data.height), ("width", c.data.width)):
+        if size % stride:
+            near = [n for n in (size // stride * stride, (size // stride + 1) * stride) if n]
+            yield (
+                f"data.{name}={size} is not divisible by {stride} (VAE stride {c.vae.spatial_stride} x patch "
+                f"{patch}); use one of {' '.join(map(str, near))}"
+            )
+    t = c.vae.temporal_stride
+    if (c.data.num_frames - 1) % t:
+        low = 1 + (c.data.num_frames - 1) // t * t
+        yield (
+            f"data.num_frames={c.data.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
+            f"use {low} or {low + t}"
+        )
+
+
+def _batch_faults(c: RunConfig, world_size: int) -> Iterator[str]:
+    train = c.train
+    rows = train.micro_batch * world_size
+    if train.global_batch % rows:
+        yield (
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch x ranks = "
+            f"{train.micro_batch} x {world_size} = {rows}; use a multiple of {rows}"
+        )
+    if c.data.image_rows >= train.micro_batch:
+        yield (
+            f"data.image_rows={c.data.image_rows} leaves no row for a clip in train.micro_batch={train.micro_batch}; "
+            f"use at most {train.micro_batch - 1}"
+        )
+    if train.warmup_steps > train.steps:
+        yield f"train.warmup_steps={train.warmup_steps} exceeds train.steps={train.steps}; lower it"
+
+
+def _input_faults(c: RunConfig) -> Iterator[str]:
+    if c.train.task == "dit" and not c.vae.weights:
+        yield "vae.weights is not set: a DiT needs a trained VAE; give its folder (train one with train.task=vae)"
+    if c.train.task == "vae" and not (c.vae.l1_weight or c.vae.l2_weight or c.vae.kl_weight):
+        yield "vae.l1_weight, vae.l2_weight and vae.kl_weight are all 0: the loss would be 0; set vae.l1_weight=1"
+    if not c.data.train:
+        yield "data.train is not set; give a folder written by `vidit pack`"
+    if c.data.cache_latents and c.data.random_crop:
+        yield "data.cache_latents=true keeps one crop of each clip; set data.random_crop=false"
+
+
+def _caption_faults(c: RunConfig) -> Iterator[str]:
+    """What is done with captions that no layer reads, whatever the defaults are: guidance costs a second pass."""
+    if c.model.reads_text:
+        return
+    why = "model.cross_attention=none and model.pooled_text=false read no caption"
+    if c.data.caption_dropout:
+        yield f"data.caption_dropout={c.data.caption_dropout:g} has no effect: {why}; set it to 0"
+    if c.sample.guidance != 1:
+        yield f"sample.guidance={c.sample.guidance:g} has no effect: {why}; set it to 1"

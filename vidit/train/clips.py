@@ -1,0 +1,87 @@
+"""The clips of a run: which are for training and which for validation, which are usable, and the fixed batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vidit.config import ConfigError, RunConfig
+from vidit.data.loader import Batch, MicroBatches, usable
+from vidit.data.shards import ClipRef, read_index
+from vidit.text.encoder import CaptionTokenizer
+from vidit.train.fingerprint import Fingerprint, fingerprint
+
+Reasons = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Clips that are long enough, those that are not with the reason, keys of those whose picture is cropped."""
+
+    refs: list[ClipRef]
+    dropped: Reasons
+    cropped: list[str]
+    fingerprint: Fingerprint
+
+    def report(self) -> dict[str, Any]:
+        """As data.json has it."""
+        return {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+
+
+Splits = tuple[Split, Split]
+
+
+def fingerprints(splits: Splits) -> dict[str, Fingerprint]:
+    """As the checkpoints of a run keep them."""
+    train, validation = splits
+    return {"train": train.fingerprint, "validation": validation.fingerprint}
+
+
+def read_splits(config: RunConfig) -> Splits:
+    """(training, validation): two folders, or the last `num_validation` clips of one.
+
+    Raises ShardError for a damaged dataset, ConfigError and ValueError where a split has no usable clip.
+    """
+    d = config.data
+    refs: Sequence[ClipRef] = read_index(d.train)
+    if d.validation:
+        validation: Sequence[ClipRef] = read_index(d.validation)[: d.num_validation]
+    elif d.num_validation >= len(refs):
+        raise ConfigError(
+            [f"data.num_validation={d.num_validation} leaves none of the {len(refs)} clips of {d.train} to train on"]
+        )
+    else:
+        cut = len(refs) - d.num_validation
+        refs, validation = refs[:cut], refs[cut:]
+    train, held = _split(refs, config), _split(validation, config)
+    if not train.refs:
+        raise ValueError(f"no clip of {d.train} is usable: {len(train.dropped)} dropped, {_first(train)}")
+    if held.dropped and not held.refs:
+        raise ValueError(
+            f"none of the {len(held.dropped)} validation clips of {d.validation or d.train} is usable, "
+            f"{_first(held)}; give longer clips as data.validation, or data.num_validation=0 for no validation"
+        )
+    return train, held
+
+
+def _first(split: Split) -> str:
+    key, reason = split.dropped[0]
+    return f"the first: {key}: {reason}"
+
+
+def _split(refs: Sequence[ClipRef], config: RunConfig) -> Split:
+    return Split(*usable(refs, config), fingerprint(refs))
+
+
+def fixed_batches(
+    config: RunConfig, refs: Sequence[ClipRef], num: int, tokenizer: CaptionTokenizer | None, images_per_row: int
+) -> Iterator[Batch]:
+    """`num` of the clips, each once, in batches that never differ: no dropout, no image rows, middle crop.
+
+    `num` is at most the number of clips; which they are is keyed by the run's seed.
+    """
+    data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
+    micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
+    train = config.train.model_copy(update={"micro_batch": micro})
+    dataset = MicroBatches(config.model_copy(update={"data": data, "train": train}), refs, tokenizer, images_per_row)
+    for index in range(num // micro):
+        yield dataset[index]
