@@ -7,8 +7,9 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from parallel import checkpoint
 from vidit.config import RunConfig
 
+ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 40, 7
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -156,3 +158,83 @@ def test_signals_save_and_leave(config: str, command: Start, uninterrupted: Path
         assert f"stopped by {number.name} at step {reached}" in out
     finish(command("train", config, f"run_dir={run_dir}"), run_dir)
     assert_same(run_dir, uninterrupted)
+
+
+DRIVER = """
+import os, sys
+from vidit.config import RunConfig
+from vidit.train import latents
+from vidit.train.run import run
+latents.ENCODE_BATCH, latents.PART_CLIPS = 2, 4
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(0 if run(RunConfig.model_validate_json(line)) else 3)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+LOOKING = {"steps": 14, "checkpoint_every": 5, "validate_every": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "cached latents and samples": {
+        "data": {"cache_latents": True},
+        "train": {**LOOKING, "sample_every": 4},
+        "sample": {"prompts": ("a red circle moves left",)},
+    },
+    "vae": {"train": {**LOOKING, "task": "vae"}},
+}
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[subprocess.Popen[str]]:
+    """Starts a run for each config that it reads, by a fork: a start then takes no time for its imports."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=ROOT, env=environment, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def start_and_hit(driver: subprocess.Popen[str], config: RunConfig, after_s: float, number: int | None) -> int:
+    """Start a run, send it a signal after some seconds, and return its exit status (3: told to stop)."""
+    assert driver.stdin is not None
+    assert driver.stdout is not None
+    driver.stdin.write(config.model_dump_json() + "\n")
+    driver.stdin.flush()
+    pid = int(driver.stdout.readline())
+    time.sleep(after_s)
+    children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+    if number is not None and str(pid) in children:  # else it is done already, and the number another's
+        os.kill(pid, number)
+    sent = time.monotonic()
+    status = int(driver.stdout.readline())
+    assert number is None or time.monotonic() - sent < 10
+    return status
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Metrics, samples, the exported VAE and the newest checkpoint's tensors."""
+    paths = [run_dir / "metrics.jsonl", *run_dir.glob("samples/*/*"), *run_dir.glob("vae/*")]
+    newest = checkpoint.folder_of(run_dir / "checkpoints", LOOKING["steps"])
+    found = {name: t.tolist() for path in newest.glob("*.safetensors") for name, t in load_file(path).items()}
+    return found | {str(path.relative_to(run_dir)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_signals_at_random_moments(
+    driver: subprocess.Popen[str], configure: Callable[..., RunConfig], tmp_path: Path, kind: str
+) -> None:
+    """SIGKILL and SIGTERM while latents are encoded, in steps, in validations and samples, whatever is hit."""
+    began = time.monotonic()
+    assert start_and_hit(driver, configure(tmp_path / "whole", **KINDS[kind]), 0, None) == 0
+    whole_s = time.monotonic() - began
+    moments, config = random.Random(kind), configure(tmp_path / "run", **KINDS[kind])
+    for number in (signal.SIGKILL, signal.SIGTERM) * 2:
+        status = start_and_hit(driver, config, moments.uniform(0.05, 0.6) * whole_s, number)
+        assert status in ((-number, 0) if number == signal.SIGKILL else (-number, 3, 0))
+    assert start_and_hit(driver, config, 0, None) == 0
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert [row["step"] for row in metrics(tmp_path / "run") if "validation" in row] == [4, 8, 12, 14]

@@ -90,6 +90,8 @@ def _json(path: Path, absent: Any) -> Any:
 
 
 def _facts(summary: dict[str, Any]) -> str:
+    if not isinstance(summary, dict):
+        raise TypeError(f"summary.json holds a {type(summary).__name__}, no object")
     if not summary:
         return "Not evaluated yet: run `vidit evaluate`."
     return (

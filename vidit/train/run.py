@@ -94,11 +94,15 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
         SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], failed)
     images = resolve(config).latent_frames
     validation: list[Batch] = []
+    replaced: Reasons = []
     for batch in fixed_batches(config, held.refs, len(held.refs), task.tokenizer, images):
         stop.check()
         SkipCount(1.0, reporter).add(batch.keys, batch.skipped)
+        replaced += batch.skipped
         validation.append(batch)
-    report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {"validation": held.report()}
+    report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {
+        "validation": held.report() | {"replaced": replaced}
+    }
     write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n")
     size = f"{config.data.height}x{config.data.width}"
     for name, part in (("", report), ("validation ", report["validation"])):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,35 @@ def test_another_model_size_is_refused_with_both_shapes(saved: tuple[Path, Train
         TrainState(deeper, torch.optim.AdamW(deeper.parameters()), Ema(deeper, 0.9)).load(folder)
 
 
+def test_a_resume_leaves_no_tensor_behind(saved: tuple[Path, TrainState]) -> None:
+    """A checkpoint of more layers than the model has: every tensor without a place is a fault."""
+    folder, _ = saved
+    shallow = nn.Sequential(*list(build().model)[:2])
+    state = TrainState(shallow, torch.optim.AdamW(shallow.parameters()), Ema(shallow, 0.9))
+    before = copy_of(state)
+    with pytest.raises(CheckpointError, match=r"model\.2\.weight has no place here; .* more\. Resume with"):
+        state.load(folder)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
+
+
+def test_a_part_is_asked_for_by_prefix(saved: tuple[Path, TrainState]) -> None:
+    folder, state = saved
+    averages = {name: t for name, t in build(seed=1).tensors().items() if name.startswith("ema.")}
+    checkpoint.load(folder, averages, prefix="ema.")
+    assert all(torch.equal(t, state.tensors()[name]) for name, t in averages.items())
+    checkpoint.load(folder, {"ema.0.weight": averages["ema.0.weight"]})
+    with pytest.raises(CheckpointError, match=r"ema\.0\.bias has no place here"):
+        checkpoint.load(folder, {"ema.0.weight": averages["ema.0.weight"]}, prefix="ema.")
+
+
+def test_another_dtype_is_refused(saved: tuple[Path, TrainState]) -> None:
+    folder, _ = saved
+    half = {"ema.0.weight": torch.zeros(6, 4, dtype=torch.float16)}
+    with pytest.raises(CheckpointError, match=r"ema\.0\.weight is float32 there and float16 here"):
+        checkpoint.load(folder, half)
+    assert not half["ema.0.weight"].any()
+
+
 @pytest.mark.parametrize(
     "fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
 )
@@ -290,6 +320,21 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     checkpoint.prune(tmp_path, 1)
     assert checkpoint.steps(tmp_path) == [5]
     assert checkpoint.steps(tmp_path / "nowhere") == []
+
+
+def test_only_a_checkpoints_own_name_counts(saved: tuple[Path, TrainState]) -> None:
+    """Copies that a user made beside it, shorter and longer numbers; ten digits are a step too."""
+    folder, _ = saved
+    root = folder.parent
+    for name in ("backup-step-00000009", "step-00000009.old", "step-9", "step-0000000009", "step-1234567890"):
+        shutil.copytree(folder, root / name)
+    (root / "my.partial").mkdir()
+    (root / "step-00000009.partial").mkdir()
+    assert checkpoint.steps(root) == [3, 1234567890]
+    checkpoint.prune(root, 1)
+    assert {path.name for path in root.iterdir()} == {
+        "backup-step-00000009", "step-00000009.old", "step-9", "step-0000000009", "step-1234567890", "my.partial"
+    }  # fmt: skip
 
 
 def test_saving_a_step_twice_replaces_it(saved: tuple[Path, TrainState]) -> None:
