@@ -83,7 +83,8 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
     newest = newest_checkpoint(run_dir)
     if newest is not None:
         kept = checkpoint.read_manifest(newest)["facts"].get("data", data)
-        faults = [*_changes(read_config(run_dir), config), *_data_faults(config, kept, data)]
+        # Another cut of the same folder is another set of clips too: the option that made it is the fault to name.
+        faults = list(_changes(read_config(run_dir), config)) or list(_data_faults(config, kept, data))
         if faults:
             raise ConfigError([f"{fault}; {run_dir} holds another run: give the old value, or a new run_dir"
                                for fault in faults])  # fmt: skip

@@ -31,7 +31,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "dit": {
         "data": {"cache_latents": True},
         "train": {**TRAIN, "sample_every": 4},
-        "sample": {"prompts": ("a red circle", "a blue square")},
+        "sample": {"prompts": ("a red circle", "a blue square"), "num_steps": 8},
     },
     "vae": {"train": {**TRAIN, "task": "vae"}},
 }

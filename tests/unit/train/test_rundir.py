@@ -15,6 +15,7 @@ from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig
 from vidit.data.scene_pack import pack_scenes
 from vidit.train import rundir
+from vidit.train.lock import run_lock
 from vidit.train.run import run
 from vidit.train.rundir import keep_vae, newest_checkpoint, open_run, read_config
 
@@ -75,6 +76,9 @@ def test_other_clips_are_refused_with_both_fingerprints(configure: Configure, tm
     assert message.startswith(f"data.{split}: the run has {DATA[split]['num_clips']} clips of fingerprint ")
     assert f"{config.data.train} gives 7 of cccccccccccc; it may be moved, not packed anew" in message
     assert "or a new run_dir" in message
+    other = faults(configure(tmp_path, data={"num_validation": 1}), DATA | {split: {"num_clips": 7, "sha256": "c"}})
+    assert other.startswith("data.num_validation: the run has 4, this config 1; "), "the one cause"
+    assert "fingerprint" not in other
 
 
 def test_another_dataset_through_a_whole_run(configure: Configure, tiny_clips: Path, tmp_path: Path) -> None:
@@ -165,3 +169,14 @@ def test_a_refused_start_writes_nothing(configure: Configure, tmp_path: Path) ->
     with pytest.raises(ConfigError):
         run(configure(tmp_path, model={"width": 64}))
     assert {path.name for path in tmp_path.iterdir()} == before | {"lock"}
+
+
+def test_a_second_start_at_once_touches_nothing(configure: Configure, tmp_path: Path) -> None:
+    config = configure(tmp_path)
+    begin(config)
+    (tmp_path / "checkpoints" / "step-00000009.partial").mkdir()
+    with run_lock(tmp_path):
+        before = {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        with pytest.raises(RuntimeError, match="is being trained by process"):
+            run(config)
+        assert {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
