@@ -28,7 +28,7 @@ class Rule(NamedTuple):
     distributed: bool = False
 
 
-CONFIG = ("vidit.config", "vidit.keys", "vidit.dtypes")
+CONFIG = ("vidit.config", "vidit.keys", "vidit.dtypes", "vidit.whole_file")
 MODULES = ("vidit.model", "vidit.diffusion", "vidit.vae", "vidit.text", "vidit.data")
 RESOLVE = ("vidit.overrides", "vidit.resolve")
 RUN = (
@@ -50,6 +50,7 @@ TABLE = {
     "vidit.resolve": Rule(("vidit.config", "vidit.idle"), ()),
     "vidit.keys": Rule((), ("numpy", "torch")),
     "vidit.dtypes": Rule((), ("torch",)),
+    "vidit.whole_file": Rule((), ()),
     "vidit.model": Rule(CONFIG),
     "vidit.diffusion": Rule(CONFIG),
     "vidit.vae": Rule(CONFIG),

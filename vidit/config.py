@@ -294,6 +294,10 @@ class Train(Section):
     steps: int = Field(1000, gt=0)
     global_batch: int = Field(32, gt=0, description="clips (rows) in one optimizer step, over all ranks")
     micro_batch: int = Field(32, gt=0, description="rows in one forward and backward pass of one rank")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices of the layers, AdamW for the rest, one learning rate"
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     learning_rate: float = Field(1e-4, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: float = Field(1e-8, gt=0)

@@ -52,6 +52,7 @@ RULES = (
     Rule(("data.validation",), lambda c: c.data.num_validation > 0, "data.num_validation above 0"),
     Rule(("data.prefetch",), lambda c: c.data.num_workers > 0 and not c.data.cache_latents,
          "data.num_workers above 0 and data.cache_latents=false"),
+    Rule(("train.muon_momentum",), lambda c: c.train.optimizer == "muon", "train.optimizer=muon"),
     Rule(("train.final_learning_rate",), lambda c: c.train.schedule == "cosine", "train.schedule=cosine"),
     Rule(("train.sample_every",), lambda c: bool(c.sample.prompts), "sample.prompts"),
     Rule(("sample.guidance_rescale",), lambda c: c.sample.guidance != 1, "a sample.guidance other than 1"),

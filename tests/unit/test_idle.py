@@ -44,6 +44,7 @@ CASES = [
     ("data.validation=x", ["data.num_validation=0"], []),
     ("data.prefetch=8", ["data.num_workers=0"], []),
     ("data.prefetch=9", ["data.cache_latents=true"], []),
+    ("train.muon_momentum=0.9", [], ["train.optimizer=muon"]),
     ("train.final_learning_rate=0.1", [], ["train.schedule=cosine"]),
     ("train.sample_every=5", [], ['sample.prompts=["a"]']),
     ("sample.guidance_rescale=0.7", ["sample.guidance=1"], []),

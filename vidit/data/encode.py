@@ -24,6 +24,8 @@ _AVCOL_BT709 = 1
 
 Frames = NDArray[np.uint8] | torch.Tensor
 
+MAX_GIF_FPS = 50.0
+
 
 def encode_mp4(frames: Frames, fps: float, crf: int = 18) -> bytes:
     """Encode frames as H.264 in an in-memory mp4; the same frames always give the same bytes.
@@ -77,14 +79,15 @@ def write_gif(path: Path | BinaryIO, frames: Frames, fps: float, scale: int = 1)
     """Write a looping GIF. ``frames``: uint8 (T, H, W, 3); ``scale`` repeats every pixel that many times.
 
     One palette of 256 colours is fitted to the whole clip, so colours do not flicker from frame to frame.
-    GIF counts in 10 ms: the delays alternate so that the mean rate is right, and players run no faster than
-    50 frames/s. Raises ValueError for a wrong array, rate or scale.
+    GIF counts in 10 ms: the delays alternate so that the mean rate is right. Players run no faster than
+    ``MAX_GIF_FPS``, so a faster clip is shown at that rate. Raises ValueError for a wrong array, rate or scale.
     """
     from PIL import Image
 
     frames_THWC = _checked_frames(frames)
-    if not 0 < fps <= 50:
-        raise ValueError(f"fps={fps} cannot be shown by a GIF; use a rate above 0 and up to 50")
+    if not fps > 0:
+        raise ValueError(f"fps={fps} cannot be shown; use a rate above 0")
+    fps = min(fps, MAX_GIF_FPS)
     if scale < 1:
         raise ValueError(f"scale={scale} is not a positive whole number")
     num_frames, height, width, _ = frames_THWC.shape

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidit.data.tar import CURE, ShardError
+from vidit.whole_file import write_whole
 
 MANIFEST = "dataset.json"
 FORMAT, VERSION = "vidit-shards", 1
@@ -36,13 +37,6 @@ def write_manifest(folder: Path, shards: list[dict[str, Any]], allow_empty_capti
     }
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears under its name when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def check_manifest(folder: Path, shards: list[Path]) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from vidit.data.manifest import is_ours, sha256_of, write_manifest, write_whole
+from vidit.data.manifest import is_ours, sha256_of, write_manifest
 from vidit.data.shards import facts_of, index_path, ref_of, row_of
 from vidit.data.tar import BLOCK, VIDEO_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
+from vidit.whole_file import write_whole
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
 

@@ -12,10 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vidit.data.encode import write_gif
-from vidit.train.board import MAX_GIF_FPS
 from vidit.train.metrics import read_metrics
 from vidit.train.rundir import read_config
-from vidit.train.whole_file import full_disk_explained, write_whole
+from vidit.whole_file import full_disk_explained, write_whole
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ name }}</title><style>
@@ -126,7 +125,7 @@ def _samples(run_dir: Path, fps: float) -> list[dict[str, str]]:
 
 def _gif(video: np.ndarray, fps: float) -> str:
     buffer = io.BytesIO()
-    write_gif(buffer, video, min(fps, MAX_GIF_FPS), scale=2)
+    write_gif(buffer, video, fps, scale=2)
     return base64.b64encode(buffer.getvalue()).decode()
 
 

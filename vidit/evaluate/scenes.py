@@ -20,7 +20,7 @@ from vidit.data.video import decode_clip
 from vidit.evaluate.scene_score import SceneScore, score_scene
 from vidit.sample.run import open_trained
 from vidit.train.costs import costed, read_costs
-from vidit.train.whole_file import full_disk_explained, write_whole
+from vidit.whole_file import full_disk_explained, write_whole
 
 ATTRIBUTES = ("colour", "direction", "shape")
 

@@ -1,5 +1,6 @@
 """Sampling a finished or running run: its newest checkpoint's averaged weights -> mp4 and gif files."""
 
+import io
 import itertools
 import re
 import unicodedata
@@ -21,6 +22,7 @@ from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.rundir import read_config
 from vidit.train.step import DitStep
 from vidit.vae.store import load_vae
+from vidit.whole_file import full_disk_explained, write_whole
 
 # What acts when sampling. The captions come with the request, everything else is in the weights.
 SAMPLING = (
@@ -28,8 +30,6 @@ SAMPLING = (
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
     "diffusion.shift", "diffusion.shift_value",
 )  # fmt: skip
-MAX_GIF_FPS = 50.0
-"""Players show a GIF no faster."""
 MAX_STEM_BYTES = 120
 
 
@@ -61,7 +61,7 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     text = build_text_encoder(config.text, dtype).to(device)
     model = build_dit(trained, text, device, dtype).eval()
     named = {f"ema.{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
-    checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named)
+    checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named, prefix="ema.")
     return TrainedRun(config, DitStep(config, vae, text, device), model, text, found[-1])
 
 
@@ -105,13 +105,17 @@ def sample_run(run_dir: Path, prompts: Sequence[str], out: Path, seed: int, over
     """Write one mp4 and one gif for each prompt, beside what is there; yields their paths."""
     trained = open_trained(run_dir, overrides)
     fps = trained.config.data.fps or 8.0
-    out.mkdir(parents=True, exist_ok=True)
-    for number, (prompt, video) in enumerate(zip(prompts, trained.draw(prompts, seed), strict=True)):
-        mp4, gif = _unused(out, f"{seed}-{number}-{stem_of(prompt)}")
-        mp4.write_bytes(encode_mp4(video.numpy(), fps))
-        write_gif(gif, video.numpy(), min(fps, MAX_GIF_FPS), scale=max(1, 256 // video.shape[1]))
-        yield mp4
-        yield gif
+    videos = trained.draw(prompts, seed)
+    with full_disk_explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
+            mp4, gif = _unused(out, f"{seed}-{number}-{stem_of(prompt)}")
+            write_whole(mp4, encode_mp4(video.numpy(), fps))
+            picture = io.BytesIO()
+            write_gif(picture, video.numpy(), fps, scale=max(1, 256 // video.shape[1]))
+            write_whole(gif, picture.getvalue())
+            yield mp4
+            yield gif
 
 
 def stem_of(prompt: str) -> str:

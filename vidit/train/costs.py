@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidit.train.memory import PeakMemory
-from vidit.train.whole_file import write_whole
+from vidit.whole_file import write_whole
 
 COSTS = "costs.jsonl"
 

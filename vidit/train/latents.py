@@ -27,8 +27,8 @@ from vidit.data.tar import Member, sidecar_of
 from vidit.train.clips import Reasons
 from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
-from vidit.train.whole_file import write_whole
 from vidit.vae.autoencoder import CausalVae
+from vidit.whole_file import write_whole
 
 ENCODE_BATCH = 16
 PART_CLIPS = 256

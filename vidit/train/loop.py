@@ -13,7 +13,7 @@ from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
 from vidit.train.metrics import Reporter, Stopwatch
-from vidit.train.optim import clip_gradients, gradient_norm, learning_rate, set_learning_rate
+from vidit.train.optim import clip_gradients, gradient_norm, learning_rate
 from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
 from vidit.train.step import Step
@@ -61,7 +61,7 @@ def train_loop(
     try:
         if state.step:
             review(state.step)
-        watch.lap("other")
+        watch.lap("review")
         while state.step < c.steps:
             stop.check()
             keys: list[str] = []
@@ -94,9 +94,9 @@ def train_loop(
             clip_gradients(parameters, c.clip_norm, norm)
 
             rate = learning_rate(c, state.step)
-            set_learning_rate(state.optimizer, rate)
+            state.optimizer.set_learning_rate(rate)
             state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad()
             state.ema.update(state.model, state.step)
             state.step += 1
             state.clips += c.global_batch
@@ -108,7 +108,7 @@ def train_loop(
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:
                 spent, window = watch.take(window), 0
-                seconds = spent["data"] + spent["compute"] + spent["update"]
+                seconds = sum(spent.get(section, 0.0) for section in ("data", "compute", "update", "log"))
                 speed = {"clips_per_s": c.global_batch / seconds, "data_wait": spent["data"] / seconds}
                 if flops_per_step and peak_flops:
                     speed["mfu"] = flops_per_step / seconds / peak_flops
@@ -123,6 +123,8 @@ def train_loop(
                 status += [f"data wait {speed['data_wait']:.1%}"]
                 reporter.progress(state.step, "  ".join(status), last or state.step % (10 * c.log_every) == 0)
 
+            watch.lap("log")
+
             if last or state.step % c.checkpoint_every == 0:
                 save()
             try:
@@ -130,7 +132,7 @@ def train_loop(
             except Exception:
                 save()
                 raise
-            watch.lap("other")
+            watch.lap("review")
     except StoppedError:
         save()
         return False

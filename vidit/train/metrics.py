@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from vidit.train.whole_file import write_whole
+from vidit.whole_file import write_whole
 
 METRICS = "metrics.jsonl"
 

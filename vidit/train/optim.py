@@ -1,23 +1,88 @@
-"""AdamW (1711.05101), its schedule, and the gradient norm."""
+"""The optimizer, its schedule, and the gradient norm.
+
+AdamW (1711.05101) for everything, or Muon for the matrices of the layers and AdamW for the rest: Muon makes
+the update of a matrix nearly orthogonal (K. Jordan et al., "Muon", 2024), here scaled to the size of an AdamW
+update, so that both share one learning rate (Moonlight, 2502.16982, eq. 4).
+"""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from vidit.config import Train
 
+# The matrices between hidden vectors. Modulation maps the conditioning, and its first factor has two rows.
+_HIDDEN = re.compile(r"(^|\.)(blocks|layers)\.\d+\.(?!modulation\.).*weight$")
+_STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    torch.optim.Muon: ("momentum_buffer",),
+}
 
-def build_optimizer(c: Train, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter; matrices decay, vectors and tables of one dim do not."""
-    trainable = [p for p in parameters if p.requires_grad]
+
+class Optimizers:
+    """One or more optimizers of disjoint parameters that step as one."""
+
+    def __init__(self, *members: torch.optim.Optimizer):
+        self.members = members
+
+    def set_learning_rate(self, rate: float) -> None:
+        for member in self.members:
+            for group in member.param_groups:
+                group["lr"] = rate
+
+    def step(self) -> None:
+        for member in self.members:
+            member.step()
+
+    def zero_grad(self) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=True)
+
+    def states(self) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
+        """Each parameter with its moments by name, allocated if there was no step yet: a load needs somewhere to go."""
+        for member in self.members:
+            names = _STATES[type(member)]
+            for p in (p for group in member.param_groups for p in group["params"]):
+                state = member.state[p]
+                if not state:
+                    state |= {name: torch.zeros_like(p) for name in names}
+                    if isinstance(member, torch.optim.AdamW):
+                        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                yield p, {name: state[name] for name in names}
+
+    def set_step(self, step: int) -> None:
+        """Tell AdamW, whose bias correction counts, how many steps were made."""
+        for member in self.members:
+            for state in member.state.values():
+                if "step" in state:
+                    state["step"].fill_(step)
+
+
+def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimizers:
+    """Over every trainable parameter, given by name; matrices decay, vectors and tables of one dim do not."""
+    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+    hidden = [p for name, p in trainable.items() if c.optimizer == "muon" and p.ndim == 2 and _HIDDEN.search(name)]
+    taken = {id(p) for p in hidden}
+    others = [p for p in trainable.values() if id(p) not in taken]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": c.weight_decay},
+        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True)
+    members: list[torch.optim.Optimizer] = []
+    if groups:
+        members.append(torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True))
+    if hidden:
+        members.append(
+            torch.optim.Muon(
+                hidden, lr=c.learning_rate, weight_decay=c.weight_decay, momentum=c.muon_momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )  # fmt: skip
+    return Optimizers(*members)
 
 
 def learning_rate(c: Train, step: int) -> float:
@@ -28,11 +93,6 @@ def learning_rate(c: Train, step: int) -> float:
     done = max(0, step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
     low = c.final_learning_rate
     return c.learning_rate * warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
 
 
 @torch.no_grad()

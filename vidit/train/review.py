@@ -13,7 +13,7 @@ from vidit.train.step import DitStep
 from vidit.train.stop import StopRequest
 from vidit.train.task import Task
 from vidit.train.validation import validate
-from vidit.train.whole_file import write_whole
+from vidit.whole_file import write_whole
 
 
 class Review:

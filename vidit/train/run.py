@@ -24,8 +24,8 @@ from vidit.train.step import DitStep
 from vidit.train.stop import StoppedError, StopRequest
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
-from vidit.train.whole_file import full_disk_explained, write_whole
 from vidit.vae.stored import adopt_vae
+from vidit.whole_file import full_disk_explained, write_whole
 
 
 def run(config: RunConfig) -> bool:
@@ -38,7 +38,7 @@ def run(config: RunConfig) -> bool:
         with costed(config.directory, "train") as start:
             device = choose_device(config.train.device)
             task = build_task(config, device, len(splits[1].refs))
-            optimizer = build_optimizer(config.train, task.model.parameters())
+            optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
             state = TrainState(task.model, optimizer, Ema(task.model, config.train.ema_decay))
             if newest:
                 state.load(newest)

@@ -28,7 +28,7 @@ import vidit
 from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig
 from vidit.overrides import faults_of
-from vidit.train.whole_file import write_whole
+from vidit.whole_file import write_whole
 
 # Fields that may change between two starts of one run: they say where, how fast and what to look at, not what
 # is learned. Where the clips lie may change, which clips they are may not: see `_data_faults`.

@@ -10,9 +10,9 @@ from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.train.ema import Ema
 from vidit.train.step import to_pixels
-from vidit.train.whole_file import write_whole
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.store import vae_files
+from vidit.whole_file import write_whole
 
 # Training clips that the statistics are taken over: of a mean over that many latents only the third digit moves.
 NUM_CLIPS = 256

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save
 
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.stored import vae_config
+from vidit.whole_file import write_whole
 
 
 def vae_files(vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> dict[str, bytes]:
@@ -23,9 +24,7 @@ def save_vae(folder: Path, vae: CausalVae, state: dict[str, torch.Tensor] | None
     """Write `vae_files` to a folder. Each file takes its name when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in vae_files(vae, state, half).items():
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
+        write_whole(folder / name, content)
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVae:

@@ -74,8 +74,13 @@ class TestEncode:
             encode_mp4(moving(), 8, crf=60)
         with pytest.raises(ValueError, match="scale=0"):
             write_gif(tmp_path / "a.gif", moving(), 8, scale=0)
-        with pytest.raises(ValueError, match="fps=60"):
-            write_gif(tmp_path / "a.gif", moving(), 60)
+        with pytest.raises(ValueError, match="fps=0"):
+            write_gif(tmp_path / "a.gif", moving(), 0)
+
+    def test_a_gif_is_shown_at_50_frames_a_second_at_most(self, tmp_path: Path) -> None:
+        for fps in (50, 60):
+            write_gif(tmp_path / f"{fps}.gif", moving(), fps)
+        assert (tmp_path / "50.gif").read_bytes() == (tmp_path / "60.gif").read_bytes()
 
 
 def test_gif_has_the_frames_the_mean_rate_and_the_size(tmp_path: Path) -> None:

@@ -20,18 +20,24 @@ from torch import Tensor, nn
 
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
+from vidit.config import Train
 from vidit.train.ema import Ema
+from vidit.train.optim import build_optimizer
 from vidit.train.state import TrainState
 
 ROOT = Path(__file__).parents[3]
 
 
-def build(width: int = 6, seed: int = 0) -> TrainState:
+def build(width: int = 6, seed: int = 0, optimizer: str = "adamw", num_layers: int = 3) -> TrainState:
     generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3))
+    every = [nn.Linear(4, width), nn.BatchNorm1d(width), nn.Linear(width, 3), nn.Linear(3, 2)]
+    layers = nn.ModuleList(every[:num_layers])
+    model = nn.ModuleDict({"layers": layers})
+    model.forward = nn.Sequential(*layers).forward  # type: ignore[method-assign]
     for p in model.parameters():
         p.data.normal_(generator=generator)
-    return TrainState(model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), Ema(model, 0.9))
+    c = Train(optimizer=optimizer, learning_rate=1e-2)
+    return TrainState(model, build_optimizer(c, dict(model.named_parameters())), Ema(model, 0.9))
 
 
 def train(state: TrainState, steps: int) -> TrainState:
@@ -61,17 +67,21 @@ def saved(tmp_path: Path) -> tuple[Path, TrainState]:
     return state.save(tmp_path / "checkpoints", {"name": "x"}, keep=5), state
 
 
-def test_round_trip_is_exact(saved: tuple[Path, TrainState]) -> None:
-    folder, state = saved
-    other = build(seed=1)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_round_trip_is_exact(optimizer: str, tmp_path: Path) -> None:
+    state, other = train(build(optimizer=optimizer), 3), build(seed=1, optimizer=optimizer)
+    folder = state.save(tmp_path / "checkpoints", {"name": "x"}, keep=5)
     facts = other.load(folder)
     assert (other.step, other.clips, facts["name"]) == (3, 24, "x")
     one, two = copy_of(state), copy_of(other)
     assert one.keys() == two.keys()
-    assert {name.partition(".")[0] for name in one} == {"model", "ema", "exp_avg", "exp_avg_sq"}
+    moments = {"exp_avg", "exp_avg_sq"} | ({"momentum_buffer"} if optimizer == "muon" else set())
+    assert {name.partition(".")[0] for name in one} == {"model", "ema"} | moments
     assert all(torch.equal(one[name], two[name]) and one[name].dtype == two[name].dtype for name in one)
-    assert "model.1.running_mean" in one, "buffers travel too"
-    assert [float(s["step"]) for s in other.optimizer.state.values()] == [3.0] * 6
+    assert "model.layers.1.running_mean" in one, "buffers travel too"
+    assert [float(s["step"]) for s in other.optimizer.members[0].state.values()] == [3.0] * (
+        6 if optimizer == "adamw" else 4
+    )
     one, two = copy_of(train(state, 3)), copy_of(train(other, 3))
     assert all(torch.equal(one[name], two[name]) for name in one), "both go on alike"
 
@@ -93,7 +103,7 @@ def test_manifest_names_every_file_and_tensor(saved: tuple[Path, TrainState]) ->
     for name, facts in manifest["files"].items():
         data = (folder / name).read_bytes()
         assert (facts["bytes"], facts["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert manifest["tensors"]["model.0.weight"] == {"shape": [6, 4], "dtype": "float32"}
+    assert manifest["tensors"]["model.layers.0.weight"] == {"shape": [6, 4], "dtype": "float32"}
     assert manifest["tensors"].keys() == state.tensors().keys()
 
 
@@ -152,21 +162,21 @@ def test_another_model_size_is_refused_with_both_shapes(saved: tuple[Path, Train
     folder, _ = saved
     other = build(width=7)
     before = copy_of(other)
-    with pytest.raises(CheckpointError, match=r"model\.0\.weight is \(6, 4\) there and \(7, 4\) here.* more\. Resume"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.weight is \(6, 4\) there and \(7, 4\) here.* more\. Resume"
+    ):
         other.load(folder)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.tensors().items())
-    deeper = nn.Sequential(*build().model, nn.Linear(3, 2))
-    with pytest.raises(CheckpointError, match=r"model\.3\.weight is not in it"):
-        TrainState(deeper, torch.optim.AdamW(deeper.parameters()), Ema(deeper, 0.9)).load(folder)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\.weight is not in it"):
+        build(num_layers=4).load(folder)
 
 
 def test_a_resume_leaves_no_tensor_behind(saved: tuple[Path, TrainState]) -> None:
     """A checkpoint of more layers than the model has: every tensor without a place is a fault."""
     folder, _ = saved
-    shallow = nn.Sequential(*list(build().model)[:2])
-    state = TrainState(shallow, torch.optim.AdamW(shallow.parameters()), Ema(shallow, 0.9))
+    state = build(num_layers=2)
     before = copy_of(state)
-    with pytest.raises(CheckpointError, match=r"model\.2\.weight has no place here; .* more\. Resume with"):
+    with pytest.raises(CheckpointError, match=r"model\.layers\.2\.weight has no place here; .* more\. Resume with"):
         state.load(folder)
     assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors().items())
 
@@ -176,17 +186,17 @@ def test_a_part_is_asked_for_by_prefix(saved: tuple[Path, TrainState]) -> None:
     averages = {name: t for name, t in build(seed=1).tensors().items() if name.startswith("ema.")}
     checkpoint.load(folder, averages, prefix="ema.")
     assert all(torch.equal(t, state.tensors()[name]) for name, t in averages.items())
-    checkpoint.load(folder, {"ema.0.weight": averages["ema.0.weight"]})
-    with pytest.raises(CheckpointError, match=r"ema\.0\.bias has no place here"):
-        checkpoint.load(folder, {"ema.0.weight": averages["ema.0.weight"]}, prefix="ema.")
+    checkpoint.load(folder, {"ema.layers.0.weight": averages["ema.layers.0.weight"]})
+    with pytest.raises(CheckpointError, match=r"ema\.layers\.0\.bias has no place here"):
+        checkpoint.load(folder, {"ema.layers.0.weight": averages["ema.layers.0.weight"]}, prefix="ema.")
 
 
 def test_another_dtype_is_refused(saved: tuple[Path, TrainState]) -> None:
     folder, _ = saved
-    half = {"ema.0.weight": torch.zeros(6, 4, dtype=torch.float16)}
-    with pytest.raises(CheckpointError, match=r"ema\.0\.weight is float32 there and float16 here"):
+    half = {"ema.layers.0.weight": torch.zeros(6, 4, dtype=torch.float16)}
+    with pytest.raises(CheckpointError, match=r"ema\.layers\.0\.weight is float32 there and float16 here"):
         checkpoint.load(folder, half)
-    assert not half["ema.0.weight"].any()
+    assert not half["ema.layers.0.weight"].any()
 
 
 @pytest.mark.parametrize(
@@ -340,9 +350,9 @@ def test_only_a_checkpoints_own_name_counts(saved: tuple[Path, TrainState]) -> N
 def test_saving_a_step_twice_replaces_it(saved: tuple[Path, TrainState]) -> None:
     folder, state = saved
     with torch.no_grad():
-        state.model[0].weight.fill_(7)
+        state.model["layers"][0].weight.fill_(7)
     state.save(folder.parent, {}, keep=5)
     other = build(seed=1)
     other.load(folder)
-    assert bool((other.model[0].weight == 7).all())
+    assert bool((other.model["layers"][0].weight == 7).all())
     assert checkpoint.steps(folder.parent) == [3]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from vidit.config import Train
+from vidit.config import Model, Train
+from vidit.model.dit import DiT
 from vidit.train import precision
 from vidit.train.ema import Ema
-from vidit.train.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate, set_learning_rate
+from vidit.train.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from vidit.train.precision import choose_device, choose_dtype
 
 
@@ -51,11 +52,23 @@ class TestSchedule:
         assert [learning_rate(c, step) for step in range(4)] == [0.25, 0.5, 0.75, 1]
 
 
-class TestOptimizer:
+def named(model):
+    return dict(model.named_parameters())
+
+
+def hidden_network():
+    """Two layers as the denoiser names them, between an embedding and a head."""
+    torch.manual_seed(0)
+    block = nn.ModuleDict({"mlp": nn.Linear(8, 8), "modulation": nn.Linear(2, 8)})
+    return nn.ModuleDict({"embed": nn.Linear(4, 8), "blocks": nn.ModuleDict({"0": block}), "head": nn.Linear(8, 2)})
+
+
+class TestAdamW:
     def test_matrices_decay_vectors_do_not(self):
         model = network()
-        optimizer = build_optimizer(Train(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6), model.parameters())
-        decayed, rest = optimizer.param_groups
+        c = Train(weight_decay=0.1, betas=(0.8, 0.9), eps=1e-6)
+        (adamw,) = build_optimizer(c, named(model)).members
+        decayed, rest = adamw.param_groups
         assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
         assert {id(p) for p in rest["params"]} == {id(p) for p in model.parameters() if p.ndim == 1}
         assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0)
@@ -64,24 +77,58 @@ class TestOptimizer:
     def test_frozen_parameters_and_empty_groups_are_left_out(self):
         model = network()
         model[0].requires_grad_(False)
-        held = {id(p) for g in build_optimizer(Train(), model.parameters()).param_groups for p in g["params"]}
+        held = {id(p) for p, _ in build_optimizer(Train(), named(model)).states()}
         assert held == {id(p) for n, p in model.named_parameters() if not n.startswith("0.")}
-        assert len(build_optimizer(Train(), [model[2].weight]).param_groups) == 1
-
-    def test_rate_reaches_every_group(self):
-        optimizer = build_optimizer(Train(), network().parameters())
-        set_learning_rate(optimizer, 0.125)
-        assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
+        (adamw,) = build_optimizer(Train(), {"w": model[2].weight}).members
+        assert len(adamw.param_groups) == 1
 
     def test_a_step_is_adamw(self):
         """One update by hand (1711.05101, algorithm 2): the bias-corrected moments of step 1 are g and g^2."""
         c = Train(learning_rate=0.01, weight_decay=0.1, eps=1e-8)
         w, b = nn.Parameter(torch.tensor([[1.0, -2.0]])), nn.Parameter(torch.tensor([3.0]))
-        optimizer = build_optimizer(c, [w, b])
+        optimizer = build_optimizer(c, {"w": w, "b": b})
         w.grad, b.grad = torch.tensor([[0.5, -0.1]]), torch.tensor([2.0])
         optimizer.step()
         torch.testing.assert_close(w.data, torch.tensor([[1 * (1 - 1e-3) - 0.01, -2 * (1 - 1e-3) + 0.01]]))
         torch.testing.assert_close(b.data, torch.tensor([3 - 0.01]))
+
+
+class TestMuon:
+    def test_it_takes_the_matrices_of_the_layers(self):
+        model = hidden_network()
+        adamw, muon = build_optimizer(Train(optimizer="muon"), named(model)).members
+        assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model["blocks"]["0"]["mlp"].weight)]
+        both = [id(p) for member in (adamw, muon) for g in member.param_groups for p in g["params"]]
+        assert sorted(both) == sorted(id(p) for p in model.parameters())
+
+    def test_every_matrix_of_a_denoiser_block_but_its_modulation(self):
+        with torch.device("meta"):
+            dit = DiT(Model.preset("S"), 8, (3, 8, 8), 64)
+        _, muon = build_optimizer(Train(optimizer="muon"), {f"dit.{n}": p for n, p in named(dit).items()}).members
+        held = {id(p) for g in muon.param_groups for p in g["params"]}
+        for name, p in dit.blocks.named_parameters():
+            matrix = name.endswith(".weight") and p.ndim == 2 and ".modulation." not in name
+            assert (id(p) in held) == matrix, name
+        assert len(held) == 12 * 6 + 6 * 4, "query, key, value, out and an MLP in 12 blocks, half of them with text"
+
+    def test_an_update_is_orthogonal_and_as_large_as_adamws(self):
+        """The update is 0.2 sqrt(max(rows, columns)) times a matrix whose singular values are near 1."""
+        model = hidden_network()
+        optimizer = build_optimizer(Train(optimizer="muon", learning_rate=0.01), named(model))
+        weight = model["blocks"]["0"]["mlp"].weight
+        before = weight.detach().clone()
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+        optimizer.step()
+        values = torch.linalg.svdvals((weight.detach() - before) / (0.01 * 0.2 * math.sqrt(8)))
+        assert (values > 0.4).all()
+        assert (values < 1.4).all()
+
+
+def test_rate_reaches_every_group():
+    optimizer = build_optimizer(Train(optimizer="muon"), named(hidden_network()))
+    optimizer.set_learning_rate(0.125)
+    assert [g["lr"] for member in optimizer.members for g in member.param_groups] == [0.125, 0.125, 0.125]
 
 
 class TestClip:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vidit.train import whole_file
-from vidit.train.whole_file import full_disk_explained, write_whole
+from vidit.whole_file import full_disk_explained, write_whole
 
 
 def test_text_and_bytes(tmp_path: Path) -> None:
