@@ -33,7 +33,7 @@ def vae() -> RunConfig:
         data=Data(train="runs/demo-vae/data", num_validation=64, num_frames=9, height=64, width=64, num_workers=1),
         train=Train(
             task="vae",
-            steps=3500,
+            steps=3000,
             global_batch=8,
             micro_batch=8,
             learning_rate=2e-3,

@@ -125,14 +125,16 @@ def test_train_leaves_a_documented_run_directory(trained: tuple[Path, str]) -> N
     run, _ = trained
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "environment.json", "data.json", "vae", "checkpoints", "metrics.jsonl", "tensorboard",
-        "samples", "costs.jsonl", "latents.safetensors",
+        "samples", "costs.jsonl", "latents",
     }  # fmt: skip
     rows = [row for row in read_metrics(run) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(row["loss"]) for row in rows)
     assert_video(run / "samples" / "step-00000006" / "000.mp4", 5, 32, 32)
     assert list((run / "tensorboard").glob("events.*"))
-    assert json.loads((run / "data.json").read_text()) == {"used": 7, "dropped": [], "cropped": []}
+    none = {"dropped": [], "cropped": []}
+    validation = {"used": 4, **none, "replaced": []}
+    assert json.loads((run / "data.json").read_text()) == {"used": 7, **none, "validation": validation}
 
 
 def test_sample_writes_mp4_and_gif(vidit: Vidit, trained: tuple[Path, str], tmp_path: Path) -> None:

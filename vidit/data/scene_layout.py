@@ -14,7 +14,7 @@ import numpy as np
 from vidit.data.scene_types import Pose, Thing
 
 # Bounding radius by the number of things, as fractions of the short side of the frame.
-RADII = {1: (0.2, 0.27), 2: (0.16, 0.21), 3: (0.125, 0.16)}
+RADII = {1: (0.22, 0.29), 2: (0.175, 0.22), 3: (0.135, 0.165)}
 MIN_TRAVEL = 0.36  # of the side along the motion
 MAX_TRAVEL = 0.6
 MARGIN = 0.015  # between a thing and the border, of the short side

@@ -163,7 +163,8 @@ class HeadNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(head_dim))
 
     def forward(self, x_BSNK: Tensor) -> Tensor:
-        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=1e-6).to(x_BSNK.dtype)
+        """Returned in at least fp32: the rotation that follows works there too, and one cast is enough."""
+        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=1e-6)
 
 
 class RelativeBias(nn.Module):
@@ -208,7 +209,7 @@ class SelfAttention(nn.Module):
             q = rotate(q, positions.cos_SK, positions.sin_SK)
             k = rotate(k, positions.cos_SK, positions.sin_SK)
         bias = None if self.bias is None else self.bias(grid)
-        return self.out(self.core(q, k, v, grid, bias).flatten(-2))
+        return self.out(self.core(q.to(v.dtype), k.to(v.dtype), v, grid, bias).flatten(-2))
 
 
 class CrossAttention(nn.Module):
@@ -224,14 +225,14 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:
         heads = (-1, self.head_dim)
-        q = self.query_norm(self.query(x_BSD).unflatten(-1, heads))
+        q = self.query_norm(self.query(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
         keys = TextKeys(
-            self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)),
+            self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)).to(x_BSD.dtype),
             self.value(text.features_BLD).unflatten(-1, heads),
             text.frame_BL,
         )
         if self.core is not None:
-            k = self.key_norm(self.key(x_BSD).unflatten(-1, heads))
+            k = self.key_norm(self.key(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
             v = self.value(x_BSD).unflatten(-1, heads)
             out = self.core(q, k, v, grid, text=keys)
         elif grid.image_B is None:

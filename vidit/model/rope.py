@@ -30,7 +30,7 @@ def rope_angles(position_S3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BSNK: Tensor, cos_SK: Tensor, sin_SK: Tensor) -> Tensor:
-    """Rotate pairs (k, k + K/2) of every head by the token's angles; fp32 inside, the input's dtype outside."""
+    """Rotate pairs (k, k + K/2) of every head by the token's angles; returned in at least fp32."""
     x1, x2 = widen(x_BSNK).chunk(2, dim=-1)
     cos, sin = cos_SK[:, None, :], sin_SK[:, None, :]
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).to(x_BSNK.dtype)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
