@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/vidit scenes $(DEMO)/data --clips 2400 --overwrite
+	$(BIN)/vidit scenes $(DEMO)/data --clips 6000 --overwrite
 	$(BIN)/vidit train configs.demo run_dir=$(DEMO)
 	$(BIN)/vidit evaluate $(DEMO)
 	$(BIN)/vidit report $(DEMO)

@@ -17,7 +17,7 @@ def clips() -> RunConfig:
         name="clips",
         text=Text(kind="bytes", width=128, num_layers=1, num_heads=4, max_tokens=48, hash_buckets=4096),
         vae=Vae(weights=str(Path(__file__).parent / "weights" / "demo_vae")),
-        model=Model.preset("demo", patch=4, windows=((1, 0, 0), (0, 0, 0)), cross_keys="text"),
+        model=Model.preset("demo", windows=((1, 0, 0), (0, 4, 4)), cross_keys="text"),
         diffusion=Diffusion(path="flow", target="flow", density="logit_normal"),
         data=Data(
             train="runs/clips/data", num_validation=4, num_frames=9, height=64, width=64, fps=8.0, random_crop=True

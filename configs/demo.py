@@ -49,17 +49,25 @@ def vae() -> RunConfig:
 def demo() -> RunConfig:
     """W.A.L.T. at toy size: colours, shapes and directions from captions.
 
+    The density leans to pure noise (shift 6): only there does the caption decide where a thing goes.
+
     Command:   make demo
     Hardware:  2 CPU cores
-    Time:      about 430 s of training on 2 cores of AVX2
-    Result:    validation loss 0.50; of 64 captions colour 1.00, direction 0.31, shape 0.26 read right
     """
     return RunConfig(
         name="demo",
         text=Text(kind="bytes", width=128, num_layers=1, num_heads=4, max_tokens=32, hash_buckets=2048),
         vae=Vae(weights=str(WEIGHTS)),
-        model=Model.preset("demo", patch=4, windows=((1, 0, 0), (0, 0, 0)), cross_keys="text"),
-        diffusion=Diffusion(path="flow", target="flow", density="logit_normal", stratified=True),
+        model=Model.preset("demo", windows=((1, 0, 0), (0, 4, 4)), cross_keys="text"),
+        diffusion=Diffusion(
+            path="flow",
+            target="flow",
+            density="logit_normal",
+            density_std=1.2,
+            stratified=True,
+            shift="constant",
+            shift_value=6.0,
+        ),
         data=Data(
             train="runs/demo/data",
             num_validation=96,
@@ -70,21 +78,22 @@ def demo() -> RunConfig:
             caption_dropout=0.1,
         ),
         train=Train(
-            steps=2600,
-            global_batch=16,
-            micro_batch=16,
-            learning_rate=1.5e-3,
+            steps=2200,
+            global_batch=32,
+            micro_batch=32,
+            optimizer="muon",
+            learning_rate=5e-3,
             warmup_steps=50,
             schedule="cosine",
             final_learning_rate=0.1,
-            ema_decay=0.99,
-            validate_every=200,
-            checkpoint_every=650,
+            ema_decay=0.995,
+            validate_every=275,
+            checkpoint_every=550,
         ),
         sample=Sample(
             sampler="euler",
             num_steps=25,
-            guidance=4.0,
+            guidance=6.0,
             micro_batch=32,
             prompts=(
                 "a red circle moves to the right",

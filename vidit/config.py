@@ -196,7 +196,7 @@ class Model(Section):
 # blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
 PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
-    "demo": (6, 192, 6, 768, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
+    "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
     "S": (12, 384, 6, 1536, {}),
     "B": (12, 768, 12, 3072, {}),
     "L": (24, 1024, 16, 4096, {}),
