@@ -3,8 +3,9 @@
     python -m benchmarks.loop_overhead
 
 Trains the demo model on procedural clips with the real loop, and in the same process times the bare forward
-and backward of the same model on one resident batch, in alternating rounds. Prints a JSON line and writes it
-to benchmarks/results/.
+and backward of the same model on one resident batch, in alternating rounds. The overhead is given with the
+optimizer's update (clipping and averaging included) and without. Prints a JSON line and writes it to
+benchmarks/results/.
 """
 
 import argparse
@@ -25,12 +26,15 @@ from vidit.data.scene_pack import pack_scenes
 from vidit.data.shards import read_index
 from vidit.overrides import apply_overrides
 from vidit.resolve import resolve
-from vidit.train import run as training
+from vidit.train.run import run
 from vidit.train.step import DitStep
+from vidit.train.task import Task, build_task
 from vidit.vae.stored import adopt_vae
 
+SECTIONS = ("data_s", "compute_s", "update_s", "log_s")
 
-def bare_seconds(task: training.Task, batch: Batch, steps: int) -> list[float]:
+
+def bare_seconds(task: Task, batch: Batch, steps: int) -> list[float]:
     """Seconds of each forward and backward pass of the denoiser and text encoder on a resident batch."""
     assert isinstance(task.step, DitStep)
     step, model = task.step, task.model
@@ -48,12 +52,12 @@ def bare_seconds(task: training.Task, batch: Batch, steps: int) -> list[float]:
     return seconds
 
 
-def loop_seconds(config: RunConfig, steps: int) -> list[float]:
-    """Seconds a step of the real loop, by window of `log_every` steps, over `steps` more steps of the run."""
+def loop_speed(config: RunConfig, steps: int) -> list[dict[str, float]]:
+    """Rows of speed.jsonl, one for each window of `log_every` steps, up to `steps` steps of the run."""
     path = config.directory / "speed.jsonl"
     before = len(path.read_text().splitlines()) if path.is_file() else 0
-    training.run(apply_overrides(config, [f"train.steps={steps}"]))
-    return [json.loads(line)["step_s"] for line in path.read_text().splitlines()[before:]]
+    run(apply_overrides(config, [f"train.steps={steps}"]))
+    return [json.loads(line) for line in path.read_text().splitlines()[before:]]
 
 
 def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
@@ -68,7 +72,7 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     config = adopt_vae(config)
     resident = apply_overrides(config, [f"run_dir={folder / 'bare'}"])
     resident.directory.mkdir()
-    task = training.build_task(resident, torch.device("cpu"))
+    task = build_task(resident, torch.device("cpu"))
     assert task.text is not None
     dataset = MicroBatches(
         task.config.model_copy(update={"data": config.data.model_copy(update={"cache_latents": False})}),
@@ -78,13 +82,16 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     )
     batch = dataset[0]
     bare_seconds(task, batch, 3)
-    loop: list[float] = []
+    loop: list[dict[str, float]] = []
     bare: list[float] = []
     for index in range(rounds):
-        loop += loop_seconds(config, (index + 1) * steps)[1:]
+        loop += loop_speed(config, (index + 1) * steps)[1:]
         bare += bare_seconds(task, batch, steps)
-    ratio = statistics.median(loop) / statistics.median(bare)
-    return {"loop_step_s": statistics.median(loop), "bare_step_s": statistics.median(bare), "overhead": ratio - 1}
+    bare_s = statistics.median(bare)
+    parts = {name: statistics.median(row[name] for row in loop) for name in ("step_s", *SECTIONS)}
+    update = parts["update_s"] / bare_s
+    overhead = parts["step_s"] / bare_s - 1
+    return {"loop": parts, "bare_s": bare_s, "overhead": overhead, "overhead_without_update": overhead - update}
 
 
 def main() -> None:
@@ -95,7 +102,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         result = measure(Path(folder), arguments.rounds, arguments.steps)
     path = write_result("loop-overhead", {**result, "rounds": arguments.rounds, "steps": arguments.steps})
-    print(json.dumps({key: round(result[key], 4) for key in ("loop_step_s", "bare_step_s", "overhead")}))
+    print(json.dumps(result))
     print(path)
 
 

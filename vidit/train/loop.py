@@ -108,11 +108,12 @@ def train_loop(
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:
                 spent, window = watch.take(window), 0
-                seconds = sum(spent.get(section, 0.0) for section in ("data", "compute", "update", "log"))
-                speed = {"clips_per_s": c.global_batch / seconds, "data_wait": spent["data"] / seconds}
+                sections = {f"{name}_s": spent.get(name, 0.0) for name in ("data", "compute", "update", "log")}
+                seconds = sum(sections.values())
+                speed = {"clips_per_s": c.global_batch / seconds, "data_wait": sections["data_s"] / seconds}
                 if flops_per_step and peak_flops:
                     speed["mfu"] = flops_per_step / seconds / peak_flops
-                reporter.speed({"step": state.step, "step_s": seconds, **speed})
+                reporter.speed({"step": state.step, "step_s": seconds, **sections, **speed})
                 scalars = {"train/loss": loss, "train/grad_norm": norm_value, "train/lr": rate, **speed}
                 reporter.scalars(state.step, scalars)
                 if any(quantiles):

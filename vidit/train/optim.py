@@ -1,8 +1,6 @@
 """The optimizer, its schedule, and the gradient norm.
 
-AdamW (1711.05101) for everything, or Muon for the matrices of the layers and AdamW for the rest: Muon makes
-the update of a matrix nearly orthogonal (K. Jordan et al., "Muon", 2024), here scaled to the size of an AdamW
-update, so that both share one learning rate (Moonlight, 2502.16982, eq. 4).
+AdamW (1711.05101) for everything, or Muon for the matrices of the layers and AdamW for the rest, at one rate.
 """
 
 import math
@@ -13,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import Train
+from vidit.train.muon import Muon
+from vidit.train.precision import has_bf16
 
 # The matrices between hidden vectors. Modulation maps the conditioning, and its first factor has two rows.
 _HIDDEN = re.compile(r"(^|\.)(blocks|layers)\.\d+\.(?!modulation\.).*weight$")
 _STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
     torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
-    torch.optim.Muon: ("momentum_buffer",),
+    Muon: ("momentum_buffer",),
 }
 
 
@@ -76,12 +76,8 @@ def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimiz
     if groups:
         members.append(torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True))
     if hidden:
-        members.append(
-            torch.optim.Muon(
-                hidden, lr=c.learning_rate, weight_decay=c.weight_decay, momentum=c.muon_momentum,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )  # fmt: skip
+        dtype = torch.bfloat16 if has_bf16(hidden[0].device) else torch.float32
+        members.append(Muon(hidden, c.learning_rate, c.weight_decay, c.muon_momentum, dtype))
     return Optimizers(*members)
 
 

@@ -162,9 +162,7 @@ def test_another_model_size_is_refused_with_both_shapes(saved: tuple[Path, Train
     folder, _ = saved
     other = build(width=7)
     before = copy_of(other)
-    with pytest.raises(
-        CheckpointError, match=r"layers\.0\.weight is \(6, 4\) there and \(7, 4\) here.* more\. Resume"
-    ):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.weight is \(6, 4\) there and \(7, 4\) here.* more\. Resume"):
         other.load(folder)
     assert all(torch.equal(before[name], tensor) for name, tensor in other.tensors().items())
     with pytest.raises(CheckpointError, match=r"model\.layers\.3\.weight is not in it"):

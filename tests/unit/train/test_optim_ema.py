@@ -10,8 +10,9 @@ from torch import nn
 
 from vidit.config import Model, Train
 from vidit.model.dit import DiT
-from vidit.train import precision
+from vidit.train import optim, precision
 from vidit.train.ema import Ema
+from vidit.train.muon import Muon
 from vidit.train.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
 from vidit.train.precision import choose_device, choose_dtype
 
@@ -123,6 +124,27 @@ class TestMuon:
         values = torch.linalg.svdvals((weight.detach() - before) / (0.01 * 0.2 * math.sqrt(8)))
         assert (values > 0.4).all()
         assert (values < 1.4).all()
+
+    def test_it_is_torchs(self, monkeypatch):
+        """Five steps beside `torch.optim.Muon`, whose products are in bf16 on every device."""
+        monkeypatch.setattr(optim, "has_bf16", lambda _: True)
+        ours, theirs = hidden_network()["blocks"], hidden_network()["blocks"]
+        c = Train(optimizer="muon", learning_rate=0.02, weight_decay=0.1, muon_momentum=0.9)
+        _, muon = build_optimizer(c, {f"blocks.{n}": p for n, p in named(ours).items()}).members
+        weight = theirs["0"]["mlp"].weight
+        torchs = torch.optim.Muon([weight], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
+        start = weight.detach().clone()
+        for step in range(5):
+            for p in (ours["0"]["mlp"].weight, weight):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            muon.step()
+            torchs.step()
+        moved = (weight.detach() - start).norm()
+        assert (ours["0"]["mlp"].weight.detach() - weight.detach()).norm() < 0.02 * moved
+
+    def test_it_refuses_what_is_no_matrix(self):
+        with pytest.raises(ValueError, match=r"not a parameter of shape \(8,\); give it to AdamW"):
+            Muon([nn.Parameter(torch.zeros(8))], 0.1, 0.0, 0.9, torch.float32)
 
 
 def test_rate_reaches_every_group():
