@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := runs/demo
 
-.PHONY: demo demo-vae test lint types bench clean
+.PHONY: setup demo demo-vae test lint types bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/vidit scenes $(DEMO)/data --clips 6000 --overwrite

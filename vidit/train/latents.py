@@ -32,6 +32,7 @@ from vidit.whole_file import write_whole
 
 ENCODE_BATCH = 16
 PART_CLIPS = 256
+PARTS_TOLD = 8  # parts between two lines for the person at the terminal
 Say = Callable[[str], None]
 Check = Callable[[], None]
 
@@ -110,7 +111,8 @@ class LatentCache:
                 if sum(one.num_clips for one in batches) >= PART_CLIPS:
                     parts.append(self._write(done, batches))
                     done += parts[-1].num_clips
-                    say(f"encoded {done} of {len(self.refs)} clips")
+                    if len(parts) % PARTS_TOLD == 0:
+                        say(f"encoded {done} of {len(self.refs)} clips")
                     batches = []
         finally:
             if batches:
