@@ -38,6 +38,7 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.loop_overhead
+	$(BIN)/python -m benchmarks.cpu_attention
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -26,11 +26,11 @@ def describe(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
             "forward_flops_per_clip": forward,
             "training_flops_per_step": step,
             "training_flops_total": step * config.train.steps,
-            "state_bytes_per_rank": parameters * STATE_BYTES,
+            "state_bytes": parameters * STATE_BYTES,
         }
     derived["run_dir"] = str(Path(config.directory))
     return {"config": config.model_dump(mode="json"), "derived": derived}
 
 
-# fp32 weight, gradient, two AdamW moments and the average.
+# fp32 weight, gradient, average and two moments, as AdamW keeps them: at most that.
 STATE_BYTES = 4 * 5

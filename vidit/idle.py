@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vidit.config import RunConfig
-from vidit.overrides import field_names
+from vidit.overrides import flat
 
 
 class Rule(NamedTuple):
@@ -61,7 +61,7 @@ RULES = (
 
 def idle_faults(c: RunConfig) -> Iterator[str]:
     """One line for each rule that is broken, with every option that breaks it."""
-    given, default = _flat(c), _flat(RunConfig(name="default"))
+    given, default = flat(c), flat(RunConfig(name="default"))
     told: set[str] = set()
     for rule in RULES:
         if rule.acts(c):
@@ -78,16 +78,6 @@ def idle_faults(c: RunConfig) -> Iterator[str]:
 
 def _names(options: tuple[str, ...], name: str) -> bool:
     return name in options or name.partition(".")[0] in options
-
-
-def _flat(c: RunConfig) -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for name in field_names():
-        value: object = c
-        for part in name.split("."):
-            value = getattr(value, part)
-        flat[name] = value
-    return flat
 
 
 def _shown(value: object) -> str:

@@ -40,10 +40,19 @@ def faults_of(error: ValidationError) -> list[str]:
     faults = []
     for fault in error.errors():
         key = section + ".".join(map(str, fault["loc"]))
-        faults.append(
-            _unknown(key) if fault["type"] == "extra_forbidden" else f"{key}={fault['input']!r}: {fault['msg']}"
-        )
+        if fault["type"] == "extra_forbidden":
+            faults.append(_unknown(key))
+        elif fault["type"] != "too_short" or not faults:  # a list is too short where an entry of it was faulty
+            cure = _CURES.get(fault["type"], "")
+            faults.append(f"{key}={fault['input']!r}: {fault['msg']}{cure and f'; {cure}'}")
     return faults
+
+
+_CURES = {
+    "tuple_type": "write a JSON list, such as [1,2]",
+    "missing": "the list holds fewer entries than the field has",
+    "string_pattern_mismatch": "use letters, digits, '.', '_' and '-'",
+}
 
 
 def _set(tree: dict[str, Any], model: type[Section], key: str, value: str) -> None:
@@ -81,6 +90,17 @@ def field_names(model: type[Section] = RunConfig, prefix: str = "") -> Iterator[
             yield from field_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every field under its dotted key."""
+    values: dict[str, Any] = {}
+    for name in field_names():
+        value: Any = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        values[name] = value
+    return values
 
 
 def _unknown(key: str) -> str:

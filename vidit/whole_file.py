@@ -1,10 +1,12 @@
 """Files that appear under their name when they are whole: a crash or a full disk leaves what stood there before."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -24,6 +26,17 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file that is appended to; none without a file, and no line that a crash tore."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def _sync(folder: Path) -> None:

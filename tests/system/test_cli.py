@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from parallel import checkpoint
 from vidit.cli import main
 from vidit.config import RunConfig
 from vidit.data.encode import encode_mp4
@@ -218,7 +219,7 @@ def test_config_prints_every_derived_number(trained: tuple[Path, str], capfd: py
     assert derived["tokens_per_clip"] == 48
     assert derived["windows"] == [[1, 4, 4], [3, 2, 2]]
     assert (derived["accumulation"], derived["clips_total"], derived["head_dim"]) == (4, 48, 8)
-    assert all(derived[name] > 0 for name in ("dit_parameters", "training_flops_total", "state_bytes_per_rank"))
+    assert all(derived[name] > 0 for name in ("dit_parameters", "training_flops_total", "state_bytes"))
 
 
 def test_scenes_and_a_vae_from_scratch(configure: Configure, config_file: ConfigFile, tmp_path: Path) -> None:
@@ -329,10 +330,12 @@ def test_too_many_broken_clips_stop_the_run(
         "num_validation": 0, "max_skipped": 0.2,
     }  # fmt: skip
     file = config_file(tmp_path, configure(tmp_path / "run", data=data))
-    message = fails(capfd, "train", file, "train.checkpoint_every=1")
+    message = fails(capfd, "train", file, "train.checkpoint_every=1000")
     assert re.search(
         r"\d+ of \d+ clips could not be used, more than data\.max_skipped=0\.2 allows; the last: clip-0", message
     )
+    reached = max((row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row), default=0)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == ([reached] if reached else []), "no step is lost"
     assert main(["train", file, "data.max_skipped=1"]) == 0, "as the message says"
 
 

@@ -20,6 +20,7 @@ from typing import BinaryIO
 
 from vidit.data.manifest import MANIFEST, is_ours, sha256_of
 from vidit.data.pack_report import REPORT
+from vidit.whole_file import full_disk_explained
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,12 @@ class Stage:
             return True
         if held and not self.overwrite:
             raise ValueError(f"{self.out} holds another data set; write elsewhere, or overwrite it on purpose")
-        for path in sorted(held, key=lambda path: path.name != MANIFEST):
-            path.unlink()
-        # The manifest goes first and comes last, so that a half-moved folder never looks whole.
-        for path in sorted(self.folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        # The new manifest comes first: until every shard that it names is there, readers refuse the folder.
+        new.replace(old)
+        for path in held:
+            if path.name != MANIFEST:
+                path.unlink()
+        for path in self.folder.iterdir():
             path.replace(self.out / path.name)
         return False
 
@@ -67,7 +70,7 @@ def staged(out: Path, overwrite: bool) -> Iterator[Stage]:
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a data set; write to an empty folder")
     final = out.resolve()
     root = final.parent / f".{final.name}.partial"
-    with _leaving_on_sigterm(), _locked(root, out):
+    with _leaving_on_sigterm(), full_disk_explained(out), _locked(root, out):
         folder = root / "data"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -101,6 +104,7 @@ def _lock(path: Path, out: Path) -> BinaryIO:
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     return file
             except BlockingIOError:
+                file.close()
                 raise RuntimeError(
                     f"another process is writing {out} (it holds {path}); wait for it, or write elsewhere"
                 ) from None

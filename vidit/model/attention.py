@@ -1,7 +1,8 @@
 """Self- and cross-attention of the DiT, around one seam.
 
-`core` is the only module that mixes video tokens. It has no parameters, so a sequence-parallel core can
-take its place without changing a name; everything around it works token by token.
+A `core` is the only module that mixes video tokens: `attn.core`, and `cross.core` where cross-attention also reads the
+window (`cross_keys=video_and_text`). It has no parameters, so a sequence-parallel core can take its place without
+changing a name; everything around it works token by token.
 
 W.A.L.T. (2312.06662): windows, QK-norm, cross-attention whose keys are the video tokens of the window and
 the text (section 3.2); images pass space-time layers through an identity mask, so their values leave

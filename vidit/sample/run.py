@@ -105,9 +105,9 @@ def sample_run(run_dir: Path, prompts: Sequence[str], out: Path, seed: int, over
     """Write one mp4 and one gif for each prompt, beside what is there; yields their paths."""
     trained = open_trained(run_dir, overrides)
     fps = trained.config.data.fps or 8.0
-    videos = trained.draw(prompts, seed)
     with full_disk_explained(out):
         out.mkdir(parents=True, exist_ok=True)
+        videos = trained.draw(prompts, seed)
         for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
             mp4, gif = _unused(out, f"{seed}-{number}-{stem_of(prompt)}")
             write_whole(mp4, encode_mp4(video.numpy(), fps))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidit.train.memory import PeakMemory
-from vidit.whole_file import write_whole
+from vidit.whole_file import read_rows, write_whole
 
 COSTS = "costs.jsonl"
 
@@ -36,12 +36,5 @@ def costed(run_dir: Path, stage: str) -> Iterator[Start]:
 
 
 def read_costs(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole row, oldest first; a row that a crash tore is left out."""
-    path = run_dir / COSTS
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Every whole row, oldest first."""
+    return read_rows(run_dir / COSTS)

@@ -25,11 +25,12 @@ def fingerprint(refs: Sequence[ClipRef]) -> Fingerprint:
 def digest(refs: Iterable[ClipRef]) -> str:
     """SHA-256 over what identifies each clip. A shard with a manifest is known by its hash, captions included."""
     hashed = hashlib.sha256()
-    hashes: dict[Path, str | None] = {}
+    hashes: dict[Path, dict[str, str]] = {}
     for ref in refs:
-        if ref.shard_path not in hashes:
-            hashes[ref.shard_path] = _shard_hashes(ref.shard_path.parent).get(ref.shard_path.name)
-        row = (ref.shard_path.name, hashes[ref.shard_path], ref.key, ref.video_offset, ref.video_size, ref.json_size)
+        folder, shard = ref.shard_path.parent, ref.shard_path.name
+        if folder not in hashes:
+            hashes[folder] = _shard_hashes(folder)
+        row = (shard, hashes[folder].get(shard), ref.key, ref.video_offset, ref.video_size, ref.json_size)
         hashed.update(json.dumps(row).encode())
     return hashed.hexdigest()
 

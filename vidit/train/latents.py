@@ -22,8 +22,7 @@ from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
 from vidit.data.loader import LatentStore, MicroBatches, read_ahead
-from vidit.data.shards import ClipRef
-from vidit.data.tar import Member, sidecar_of
+from vidit.data.shards import ClipRef, read_sidecar
 from vidit.train.clips import Reasons
 from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
@@ -93,11 +92,10 @@ class LatentCache:
         failed: Reasons = []
         by_key = {ref.key: ref for ref in self.refs}
         for ref in map(by_key.__getitem__, keys):
-            member = Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size)
-            text = sidecar_of(ref.shard_path, member)["caption"]
             try:
+                text = read_sidecar(ref)["caption"]
                 captions[ref.key] = clean_caption(text, allow_empty=ref.allow_empty_caption)[0]
-            except CaptionError as error:
+            except (CaptionError, ClipError) as error:
                 failed.append((ref.key, str(error)))
         return captions, failed
 

@@ -39,7 +39,7 @@ def train_loop(
 ) -> bool:
     """Train `state` to `train.steps`, in place. True when done, False when a signal asked to leave.
 
-    Every way out but an error of a step leaves a checkpoint of the last step. `review` looks at a step that is
+    Every way out but an error of a step itself leaves a checkpoint of the step before. `review` looks at a step that is
     complete, validation and samples: it comes after the save, a failure in it loses nothing, and a resume
     begins with that of the step it resumes from. Raises NonFiniteError before a bad update, naming the clips of
     the batch, and SkipLimitError.
@@ -70,8 +70,12 @@ def train_loop(
             quantiles: list[float] = []
             parts: dict[str, float] = {}
             for _ in range(accumulation):
-                batch = next(data)
-                skips.add(batch.keys, batch.skipped)
+                try:
+                    batch = next(data)
+                    skips.add(batch.keys, batch.skipped)
+                except (ValueError, RuntimeError, OSError):
+                    save()
+                    raise
                 watch.lap("data")
                 result = step(state.model, batch, "train")
                 (result.rows_B.mean() / accumulation).backward()
@@ -111,6 +115,7 @@ def train_loop(
                 sections = {f"{name}_s": spent.get(name, 0.0) for name in ("data", "compute", "update", "log")}
                 seconds = sum(sections.values())
                 speed = {"clips_per_s": c.global_batch / seconds, "data_wait": sections["data_s"] / seconds}
+                speed["tokens_per_s"] = speed["clips_per_s"] * resolve(config).tokens_per_clip
                 if flops_per_step and peak_flops:
                     speed["mfu"] = flops_per_step / seconds / peak_flops
                 reporter.speed({"step": state.step, "step_s": seconds, **sections, **speed})
@@ -119,7 +124,7 @@ def train_loop(
                 if any(quantiles):
                     reporter.histogram(state.step, "train/loss_by_timestep", quantiles, losses, c.num_time_bands)
                 status = [f"loss {loss:.4f}", f"norm {norm_value:.3f}", f"{speed['clips_per_s']:.1f} clips/s"]
-                status += [f"{speed['clips_per_s'] * resolve(config).tokens_per_clip:.0f} tokens/s"]
+                status += [f"{speed['tokens_per_s']:.0f} tokens/s"]
                 status += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
                 status += [f"data wait {speed['data_wait']:.1%}"]
                 reporter.progress(state.step, "  ".join(status), last or state.step % (10 * c.log_every) == 0)

@@ -6,6 +6,7 @@ the file always reads as one uninterrupted run.
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,25 +18,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from vidit.whole_file import write_whole
+from vidit.whole_file import read_rows, write_whole
 
 METRICS = "metrics.jsonl"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Every whole line of a run's metrics.jsonl, in order; a line torn by a crash is left out."""
-    rows = []
-    path = run_dir / METRICS
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+    """Every whole line of a run's metrics.jsonl, in order."""
+    return read_rows(run_dir / METRICS)
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Drop what metrics.jsonl says of steps after `step`: they are about to be run again."""
+    """Drop the records and the samples of steps after `step`: they are about to be run again."""
+    for folder in (run_dir / "samples").glob("step-*"):
+        number = folder.name.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
+            shutil.rmtree(folder)
     path = run_dir / METRICS
     if path.is_file():
         kept = [row for row in read_metrics(run_dir) if row["step"] <= step]

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from vidit.config import RunConfig
 from vidit.data.loader import Batch, MicroBatches, batches
@@ -9,6 +10,7 @@ from vidit.resolve import resolve
 from vidit.train.clips import Reasons, Splits, fingerprints, fixed_batches, read_splits
 from vidit.train.costs import costed
 from vidit.train.ema import Ema
+from vidit.train.fingerprint import digest
 from vidit.train.latents import LatentCache
 from vidit.train.lock import run_lock
 from vidit.train.loop import train_loop
@@ -40,22 +42,22 @@ def run(config: RunConfig) -> bool:
             task = build_task(config, device, len(splits[1].refs))
             optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
             state = TrainState(task.model, optimizer, Ema(task.model, config.train.ema_decay))
-            if newest:
-                state.load(newest)
+            held = state.load(newest) if newest else {}
             try:
-                return _train(task, state, splits, stop)
+                return _train(task, state, splits, stop, held)
             finally:
                 start.step = state.step
 
 
-def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest) -> bool:
+def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, held: dict[str, Any]) -> bool:
+    """Train from the state; `held` are the facts of the checkpoint that it came from."""
     config, run_dir = task.config, task.config.directory
     rewind(run_dir, state.step)
     with Reporter(run_dir, config.train.steps, state.step) as reporter:
         if state.step:
             reporter.say(f"resumed {run_dir} at step {state.step}")
         try:
-            done = _reach_the_end(task, state, splits, stop, reporter)
+            done = _reach_the_end(task, state, splits, stop, reporter, held)
         except StoppedError:
             done = False
         why = f"stopped by {stop.signal.name}" if stop.signal and not done else "done"
@@ -63,23 +65,35 @@ def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest) -> 
     return done
 
 
-def _reach_the_end(task: Task, state: TrainState, splits: Splits, stop: StopRequest, reporter: Reporter) -> bool:
+def _reach_the_end(
+    task: Task, state: TrainState, splits: Splits, stop: StopRequest, reporter: Reporter, held: dict[str, Any]
+) -> bool:
     config, device = task.config, next(task.model.parameters()).device
+    run_dir = config.directory
     dataset, validation = _data(task, splits, stop, reporter)
     accumulation = resolve(config).accumulation
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
-    facts = {"name": config.name, "config": config.model_dump(mode="json"), "data": fingerprints(splits)}
+    # Latents are encoded before the first step, and a clip that fails there moves every later one of the order.
+    order = digest(dataset.refs)
+    if held.get("order", order) != order:
+        raise RuntimeError(
+            f"{len(dataset.refs)} clips of {config.data.train} can be used now, and they are not those that {run_dir} "
+            "was trained on, so its order of clips cannot be kept; data.json names the clips that fail: restore the "
+            "dataset, or give a new run_dir"
+        )
+    described = {"name": config.name, "config": config.model_dump(mode="json")}
+    facts = {**described, "data": fingerprints(splits), "order": order}
     flops = task.flops_per_step
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if flops else None
     review = Review(task, state, validation, reporter, stop)
     done = train_loop(
-        config, state, task.step, data, review, reporter, stop, config.directory / "checkpoints", facts, flops, peak
+        config, state, task.step, data, review, reporter, stop, run_dir / "checkpoints", facts, flops, peak
     )
     if done and config.train.task == "vae":
         num = min(NUM_CLIPS, len(dataset.refs))
         reporter.say(f"latent mean and std over {num} training clips")
         clips = fixed_batches(config, dataset.refs, num, None, 1)
-        finish_vae(config, task.model, state.ema, clips, config.directory / "vae", stop.check)
+        finish_vae(config, task.model, state.ema, clips, run_dir / "vae", stop.check)
     return done
 
 

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 import vidit
 from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig
-from vidit.overrides import faults_of
+from vidit.overrides import faults_of, flat
 from vidit.whole_file import write_whole
 
 # Fields that may change between two starts of one run: they say where, how fast and what to look at, not what
@@ -99,7 +99,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
 
 
 def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = flat(old), flat(new)
     for key in after:
         if before.get(key) == after[key] or key in FREE or key.startswith("sample."):
             continue
@@ -118,16 +118,6 @@ def _data_faults(config: RunConfig, old: Mapping[str, Any], new: Mapping[str, An
                 f"data.{split}: the run has {before['num_clips']} clips of fingerprint {before['sha256'][:12]}, "
                 f"{folder} gives {after['num_clips']} of {after['sha256'][:12]}; it may be moved, not packed anew"
             )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def environment() -> dict[str, Any]:
@@ -180,7 +170,9 @@ def _git(*arguments: str) -> str:
     """Output of git in the source tree; empty where there is no repository or no git."""
     root = Path(vidit.__file__).parent.parent
     try:
-        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""

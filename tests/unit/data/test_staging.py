@@ -16,6 +16,7 @@ import pytest
 from vidit.data.scene_pack import pack_scenes
 from vidit.data.shards import read_index
 from vidit.data.staging import staged
+from vidit.data.tar import ShardError
 
 PACKING = """
 import sys
@@ -112,3 +113,29 @@ def test_it_works_in_a_thread(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert names(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3, 4])
+def test_a_half_moved_data_set_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """A process that dies between two moves leaves no folder that a reader takes for whole, over an old one or not."""
+    out = tmp_path / "out"
+    sizes = {"num_frames": 1, "height": 32, "width": 32, "workers": 0, "clips_per_shard": 2}
+    if moves % 2:
+        pack_scenes(out, 6, "train", 1, **sizes)
+    replace, left = Path.replace, [moves]
+
+    def dying(path: Path, target: Path) -> Path:
+        if target.parent == out:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pack_scenes(out, 4, "train", 2, overwrite=True, **sizes)
+    monkeypatch.undo()
+    with pytest.raises(ShardError):
+        read_index(out)
+    pack_scenes(out, 4, "train", 2, overwrite=True, **sizes)
+    assert len(read_index(out)) == 4

@@ -30,7 +30,7 @@ TRAIN = {"steps": 8, "checkpoint_every": 3, "validate_every": 2, "log_every": 4}
 SECTIONS: dict[str, dict[str, Any]] = {
     "dit": {
         "data": {"cache_latents": True},
-        "train": {**TRAIN, "sample_every": 4},
+        "train": {**TRAIN, "sample_every": 4, "optimizer": "muon"},
         "sample": {"prompts": ("a red circle", "a blue square"), "num_steps": 8},
     },
     "vae": {"train": {**TRAIN, "task": "vae"}},

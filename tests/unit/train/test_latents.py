@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_clip, read_index
 from vidit.train import latents
 from vidit.train.latents import LatentCache
+from vidit.train.run import run
 from vidit.train.stop import StoppedError
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.store import load_vae
@@ -154,3 +156,22 @@ def test_clips_that_do_not_decode(configure: Configure, vae: CausalVae, tiny_cli
     none = LatentCache(config, [refs[0], refs[1]], vae, CPU, tmp_path / "latents")
     with pytest.raises(ValueError, match="none of 2 clips decodes; the first: 0: "):
         none.load(lambda _: None, Counter())
+
+
+def test_a_damaged_caption_is_a_failure_and_ends_a_run_whose_order_it_would_change(
+    configure: Configure, tiny_clips: Path, tmp_path: Path
+) -> None:
+    """Its bytes are checked at every start, not only when the clip is encoded."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_clips, data)
+    config = configure(tmp_path / "run", data={"train": str(data), "cache_latents": True}, train={"steps": 2})
+    assert run(config)
+    ref = read_index(data)[3]
+    shard = bytearray(ref.shard_path.read_bytes())
+    at = shard.index(b"caption", ref.json_offset) + 14
+    shard[at] ^= 1
+    ref.shard_path.write_bytes(shard)
+    with pytest.raises(RuntimeError, match=r"11 clips of .* can be used now, and they are not those that"):
+        run(configure(tmp_path / "run", data={"train": str(data), "cache_latents": True}, train={"steps": 4}))
+    failed = json.loads((tmp_path / "run" / "data.json").read_text())["dropped"]
+    assert [key for key, _ in failed] == [ref.key]
