@@ -14,6 +14,8 @@ def vae() -> RunConfig:
 
     Command:   make demo-vae
     Hardware:  2 CPU cores
+    Time:      8 minutes on 2 cores with AMX
+    Result:    28.1 dB on unseen scenes; the scorer reads 95 % of the shapes of its reconstructions (record.json)
     """
     return RunConfig(
         name="demo-vae",
@@ -53,6 +55,9 @@ def demo() -> RunConfig:
 
     Command:   make demo
     Hardware:  2 CPU cores
+    Time:      566 s of training on 2 cores with AMX, 10 min 14 s with the clips and the evaluation; 1 GiB
+    Result:    validation loss 0.51; of 64 captions colour 0.99, direction 0.85, shape 0.50 (0.60 of the combinations
+               seen in training, 0.40 of the others), count 0.94 read right
     """
     return RunConfig(
         name="demo",
