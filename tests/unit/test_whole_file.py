@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vidit.train import whole_file
+from vidit import whole_file
 from vidit.whole_file import full_disk_explained, write_whole
 
 
