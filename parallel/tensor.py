@@ -12,9 +12,10 @@ results are summed once, on leaving it.
 | replicate | whole, and the same work on every rank (AdaLN)      | the same on every rank             |
 
 Every parameter becomes a DTensor, so checkpoints, FSDP2 and the gradient norm know the full tensor, but
-the arithmetic runs on plain local tensors with functional collectives. DTensor arithmetic is worse here: it
-dispatches every operation in Python, sums a region's input gradient once for each of query, key and value, leaves
-QK-norm's gradient Partial, and on torch 2.13 fails under activation checkpointing and compile together.
+the arithmetic runs on plain local tensors with functional collectives: DTensor arithmetic adds a dispatch to every
+operation, and leaves the gradient of QK-norm's scale Partial for somebody else to sum.
+On torch 2.13 a block with DTensor parameters goes through activation
+checkpointing or through compile, not through both together (AOTAutograd's `save_from_forward`).
 """
 
 from collections.abc import Mapping

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives, sequence, tensor
+from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
+from parallel.shards import fill
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
-from parallel.zero import apply_zero, fill, gradient_norm
+from parallel.zero import apply_zero
 from vidit import keys
 from vidit.config import Model
 from vidit.model.attention import EVERY_FRAME, PADDING

@@ -6,6 +6,7 @@ that the workers can import and one picklable argument; it runs on ranks 0 .. wo
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_S = 60
+START_S = 300
 
 
 class TaskError(RuntimeError):
@@ -31,8 +33,10 @@ def serve(pipe: Connection, rank: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    pipe.send("ready")
     while True:
         task = pipe.recv()
+        faulthandler.dump_traceback_later(1.5 * TIMEOUT_S)  # where a rank waits, should it wait for ever
         if task is None:
             return
         function, argument, store, world = task
@@ -46,6 +50,7 @@ def serve(pipe: Connection, rank: int) -> None:
                 dist.destroy_process_group()
         except Exception:
             result = False, traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
         pipe.send(result)
 
 
@@ -84,6 +89,8 @@ class Pool:
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
+            assert here.poll(START_S), f"a worker did not start in {START_S} s"
+            here.recv()
 
     def close(self) -> None:
         for process in self.processes:
