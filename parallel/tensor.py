@@ -14,8 +14,8 @@ results are summed once, on leaving it.
 Every parameter becomes a DTensor, so checkpoints, FSDP2 and the gradient norm know the full tensor, but
 the arithmetic runs on plain local tensors with functional collectives: DTensor arithmetic adds a dispatch to every
 operation, and leaves the gradient of QK-norm's scale Partial for somebody else to sum.
-On torch 2.13 a block with DTensor parameters goes through activation
-checkpointing or through compile, not through both together (AOTAutograd's `save_from_forward`).
+On torch 2.13 a block with DTensor parameters goes through activation checkpointing or through compile, not through
+both together (AOTAutograd's `save_from_forward`).
 """
 
 from collections.abc import Mapping
