@@ -239,7 +239,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "region gradient not summed": (collectives._EnterTensor, "backward", staticmethod(_identity)),
     "per-head gradient not summed": (tensor, "_local", _unsummed),
     "row bias counted on every rank": (tensor, "first_only", _every_rank),
-    "padding attended": (UlyssesCore, "_to_heads", _padded),
+    "padding trimmed at the wrong end": (UlyssesCore, "_to_heads", _padded),
     "positions not cut": (sequence._Cut, "_own", _first_places),
     "sequence not averaged": (sys.modules[__name__], "apply_zero", _summed),
     "norm halved": (sys.modules[__name__], "gradient_norm", _halved),

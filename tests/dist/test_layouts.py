@@ -97,7 +97,7 @@ CAUGHT = {
     "region gradient not summed": ("tp2", "gradient"),
     "per-head gradient not summed": ("tp2", "gradient"),
     "row bias counted on every rank": ("tp2", "forward"),
-    "padding attended": ("sp2", "forward"),
+    "padding trimmed at the wrong end": ("sp2", "forward"),
     "positions not cut": ("sp2", "forward"),
     "sequence not averaged": ("sp2", "gradient"),
     "norm halved": ("zero2", "norm"),
