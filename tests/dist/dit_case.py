@@ -1,0 +1,256 @@
+"""The real DiT on any layout, in fp64: outputs and the gradient of every parameter, on ranks and in one process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from parallel import collectives, sequence, tensor
+from parallel.gradients import gradient_norm
+from parallel.layout import Layout
+from parallel.mesh import build_mesh
+from parallel.sequence import apply_sequence
+from parallel.shards import fill
+from parallel.tensor import apply_tensor
+from parallel.ulysses import UlyssesCore
+from parallel.zero import apply_zero
+from vidit import keys
+from vidit.config import Model
+from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.dit import DiT
+from vidit.model.plan import sharding_plan
+from vidit.train.parallelize import recompute
+
+CHANNELS, TEXT, TOKENS = 3, 10, 6
+TINY: dict[str, Any] = {
+    "num_layers": 3, "width": 48, "num_heads": 4, "mlp_width": 64, "windows": ((1, 0, 0), (0, 2, 2)),
+    "pooled_text": True, "attention_backend": "sdpa",
+}  # fmt: skip
+ODD, EVEN = (3, 5, 3), (2, 4, 4)  # 45 and 32 tokens; windows of 2 x 2 do not divide the first
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model, one batch, one layout. `compile` is a backend, `plant` a bug of PLANTS."""
+
+    layout: dict[str, int]
+    model: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, int, int] = ODD
+    images: bool = False
+    zero: bool = True
+    keep_gathered: bool = False
+    checkpoint: bool = False
+    compile: str = ""
+    plant: str = ""
+
+    @property
+    def config(self) -> Model:
+        return Model(**{**TINY, **self.model})
+
+
+def value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A full parameter, fp64; no path is closed by a zero."""
+    noise = torch.from_numpy(keys.generator(1, "value", name).standard_normal(shape, np.float64))
+    return 1 + 0.2 * noise if "norm" in name else noise / max(3, shape[-1]) ** 0.5
+
+
+def batch(case: Case) -> dict[str, Tensor | None]:
+    """Four rows, half of them images where the case has any."""
+    g = torch.Generator().manual_seed(2)
+    rows, frames = 4, case.grid[0]
+    frame = torch.full((rows, TOKENS), EVERY_FRAME)
+    frame[0, -2:] = PADDING
+    image_B = None
+    if case.images:
+        image_B = torch.tensor([False, True, False, True])
+        frame[image_B] = torch.arange(TOKENS) % frames
+        frame[1, -1] = PADDING
+    shape = (rows, CHANNELS, *case.grid)
+    return {
+        "x_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
+        "time_B": torch.rand(rows, generator=g, dtype=torch.float64) * 1000,
+        "text_BLE": torch.randn(rows, TOKENS, TEXT, generator=g, dtype=torch.float64),
+        "text_frame_BL": frame,
+        "pooled_BE": torch.randn(rows, TEXT, generator=g, dtype=torch.float64),
+        "image_B": image_B,
+        "previous_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
+        "target": torch.randn(shape, generator=g, dtype=torch.float64),
+    }
+
+
+def on_meta(case: Case) -> DiT:
+    with torch.device("meta"):
+        model = DiT(case.config, CHANNELS, case.grid, TEXT).double()
+    model.dtype = torch.float64
+    return model
+
+
+def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(mean over the rows, output)."""
+    inputs = dict(rows)
+    target = inputs.pop("target")
+    out = model(**inputs)
+    return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
+
+
+@dataclass
+class Result:
+    """Output of some rows, loss, gradients of every parameter, their norm."""
+
+    rows: slice
+    out: Tensor
+    grads: dict[str, Tensor]
+    norm: float
+    names: list[str]
+
+
+def single(case: Case) -> Result:
+    """In one process, without anything of `parallel`."""
+    model = on_meta(case).to_empty(device="cpu")
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(value(name, tuple(p.shape)))
+    total, out = loss(model, batch(case))
+    total.backward()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
+    return Result(slice(None), out.detach(), grads, norm, list(model.state_dict()))
+
+
+def on_ranks(case: Case) -> Result:
+    """On this rank of the layout, in the order of `vidit/train/parallelize.py`."""
+    with planted(case.plant):
+        layout, c = Layout(**case.layout), case.config
+        mesh, plan, model = build_mesh(layout, "cpu"), sharding_plan(c), on_meta(case)
+        if layout.tensor > 1:
+            apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
+        if layout.sequence > 1:
+            apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+        for block in model.blocks.values():
+            if case.checkpoint:
+                recompute(block)
+            if case.compile:
+                block.compile(fullgraph=True, backend=case.compile)
+        if case.zero:
+            apply_zero(model, [plan.blocks], mesh.zero, case.keep_gathered)
+        model.to_empty(device="cpu")
+        for name, p in model.named_parameters():
+            fill(p, value(name, tuple(p.shape)))
+        size = 4 // layout.data
+        rows = slice(mesh.data_rank * size, (mesh.data_rank + 1) * size)
+        total, out = loss(model, {k: None if x is None else x[rows] for k, x in batch(case).items()})
+        total.backward()
+        if not case.zero:
+            average(model, mesh.root)
+        norm = float(gradient_norm(model.parameters()))
+        grads = {name: whole(p if p.grad is None else p.grad) for name, p in model.named_parameters()}
+        unused = [name for name, p in model.named_parameters() if p.grad is None]
+        grads |= {name: torch.zeros_like(grads[name]) for name in unused}
+        return Result(rows, out.detach(), grads if dist.get_rank() == 0 else {}, norm, list(model.state_dict()))
+
+
+def average(model: DiT, root: Any) -> None:
+    """What ZeRO does, without it: the mean over data and sequence ranks."""
+    for p in model.parameters():
+        if p.grad is None:
+            continue
+        grad = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        for axis in ("replicate", "zero"):
+            dist.all_reduce(grad, group=root.get_group(axis))
+        grad /= root["replicate"].size() * root["zero"].size()
+
+
+def whole(grad: Tensor) -> Tensor:
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+def errors(case: Case, reference: Result, results: list[Result]) -> dict[str, float]:
+    """Largest relative errors of outputs, gradients and norm. Gradients below 1e-6 of the largest count as that."""
+    worst = {"forward": 0.0, "gradient": 0.0, "norm": 0.0}
+    for r in results:
+        expected = reference.out[r.rows]
+        worst["forward"] = max(worst["forward"], float((r.out - expected).norm() / expected.norm()))
+        worst["norm"] = max(worst["norm"], abs(r.norm / reference.norm - 1))
+    floor = 1e-6 * max(float(g.norm()) for g in reference.grads.values())
+    assert results[0].grads.keys() == reference.grads.keys()
+    for name, g in reference.grads.items():
+        error = float((results[0].grads[name] - g).norm()) / max(floor, float(g.norm()))
+        worst["gradient"] = max(worst["gradient"], error)
+    return worst
+
+
+def _split_without_mean(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return collectives._all_gather(grad, ctx.dim, ctx.size, ctx.group), None, None, None, None
+
+
+def _identity(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return grad, None
+
+
+def _every_rank(x: Tensor, first: bool) -> Tensor:
+    return x.view_as(x)
+
+
+def _unsummed(parameter: Any, kind: str, group: str, first: bool) -> Any:
+    return parameter.to_local() if kind == "per_head" else right_local(parameter, kind, group, first)
+
+
+def _padded(core: UlyssesCore, x_3BsNK: Tensor, tokens: int) -> Tensor:
+    """Padding takes the place of the last real tokens, as where a core trims at the wrong end."""
+    return right_to_heads(core, x_3BsNK, core.size * x_3BsNK.shape[2])[:, :, -tokens:]
+
+
+def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
+    """Positions (cut in dim 0) start at 0 on every rank."""
+    own = sequence.share(x.shape[dim], hook.mesh.size())
+    return x.narrow(dim, 0, own).clone() if dim == 0 else right_own(hook, x, dim)
+
+
+def _summed(module: DiT, blocks: Any, mesh: Any, keep_gathered: bool) -> None:
+    right_zero(module, blocks, mesh, keep_gathered)
+    for unit in (*module.blocks.values(), module):
+        unit.set_gradient_divide_factor(1.0)
+
+
+def _halved(parameters: Any) -> Tensor:
+    return right_norm(parameters) / 2
+
+
+def _replicas_counted(parameters: Any) -> Tensor:
+    total = right_norm(parameters).square()
+    dist.all_reduce(total)
+    return total.sqrt()
+
+
+right_local, right_to_heads, right_own = tensor._local, UlyssesCore._to_heads, sequence._Cut._own
+right_zero, right_norm = apply_zero, gradient_norm
+PLANTS: dict[str, tuple[Any, str, Any]] = {
+    "split gradient not averaged": (collectives._Split, "backward", staticmethod(_split_without_mean)),
+    "region gradient not summed": (collectives._EnterTensor, "backward", staticmethod(_identity)),
+    "per-head gradient not summed": (tensor, "_local", _unsummed),
+    "row bias counted on every rank": (tensor, "first_only", _every_rank),
+    "padding trimmed at the wrong end": (UlyssesCore, "_to_heads", _padded),
+    "positions not cut": (sequence._Cut, "_own", _first_places),
+    "sequence not averaged": (sys.modules[__name__], "apply_zero", _summed),
+    "norm halved": (sys.modules[__name__], "gradient_norm", _halved),
+    "replicas counted twice in the norm": (sys.modules[__name__], "gradient_norm", _replicas_counted),
+}
+
+
+@contextmanager
+def planted(name: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        if name:
+            owner, attribute, bug = PLANTS[name]
+            stack.enter_context(patch.object(owner, attribute, bug))
+        yield

@@ -1,0 +1,80 @@
+"""How the DiT may be divided, as data beside the model: what `vidit/train/parallelize.py` hands to `parallel`.
+
+`*` in a pattern stands for one part of a dotted name. Every parameter fits exactly one pattern of `parameters`
+and every pattern at least one name, so a new parameter without a rule is an error. What the words mean stands in
+`parallel/tensor.py` and `parallel/sequence.py`; nothing here imports them.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vidit.config import Model
+from vidit.model.flops import crosses
+
+Kind = Literal["column", "row", "per_head", "replicate"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the DiT of one config is cut.
+
+    parameters: name pattern -> how tensor parallelism divides it.
+    regions: module whose work the tensor ranks share -> its arguments they share it on.
+    split: module -> which outputs hold one entry a video token, and in which dim: cut after it is called.
+    gather: module -> dim of its output that holds the tokens: made whole after it is called.
+    counted: module around `gather` that is called with the grid, which tells how many tokens are real.
+    cores: modules that mix video tokens.
+    blocks: the repeated modules: units of checkpointing, compilation and sharding.
+    """
+
+    parameters: dict[str, Kind]
+    regions: dict[str, tuple[int, ...]]
+    split: dict[str, dict[int, int]]
+    gather: dict[str, int]
+    counted: str
+    cores: tuple[str, ...]
+    blocks: str = "blocks.*"
+
+
+def sharding_plan(c: Model) -> Plan:
+    """The plan of a model with this config."""
+    cross = any(crosses(c, layer) for layer in range(c.num_layers))
+    parameters = _outside(c) | _attention("attn", c.qk_norm)
+    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0,), "blocks.*.mlp": (0,)}
+    cores = ["blocks.*.attn.core"]
+    if c.relative_position == "bias":
+        parameters["blocks.*.attn.bias.table"] = "column"
+    if cross:
+        parameters |= _attention("cross", c.qk_norm)
+        regions["blocks.*.cross"] = (0, 1)  # the tokens, and the text's features
+        if c.cross_keys == "video_and_text":
+            cores.append("blocks.*.cross.core")
+    parameters |= {"blocks.*.mlp.up.*": "column", "blocks.*.mlp.down.*": "row"}
+    return Plan(
+        parameters=parameters,
+        regions=regions,
+        split={"embed": {0: 1}, "positions": {0: 0, 1: 0, 2: 0}},
+        gather={"head.project": 1},
+        counted="head",
+        cores=tuple(cores),
+    )
+
+
+def _outside(c: Model) -> dict[str, Kind]:
+    """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
+    patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
+    patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
+    patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
+    patterns += ["embed.position.*"] * c.absolute_position
+    patterns += ["embed.conditioning.shared.*"] * (c.adaln_rank > 0)
+    patterns += ["blocks.*.modulation.*.*"]
+    return dict.fromkeys(patterns, "replicate")
+
+
+def _attention(name: str, qk_norm: bool) -> dict[str, Kind]:
+    kinds: dict[str, Kind] = {f"blocks.*.{name}.{part}.*": "column" for part in ("query", "key", "value")}
+    kinds[f"blocks.*.{name}.out.*"] = "row"
+    if qk_norm:
+        kinds[f"blocks.*.{name}.query_norm.weight"] = "per_head"
+        kinds[f"blocks.*.{name}.key_norm.weight"] = "per_head"
+    return kinds
