@@ -1,6 +1,6 @@
 """What does the training loop cost beyond forward and backward?
 
-    python -m benchmarks.loop_overhead
+    python -m benchmarks.loop_overhead [train.optimizer=adamw]
 
 Trains the demo model on procedural clips with the real loop, and in the same process times the bare forward
 and backward of the same model on one resident batch, in alternating rounds. The overhead is given with the
@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -60,14 +61,14 @@ def loop_speed(config: RunConfig, steps: int) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()[before:]]
 
 
-def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
+def measure(folder: Path, rounds: int, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
     """Alternate the loop and the bare passes; medians over all rounds."""
     pack_scenes(folder / "data", 256, "train", seed=0)
     config = apply_overrides(
         demo(),
         [f"run_dir={folder / 'run'}", f"data.train={folder / 'data'}", "data.num_validation=0", "train.log_every=5",
          "train.warmup_steps=0", "train.schedule=constant", "train.final_learning_rate=0",
-         "sample.prompts=[]", "train.checkpoint_every=1000000"],
+         "sample.prompts=[]", "train.checkpoint_every=1000000", *overrides],
     )  # fmt: skip
     config = adopt_vae(config)
     resident = apply_overrides(config, [f"run_dir={folder / 'bare'}"])
@@ -96,12 +97,14 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of configs.demo")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30, help="steps of each kind in a round")
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        result = measure(Path(folder), arguments.rounds, arguments.steps)
-    path = write_result("loop-overhead", {**result, "rounds": arguments.rounds, "steps": arguments.steps})
+        result = measure(Path(folder), arguments.rounds, arguments.steps, arguments.overrides)
+    question = "-".join(("loop-overhead", *(text.partition("=")[2] for text in arguments.overrides)))
+    path = write_result(question, {**result, "rounds": arguments.rounds, "steps": arguments.steps})
     print(json.dumps(result))
     print(path)
 
