@@ -25,8 +25,8 @@ from vidit.model.windows import Grid, fit, merge, padding_mask, partition
 EVERY_FRAME = -1
 PADDING = -2
 
-# Keys below which bf16 attention is slower than fp32 on a CPU. Forward and backward with AMX, milliseconds in
-# bf16 and fp32: 48 keys 6.8 and 0.9, 192 keys 15 and 8, 1280 keys 83 and 108 (benchmarks/cpu_attention.py).
+# Keys below which bf16 attention is slower than fp32 on a CPU. Forward and backward of 8192 tokens with AMX, in bf16
+# and fp32: 48 keys 75 and 14 ms, 256 keys 44 and 27, 1024 keys 76 and 93 (benchmarks/cpu_attention.py).
 CPU_SHORT = 512
 
 
