@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import Model, whole_window
 from vidit.dtypes import widen
 from vidit.model.linear import Linear
 from vidit.model.rope import rotate
-from vidit.model.windows import Grid, fit, merge, padding_mask, partition
+from vidit.model.windows import Grid, merge, padding_mask, partition
 
 EVERY_FRAME = -1
 PADDING = -2
@@ -104,7 +104,7 @@ class WindowCore(nn.Module):
     ) -> Tensor:
         if self.identity_images and grid.frames == 1:
             return v_BSNK
-        window = fit(self.window, grid)
+        window = whole_window(self.window, grid.shape)
         q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
         mask = self._own_keys(window, grid, q)
         if text is not None:
@@ -178,7 +178,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.empty(num_heads, offsets))
 
     def forward(self, grid: Grid) -> Tensor:
-        window = fit(self.window, grid)
+        window = whole_window(self.window, grid.shape)
         device = self.table.device
         axes = torch.meshgrid(*(torch.arange(size, device=device) for size in window), indexing="ij")
         index = torch.zeros((), dtype=torch.long, device=device)

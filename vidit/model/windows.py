@@ -34,12 +34,6 @@ class Grid:
         return self.frames * self.height * self.width
 
 
-def fit(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
-    """The window on this grid: 0 becomes the whole axis, and no size exceeds the grid's."""
-    t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid.shape, strict=True))
-    return t, h, w
-
-
 def counts(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
     """How many windows each axis has, the last of them padded where it does not divide."""
     t, h, w = (-(-axis // size) for size, axis in zip(window, grid.shape, strict=True))

@@ -43,11 +43,11 @@ def rewind(run_dir: Path, step: int) -> None:
 class Reporter:
     """Writes the records of a run; use as a context manager."""
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int, quiet: bool = False):
+    def __init__(self, run_dir: Path, total_steps: int, start_step: int):
         self._file = (run_dir / METRICS).open("a", buffering=1)
         self._speed = run_dir / "speed.jsonl"
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-        self._console = Console(quiet=quiet)
+        self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -111,7 +111,8 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
     replaced: Reasons = []
     for batch in fixed_batches(config, held.refs, len(held.refs), task.tokenizer, images):
         stop.check()
-        SkipCount(1.0, reporter).add(batch.keys, batch.skipped)
+        for key, reason in batch.skipped:
+            reporter.say(f"skipped clip {key}: {reason}")
         replaced += batch.skipped
         validation.append(batch)
     report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {

@@ -11,8 +11,7 @@ from vidit.data.loader import Batch
 from vidit.train.ema import Ema
 from vidit.train.step import to_pixels
 from vidit.vae.autoencoder import CausalVae
-from vidit.vae.store import vae_files
-from vidit.whole_file import write_whole
+from vidit.vae.store import save_vae
 
 # Training clips that the statistics are taken over: of a mean over that many latents only the third digit moves.
 NUM_CLIPS = 256
@@ -43,6 +42,4 @@ def finish_vae(
         z = torch.cat(latents).transpose(0, 1).flatten(1)
         vae.latent_mean.copy_(z.mean(1))
         vae.latent_std.copy_(z.std(1))
-        folder.mkdir(exist_ok=True)
-        for name, content in vae_files(vae, half=config.vae.half_weights).items():
-            write_whole(folder / name, content)
+        save_vae(folder, vae, half=config.vae.half_weights)

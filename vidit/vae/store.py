@@ -11,20 +11,14 @@ from vidit.vae.stored import vae_config
 from vidit.whole_file import write_whole
 
 
-def vae_files(vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> dict[str, bytes]:
-    """File name -> content: weights (of `state`, else of `vae`) and config; `half` stores fp16, for git."""
-    tensors = dict(vae.state_dict() if state is None else state)
+def save_vae(folder: Path, vae: CausalVae, half: bool = False) -> None:
+    """Write weights and config to a folder, each file whole; `half` stores fp16, for git."""
+    tensors = vae.state_dict()
     if half:
         tensors = {name: t if name.startswith("latent_") else t.half() for name, t in tensors.items()}
-    weights = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    return {"model.safetensors": weights, "config.json": (vae.config.model_dump_json(indent=1) + "\n").encode()}
-
-
-def save_vae(folder: Path, vae: CausalVae, state: dict[str, torch.Tensor] | None = None, half: bool = False) -> None:
-    """Write `vae_files` to a folder. Each file takes its name when it is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in vae_files(vae, state, half).items():
-        write_whole(folder / name, content)
+    write_whole(folder / "model.safetensors", save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+    write_whole(folder / "config.json", vae.config.model_dump_json(indent=1) + "\n")
 
 
 def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVae:

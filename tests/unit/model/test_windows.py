@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from vidit.model.windows import Grid, counts, fit, merge, padding_mask, partition
+from vidit.config import whole_window
+from vidit.model.windows import Grid, counts, merge, padding_mask, partition
 
 CASES = [
     (grid, window)
@@ -35,7 +36,7 @@ def offsets_of(window):
 @pytest.mark.parametrize(("axes", "window"), CASES, ids=ids)
 def test_partition_is_the_loop(axes, window):
     grid = Grid(*axes)
-    window = fit(window, grid)
+    window = whole_window(window, grid.shape)
     x = torch.arange(1.0, 2 * grid.num_tokens * 6 + 1, dtype=torch.float64).reshape(2, grid.num_tokens, 2, 3)
     expected = [
         torch.stack([x[row, n] if n is not None else torch.zeros(2, 3, dtype=x.dtype) for n in tokens])
@@ -50,7 +51,7 @@ def test_partition_is_the_loop(axes, window):
 @pytest.mark.parametrize(("axes", "window"), CASES, ids=ids)
 def test_mask_marks_the_tokens_that_exist(axes, window):
     grid = Grid(*axes)
-    window = fit(window, grid)
+    window = whole_window(window, grid.shape)
     expected = torch.tensor([[n is not None for n in tokens] for tokens in tokens_of_windows(axes, window)])
     mask = padding_mask(window, grid, torch.device("cpu"))
     assert (mask is None) == bool(expected.all())
@@ -64,7 +65,7 @@ def test_mask_marks_the_tokens_that_exist(axes, window):
 def test_merge_drops_what_padding_holds(axes, window):
     """Whatever an attention writes at padded places reaches no token."""
     grid = Grid(*axes)
-    window = fit(window, grid)
+    window = whole_window(window, grid.shape)
     x = torch.randn(2, grid.num_tokens, 3, dtype=torch.float64)
     cut = partition(x, window, grid)
     mask = padding_mask(window, grid, x.device)
@@ -103,7 +104,7 @@ def test_any_dtype_and_any_trailing_shape(dtype):
     ],
 )
 def test_fit(window, expected):
-    assert fit(window, Grid(3, 5, 7)) == expected
+    assert whole_window(window, (3, 5, 7)) == expected
 
 
 def test_grid():

@@ -294,12 +294,6 @@ class TestStore:
             a, b = vae.encode(x).mean, loaded.encode(x).mean
         assert (a - b).norm() / a.norm() < 1e-3
 
-    def test_state_of_choice(self, tmp_path):
-        """The average is saved in place of the weights."""
-        average = {n: t + 1 for n, t in build().state_dict().items()}
-        save_vae(tmp_path, build(), average)
-        assert all(torch.equal(t, average[n]) for n, t in load_vae(tmp_path, CPU, torch.float32).state_dict().items())
-
     def test_missing_config(self, folder):
         (folder / "config.json").unlink()
         with pytest.raises(ValueError, match=rf"{re.escape(str(folder))} holds no config\.json"):
