@@ -3,11 +3,8 @@
 The order is fixed: build on meta, checkpoint activations, compile blocks, materialise, initialise.
 """
 
-from typing import Any
-
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from vidit.config import RunConfig
 from vidit.model.block import Block
@@ -15,6 +12,7 @@ from vidit.model.dit import DiT
 from vidit.model.init import initialise
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
+from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.layers import ResBlock
 
@@ -42,8 +40,8 @@ def finish(model: nn.ModuleDict, config: RunConfig, device: torch.device) -> nn.
     """Apply what the layout asks for, then give the parameters memory and values."""
     for module in model.modules():
         if isinstance(module, Block | ResBlock):
-            if config.train.activation_checkpointing:
-                recompute(module)
+            if config.train.activation_checkpointing != "none":
+                recompute(module, config.train.activation_checkpointing)
             if config.train.compile:
                 module.compile()
     model.to_empty(device=device)
@@ -53,17 +51,3 @@ def finish(model: nn.ModuleDict, config: RunConfig, device: torch.device) -> nn.
             module.latent_mean.zero_()
             module.latent_std.fill_(1)
     return model
-
-
-def recompute(module: nn.Module) -> None:
-    """Keep only the inputs of `module` for the backward pass, which runs it again.
-
-    The forward of this one instance is replaced: a wrapper module would rename the parameters, whose names key
-    the initial values and the checkpoints. Nothing inside is random, so no generator's state is kept.
-    """
-    forward = module.forward
-
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    module.forward = recomputed
