@@ -29,6 +29,7 @@ from vidit.config import Model
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 CHANNELS, TEXT, TOKENS = 3, 10, 6
@@ -98,8 +99,8 @@ def on_meta(case: Case) -> DiT:
 def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
-    target = inputs.pop("target")
-    out = model(**inputs)
+    target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 
