@@ -8,6 +8,7 @@ of other rows (the gradient rule, `parallel/sequence.py`). `sequence` and `shard
 import os
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -16,7 +17,10 @@ from parallel.layout import Layout, refuse
 
 @dataclass(frozen=True)
 class Mesh:
-    """The meshes of this rank; `tensor`, `sequence` and `pipeline` have one dim."""
+    """The meshes of this rank; `tensor`, `sequence` and `pipeline` have one dim.
+
+    `rows` are the ranks with its place on these three and other rows of the batch, `data_rank` is its place there.
+    """
 
     layout: Layout
     root: DeviceMesh
@@ -24,6 +28,7 @@ class Mesh:
     sequence: DeviceMesh
     tensor: DeviceMesh
     data_rank: int
+    rows: dist.ProcessGroup
 
     @property
     def zero(self) -> DeviceMesh:
@@ -51,4 +56,15 @@ def build_mesh(layout: Layout, device_type: str, ranks_per_node: int | None = No
     )
     parts = root["zero"]._unflatten(0, (layout.shard, layout.sequence), ("shard", "sequence"))
     data_rank = root.get_local_rank("replicate") * layout.shard + parts.get_local_rank("shard")
-    return Mesh(layout, root, root["pipeline"], parts["sequence"], root["tensor"], data_rank)
+    return Mesh(layout, root, root["pipeline"], parts["sequence"], root["tensor"], data_rank, _rows(layout))
+
+
+def _rows(layout: Layout) -> dist.ProcessGroup:
+    """The group of this rank along replicate x shard, for the CPU: what is told there is text and numbers."""
+    ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.sequence, layout.tensor)
+    groups = ranks.movedim(1, -1).reshape(-1, layout.data).tolist()
+    made: dict[bool, dist.ProcessGroup] = {}
+    for members in groups:
+        group: dist.ProcessGroup = dist.new_group(members)
+        made[dist.get_rank() in members] = group
+    return made[True]

@@ -1,15 +1,23 @@
 """From a config to a model that is ready to train: the one place where model and layout meet.
 
-The order is fixed: build on meta, checkpoint activations, compile blocks, materialise, initialise.
+The order is fixed: build on meta, divide by tensor and sequence, checkpoint activations, compile blocks, divide by
+ZeRO, materialise, initialise. Without a mesh the model is whole.
 """
 
 import torch
 from torch import nn
 
+from parallel.mesh import Mesh
+from parallel.sequence import apply_sequence
+from parallel.shards import fill
+from parallel.tensor import apply_tensor
+from parallel.ulysses import UlyssesCore
+from parallel.zero import apply_zero
 from vidit.config import RunConfig
 from vidit.model.block import Block
 from vidit.model.dit import DiT
-from vidit.model.init import initialise
+from vidit.model.init import initial_value
+from vidit.model.plan import sharding_plan
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
 from vidit.train.recompute import recompute
@@ -17,35 +25,62 @@ from vidit.vae.autoencoder import CausalVae
 from vidit.vae.layers import ResBlock
 
 
-def build_dit(config: RunConfig, text: TextEncoder, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+def build_dit(
+    config: RunConfig, text: TextEncoder, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
+) -> nn.ModuleDict:
     """The denoiser, and beside it the text encoder where that is trained too: {"dit", "text"}."""
     with torch.device("meta"):
         dit = DiT(config.model, config.vae.latent_channels, resolve(config).grid, text.width)
     dit.dtype = dtype
+    if mesh is not None:
+        _divide(dit, config, mesh)
     model = nn.ModuleDict({"dit": dit})
     if text.trainable:
         model["text"] = text
-    return finish(model, config, device)
+    return _finish(model, config, device, dtype, mesh, ["dit.blocks.*"])
 
 
-def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
     """The autoencoder to be trained: {"vae"}."""
     with torch.device("meta"):
         vae = CausalVae(config.vae)
     vae.dtype = dtype
-    return finish(nn.ModuleDict({"vae": vae}), config, device)
+    return _finish(nn.ModuleDict({"vae": vae}), config, device, dtype, mesh, ["vae.encoder", "vae.decoder"])
 
 
-def finish(model: nn.ModuleDict, config: RunConfig, device: torch.device) -> nn.ModuleDict:
-    """Apply what the layout asks for, then give the parameters memory and values."""
+def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
+    """Tensor, then sequence parallelism, as the plan of the model says."""
+    plan = sharding_plan(config.model)
+    if mesh.layout.tensor > 1:
+        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads)
+    if mesh.layout.sequence > 1:
+        apply_sequence(dit, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+
+
+def _finish(
+    model: nn.ModuleDict,
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    units: list[str],
+) -> nn.ModuleDict:
+    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values."""
+    c, p = config.train, config.parallel
+    if dtype == torch.float64:
+        model.double()
     for module in model.modules():
         if isinstance(module, Block | ResBlock):
-            if config.train.activation_checkpointing != "none":
-                recompute(module, config.train.activation_checkpointing)
-            if config.train.compile:
+            if c.activation_checkpointing != "none":
+                recompute(module, c.activation_checkpointing)
+            if c.compile:
                 module.compile()
-    model.to_empty(device=device)
-    initialise(model, config.train.seed)
+    if mesh is not None:
+        reduce = torch.bfloat16 if p.reduce_dtype == "bf16" else None
+        apply_zero(model, units, mesh.zero, p.zero, reduce, p.cpu_offload, methods=("encode", "decode"))
+    model.to_empty(device="cpu" if p.cpu_offload else device)
+    for name, parameter in model.named_parameters():
+        fill(parameter, initial_value(name, tuple(parameter.shape), c.seed))
     for module in model.modules():
         if isinstance(module, CausalVae):
             module.latent_mean.zero_()

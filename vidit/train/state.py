@@ -30,11 +30,14 @@ class TrainState:
             flat |= {f"{moment}.{names[p]}": tensor for moment, tensor in moments.items()}
         return flat
 
-    def save(self, root: Path, facts: dict[str, Any], keep: int) -> Path:
+    def save(self, root: Path, facts: dict[str, Any], keep: int, keep_every: int = 0) -> Path:
         """Write a checkpoint of this step and delete the oldest beyond `keep`."""
         folder = checkpoint.save(root, self.step, self.tensors(), {"step": self.step, "clips": self.clips, **facts})
         checkpoint.prune(root, keep)
         return folder
+
+    def finish(self) -> None:
+        pass
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Resume from a checkpoint; returns its facts."""
