@@ -6,23 +6,17 @@ any. Nothing is pickled; tensors lie on the CPU, so the group needs a CPU backen
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from parallel.failure import RankError
+
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
-
-
-class RankError(RuntimeError):
-    """Another rank failed; the message is its own, after its number."""
-
-    def __init__(self, rank: int, message: str):
-        super().__init__(f"rank {rank}: {message}")
-        self.rank = rank
 
 
 def several() -> bool:
@@ -39,13 +33,21 @@ def num_ranks() -> int:
     return dist.get_world_size() if several() else 1
 
 
-def exchange(report: T, group: Group = None) -> list[T]:
-    """Every rank's report, in the order of ranks of the group (None: all ranks); a report is what JSON holds."""
-    if not several():
+def exchange(report: T, groups: Sequence[Group] = (None,)) -> list[T]:
+    """Every rank's report, in the order of the ranks; a report is what JSON holds.
+
+    `groups` lead to the ranks that tell, first the group whose ranks are nearest; by default all ranks do.
+    """
+    told = [report]
+    for group in groups:
+        told = [one for some in _exchange(told, group) for one in some]
+    return told
+
+
+def _exchange(report: T, group: Group) -> list[T]:
+    if not several() or dist.get_world_size(group) == 1:
         return [report]
     size = dist.get_world_size(group)
-    if size == 1:
-        return [report]
     own = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
     lengths = torch.empty(size, dtype=torch.int64)
     dist.all_gather_into_tensor(lengths, torch.tensor([len(own)]), group=group)

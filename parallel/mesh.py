@@ -8,27 +8,34 @@ of other rows (the gradient rule, `parallel/sequence.py`). `sequence` and `shard
 import os
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import Layout, refuse
+from parallel.layout import Layout, LayoutError, divisors, refuse, words
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The meshes of this rank; `tensor`, `sequence` and `pipeline` have one dim.
+    """The meshes of this rank; `pipeline`, `shard`, `sequence` and `tensor` have one dim.
 
-    `rows` are the ranks with its place on these three and other rows of the batch, `data_rank` is its place there.
+    `data_rank` is its place along replicate x shard; `ring` x `ulysses` is `sequence` unflattened, where that was
+    asked for.
     """
 
     layout: Layout
     root: DeviceMesh
     pipeline: DeviceMesh
+    shard: DeviceMesh
     sequence: DeviceMesh
     tensor: DeviceMesh
     data_rank: int
-    rows: dist.ProcessGroup
+    ring: DeviceMesh | None = None
+    ulysses: DeviceMesh | None = None
+
+    @property
+    def rows(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The two groups that lead to all other rows of the batch, in the order of `data_rank`: first shard."""
+        return self.shard.get_group(), self.root["replicate"].get_group()
 
     @property
     def zero(self) -> DeviceMesh:
@@ -42,12 +49,21 @@ def ranks_per_node() -> int | None:
     return int(told) if told else None
 
 
-def build_mesh(layout: Layout, device_type: str, ranks_per_node: int | None = None) -> Mesh:
+def build_mesh(layout: Layout, device_type: str, ranks_per_node: int | None = None, ulysses: int = 0) -> Mesh:
     """The mesh of a layout over all ranks of the default process group, which must exist.
+
+    `ulysses` neighbours of a sequence group are its inner part in the kind ulysses_ring; 0 for every other kind.
 
     Raises LayoutError where the layout does not fit the ranks or the nodes, before any group is made.
     """
     refuse(layout.faults(dist.get_world_size(), ranks_per_node))
+    if ulysses and layout.sequence % ulysses:
+        raise LayoutError(
+            [
+                f"parallel.ulysses={ulysses} does not divide parallel.sequence={layout.sequence}; "
+                f"use one of {words(divisors(layout.sequence))}"
+            ]
+        )
     zero = layout.shard * layout.sequence
     root = init_device_mesh(
         device_type,
@@ -56,15 +72,8 @@ def build_mesh(layout: Layout, device_type: str, ranks_per_node: int | None = No
     )
     parts = root["zero"]._unflatten(0, (layout.shard, layout.sequence), ("shard", "sequence"))
     data_rank = root.get_local_rank("replicate") * layout.shard + parts.get_local_rank("shard")
-    return Mesh(layout, root, root["pipeline"], parts["sequence"], root["tensor"], data_rank, _rows(layout))
-
-
-def _rows(layout: Layout) -> dist.ProcessGroup:
-    """The group of this rank along replicate x shard, for the CPU: what is told there is text and numbers."""
-    ranks = torch.arange(layout.world).view(layout.pipeline, layout.data, layout.sequence, layout.tensor)
-    groups = ranks.movedim(1, -1).reshape(-1, layout.data).tolist()
-    made: dict[bool, dist.ProcessGroup] = {}
-    for members in groups:
-        group: dist.ProcessGroup = dist.new_group(members)
-        made[dist.get_rank() in members] = group
-    return made[True]
+    meshes = (root, root["pipeline"], parts["shard"], parts["sequence"], root["tensor"])
+    if not ulysses:
+        return Mesh(layout, *meshes, data_rank)
+    combined = parts["sequence"]._unflatten(0, (layout.sequence // ulysses, ulysses), ("ring", "ulysses"))
+    return Mesh(layout, *meshes, data_rank, combined["ring"], combined["ulysses"])

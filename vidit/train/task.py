@@ -1,5 +1,6 @@
 """What `train.task` decides: the model, the step function, and what needs the text or the frozen VAE."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,9 +37,9 @@ class Task:
     mesh: Mesh | None = None
 
     @property
-    def rows(self) -> ProcessGroup | None:
-        """The ranks that hold the other rows of a batch, one of each; None where there is one process."""
-        return self.mesh.rows if self.mesh else None
+    def rows(self) -> Sequence[ProcessGroup | None]:
+        """The groups that lead to the ranks with the other rows of a batch, as `exchange` takes them."""
+        return self.mesh.rows if self.mesh else (None,)
 
     @property
     def data_place(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def validate(
     num_bands: int,
     check: Callable[[], None],
     num_batches: int | None = None,
-    rows: ProcessGroup | None = None,
+    rows: Sequence[ProcessGroup | None] = (None,),
 ) -> dict[str, float]:
     """{"loss", "loss_band_0", ...}: band 0 holds the cleanest timesteps. `check` may raise before each batch.
 
