@@ -49,7 +49,7 @@ class Case:
     grid: tuple[int, int, int] = ODD
     images: bool = False
     zero: bool = True
-    keep_gathered: bool = False
+    level: int = 3
     checkpoint: bool = False
     compile: str = ""
     plant: str = ""
@@ -143,7 +143,7 @@ def on_ranks(case: Case) -> Result:
             if case.compile:
                 block.compile(fullgraph=True, backend=case.compile)
         if case.zero:
-            apply_zero(model, [plan.blocks], mesh.zero, case.keep_gathered)
+            apply_zero(model, [plan.blocks], mesh.zero, case.level)
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))
@@ -217,8 +217,8 @@ def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, 0, own).clone() if dim == 0 else right_own(hook, x, dim)
 
 
-def _summed(module: DiT, blocks: Any, mesh: Any, keep_gathered: bool) -> None:
-    right_zero(module, blocks, mesh, keep_gathered)
+def _summed(module: DiT, blocks: Any, mesh: Any, level: Any) -> None:
+    right_zero(module, blocks, mesh, level)
     for unit in (*module.blocks.values(), module):
         unit.set_gradient_divide_factor(1.0)
 
