@@ -93,9 +93,7 @@ def apply_zero(
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for block in found:
-        shard = fully_shard(
-            block, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy, offload_policy=offload
-        )
+        shard = fully_shard(block, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy, offload_policy=offload)
         zero.units.append(cast(FSDPModule, shard))
     for root in zero.roots:
         if isinstance(root, FSDPModule):
@@ -195,3 +193,4 @@ def _set_flags(root: FSDPModule, zero: Zero, last: bool) -> None:
         root.set_reshard_after_backward(last)
     elif zero.replicated:
         root.set_requires_all_reduce(last)
+
