@@ -2,7 +2,7 @@
 
 `step-00000500/` holds safetensors files and `manifest.json`: format, step, the caller's facts, name, shape and
 dtype of every tensor, size and SHA-256 of every file, and its own. What is being written is called
-`step-00000500.partial`. A folder is deleted manifest first, so that one cut short is no checkpoint.
+`step-00000500.partial`, what is being deleted `step-00000500.old.partial`.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{8,})(\.partial)?")
+_NAME = re.compile(r"step-(\d{8,})(\.old)?(\.partial)?")
 
 
 class CheckpointError(RuntimeError):
@@ -59,14 +59,17 @@ def prune(root: Path, keep: int, keep_every: int = 0) -> None:
             remove(folder_of(root, step))
     for partial in root.glob("*.partial"):
         if _NAME.fullmatch(partial.name):
-            remove(partial)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, as far as the disk allows it."""
+    """Delete a folder, as far as the disk allows it. It loses its name first: one cut short is no checkpoint."""
+    aside = folder.with_name(f"{folder.name}.old.partial")
+    if aside.exists():
+        shutil.rmtree(aside, ignore_errors=True)
     with suppress(OSError):
-        (folder / MANIFEST).unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+        folder.replace(aside)
+    shutil.rmtree(aside if aside.exists() else folder, ignore_errors=True)
 
 
 def write_manifest(
