@@ -37,7 +37,7 @@ class Passes(Protocol):
         ...
 
     def forward_backward(self, batches: Sequence[Batch]) -> list[Losses]:
-        """Add the gradients of one optimizer step to the parameters; the losses of each micro-batch, detached."""
+        """Gradients of one optimizer step, of parameters that have none yet; the losses of each micro-batch, detached."""
         ...
 
 
