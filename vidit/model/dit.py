@@ -46,7 +46,7 @@ class Embed(nn.Module):
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
-        self.patch = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
+        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
         self.conditioning = Conditioning(c, text_width)
         self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
         self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
@@ -92,7 +92,7 @@ class DiT(nn.Module):
         self.embed = Embed(c, channels, grid, text_width)
         self.positions = TokenPositions(c.width // c.num_heads)
         self.blocks = nn.ModuleDict(blocks)
-        self.head = Head(c.width, c.patch, channels)
+        self.head: nn.Module = Head(c.width, c.patch, channels)
 
     def forward(
         self,

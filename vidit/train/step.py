@@ -120,6 +120,7 @@ class DitStep:
             config.diffusion, r.grid[1] * r.grid[2], r.latent_frames, d.height, d.width, d.num_frames
         )
         self.images_per_row, self.tokens = r.latent_frames, r.grid
+        self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
         inputs = self.inputs(batch, purpose)
