@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from parallel.collectives import _all_gather, _reduce_scatter, enter_tensor, gather, group_name
 from parallel.names import PlanError, modules
-from parallel.sequence import num_tokens, pad_to, share
+from parallel.shares import num_tokens, pad_to, share
 from parallel.tensor import Entrance, Exit, read_summed
 
 

@@ -79,7 +79,7 @@ def train_loop(
                 save()
                 raise
 
-            own = task.passes.forward_backward(state.model, batches)
+            own = task.passes.forward_backward(batches)
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
             told = exchange(own_losses, rows)
             results = in_order(told)
@@ -89,7 +89,7 @@ def train_loop(
             watch.lap("compute")
 
             loss = sum(losses) / len(losses)
-            norm = gradient_norm(parameters)
+            norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
                 bad = [r for r, batches_of in enumerate(told) if not math.isfinite(sum(sum(b[0]) for b in batches_of))]

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.deferred import WeightGradients
 from parallel.pipeline import Pipeline, Shape, Shapes, sum_shared
-from parallel.sequence import share
+from parallel.shares import share
 from parallel.stages import Schedule, cut, rank_of_stage
 from vidit.config import Model
 from vidit.data.loader import Batch

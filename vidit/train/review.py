@@ -48,8 +48,8 @@ class Review:
     def _validate(self, step: int) -> None:
         with self.state.ema.applied(self.state.model):
             values = validate(
-                self.state.model, self.task.step, self.validation, self.config.train.num_time_bands, self.stop.check,
-                self.num_batches, self.task.rows,
+                self.task.passes.evaluated, self.task.step, self.validation, self.config.train.num_time_bands,
+                self.stop.check, self.num_batches, self.task.rows,
             )  # fmt: skip
         self.reporter.scalars(step, {f"validation/{name}": value for name, value in values.items()})
         self.reporter.record({"step": step, "validation": values})
@@ -67,10 +67,11 @@ class Review:
             return
         model = self.state.model
         # Sampling knows nothing of signals: every call of the network is a place where it may be left.
-        hook = model["dit"].register_forward_pre_hook(lambda *_: self.stop.check())
+        evaluated = self.task.passes.evaluated
+        hook = evaluated["dit"].register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with self.state.ema.applied(model):
-                videos = draw(self.config, task.step, model, task.text, prompts, self.config.train.seed)
+                videos = draw(self.config, task.step, evaluated, task.text, prompts, self.config.train.seed)
         finally:
             hook.remove()
         fps = self.config.data.fps or 8.0
