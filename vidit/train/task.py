@@ -78,7 +78,7 @@ def build_task(config: RunConfig, device: torch.device, num_validation: int | No
     if config.train.task == "vae":
         vae_step = VaeStep(config, device)
         model = build_vae(config, device, dtype, mesh)
-        return Task(config, model, vae_step, _passes(config, model, vae_step, mesh), None, None, mesh)
+        return Task(config, model, vae_step, passes_of(config, model, vae_step, mesh), None, None, mesh)
     kept = from_first(lambda: str(keep_vae(config).vae.weights))
     config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": kept})})
     return dit_task(config, load_vae(Path(kept), device, dtype), device, dtype, mesh, num_validation)
@@ -100,10 +100,10 @@ def dit_task(
         text.to(device)
     flops = forward_flops(config.model, resolve(config).grid, config.vae.latent_channels, text.width, text.max_tokens)
     step = DitStep(config, vae, text, device, num_validation)
-    return Task(config, model, step, _passes(config, model, step, mesh), text, flops, mesh)
+    return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)
 
 
-def _passes(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | None) -> Passes:
+def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | None) -> Passes:
     """How a step of this layout is made."""
     p = config.parallel
     if mesh is None or p.pipeline == 1:
