@@ -19,11 +19,11 @@ from parallel import pipeline as pipeline_module
 from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.sequence import apply_sequence
+from parallel.sequence import apply_sequence, share
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
-from parallel.zero import apply_zero
+from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
 from vidit.config import RunConfig, Vae
 from vidit.data.loader import Batch, Clips
@@ -34,9 +34,9 @@ from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train import pipeline as train_pipeline
-from vidit.train.parallelize import recompute
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.pipeline import PipelinePasses, cut_by_cost, own_stages
+from vidit.train.recompute import recompute
 from vidit.train.step import DitStep, Inputs, Losses, Video
 from vidit.vae.autoencoder import CausalVae
 
@@ -63,6 +63,7 @@ class Case:
     images: bool = True
     trained_text: bool = True
     checkpoint: bool = False
+    zero: Any = 3
     stages: tuple[range, ...] = ()
     plant: str = ""
 
@@ -217,15 +218,20 @@ def on_ranks(case: Case) -> Result:
             if case.checkpoint:
                 recompute(block)
         model = nn.ModuleDict({"dit": dit, **({"text": text} if text.trainable else {})})
-        if layout.shard * layout.sequence > 1:
-            apply_zero(dit, [plan.blocks], mesh.zero)
-            if text.trainable:
-                apply_zero(text, [], mesh.zero)
+        if mesh.zero.size() > 1:
+            apply_zero(model, [f"dit.{plan.blocks}"], mesh.zero, case.zero)
         filled(model)
         step = stepper(case, text)
-        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, (layout.sequence,))
-        share = case.micro_batches // layout.data
-        numbers = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
+
+        def own_tokens(grid: tuple[int, int, int], layer: int) -> int:
+            return share(grid[0] * grid[1] * grid[2], layout.sequence)
+
+        def around(last: bool) -> Any:
+            return zero_micro_batch(model, last, overlap=False)
+
+        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, own_tokens, around)
+        own_num = case.micro_batches // layout.data
+        numbers = range(mesh.data_rank * own_num, (mesh.data_rank + 1) * own_num)
         batches = [batch(case, number) for number in numbers]
         return measure(passes, step, model, batches, batch(case, 1, rows=2), mesh.pipeline)
 
@@ -277,9 +283,12 @@ def _never(pipeline: Any, *rest: Any) -> list[Tensor]:
     return [out * 0 for out in right_forward(pipeline, *rest)]
 
 
-def _half(waiting: Any) -> Any:
-    run = right_take(waiting)
-    return run if len(waiting.waiting) else (lambda: None)
+def _forgetful(weights: Any) -> Any:
+    """The first product of every other backward pass gets no weight gradient."""
+    weights.calls = getattr(weights, "calls", 0) + 1
+    if weights.calls % 2:
+        del weights.waiting[0]
+    return right_take(weights)
 
 
 right_passes, right_norm = PipelinePasses.forward_backward, gradient_norm
@@ -290,7 +299,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "loss not divided by micro-batches": (PipelinePasses, "forward_backward", _undivided),
     "shared counted twice in the norm": (sys.modules[__name__], "gradient_norm", _counted_twice),
     "estimate does not arrive": (pipeline_module.Pipeline, "forward", _never),
-    "weight gradients forgotten": (train_pipeline.WeightGradients, "take", _half),
+    "weight gradients forgotten": (train_pipeline.WeightGradients, "take", _forgetful),
 }
 
 
