@@ -16,19 +16,26 @@ from parallel.layout import Layout, LayoutError, divisors, refuse, words
 
 @dataclass(frozen=True)
 class Mesh:
-    """The meshes of this rank; `tensor`, `sequence` and `pipeline` have one dim.
+    """The meshes of this rank; `pipeline`, `shard`, `sequence` and `tensor` have one dim.
 
-    `ring` x `ulysses` is `sequence` unflattened, where it was asked for.
+    `data_rank` is its place along replicate x shard; `ring` x `ulysses` is `sequence` unflattened, where that was
+    asked for.
     """
 
     layout: Layout
     root: DeviceMesh
     pipeline: DeviceMesh
+    shard: DeviceMesh
     sequence: DeviceMesh
     tensor: DeviceMesh
     data_rank: int
     ring: DeviceMesh | None = None
     ulysses: DeviceMesh | None = None
+
+    @property
+    def rows(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """The two groups that lead to all other rows of the batch, in the order of `data_rank`: first shard."""
+        return self.shard.get_group(), self.root["replicate"].get_group()
 
     @property
     def zero(self) -> DeviceMesh:
@@ -65,7 +72,7 @@ def build_mesh(layout: Layout, device_type: str, ranks_per_node: int | None = No
     )
     parts = root["zero"]._unflatten(0, (layout.shard, layout.sequence), ("shard", "sequence"))
     data_rank = root.get_local_rank("replicate") * layout.shard + parts.get_local_rank("shard")
-    meshes = (root, root["pipeline"], parts["sequence"], root["tensor"])
+    meshes = (root, root["pipeline"], parts["shard"], parts["sequence"], root["tensor"])
     if not ulysses:
         return Mesh(layout, *meshes, data_rank)
     combined = parts["sequence"]._unflatten(0, (layout.sequence // ulysses, ulysses), ("ring", "ulysses"))

@@ -310,16 +310,53 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="compute dtype; master weights are fp32. auto = bf16 where the device has it, else fp32"
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="what the backward pass runs again: nothing, all but matrix products and attention, all"
+    )
     compile: bool = Field(False, description="compile each block with inductor")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0)
     checkpoint_every: int = Field(500, gt=0)
     keep_checkpoints: int = Field(2, gt=0)
+    keep_every: int = Field(0, ge=0, description="also keep every checkpoint whose step is a multiple; 0 = none")
+    async_checkpoint: bool = Field(True, description="write checkpoints beside the training")
     validate_every: int = Field(500, gt=0)
     num_time_bands: int = Field(5, gt=0, description="bands of the timestep density in validation")
     sample_every: int = Field(0, ge=0, description="sample videos every so many steps; 0 = only at the end")
+
+
+class Parallel(Section):
+    """The layout: how many ranks share the model, the tokens and the rows; the product of the axes is all ranks."""
+
+    pipeline: Positive = 1
+    replicate: Positive = Field(1, description="copies of the sharded state (HSDP)")
+    shard: NotNegative = Field(0, description="ranks that divide rows and state; 0 = all that the other axes leave")
+    sequence: Positive = Field(1, description="ranks that divide the video tokens of the same rows")
+    tensor: Positive = 1
+    sequence_kind: Literal["auto", "ulysses", "ring", "ulysses_ring", "window"] = "auto"
+    ulysses: NotNegative = Field(0, description="ranks of the Ulysses part of ulysses_ring; 0 = as many as fit")
+    sharded_norms: bool = Field(False, description="tensor ranks divide the tokens between their regions (2205.05198)")
+    zero: Literal[0, 1, 2, 3] = Field(
+        3, description="what shard divides: optimizer state, gradients too, parameters too; 0 = nothing (DDP)"
+    )
+    cpu_offload: bool = Field(False, description="parameters and optimizer state stay in host memory")
+    reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="in which gradients are summed over ranks")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    stages_per_rank: Positive = Field(1, description="stages of each pipeline rank, for interleaved")
+    vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
+    timeout_s: float = Field(600.0, gt=0, description="how long ranks wait for one another before all stop")
+
+    @property
+    def ranks_per_row(self) -> int:
+        """Ranks that work on the same rows of a batch."""
+        return self.pipeline * self.sequence * self.tensor
+
+
+class Launch(Section):
+    """Where the ranks of a run are started."""
+
+    local: Positive = Field(1, description="ranks on this machine; 1 = this process")
 
 
 class Sample(Section):
@@ -344,6 +381,8 @@ class RunConfig(Section):
     diffusion: Diffusion = Diffusion()
     data: Data = Data()
     train: Train = Train()
+    parallel: Parallel = Parallel()
+    launch: Launch = Launch()
     sample: Sample = Sample()
 
     @property

@@ -10,7 +10,7 @@ from vidit.resolve import resolve
 from vidit.vae.stored import adopt_vae
 
 
-def describe(config: RunConfig, world_size: int = 1) -> dict[str, Any]:
+def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """{"config", "derived"}: the run as it would be trained, sizes in tokens, bytes and FLOPs."""
     config = adopt_vae(config, world_size)
     resolved = resolve(config, world_size)

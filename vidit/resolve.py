@@ -14,7 +14,10 @@ from vidit.idle import idle_faults
 
 @dataclass(frozen=True)
 class Resolved:
-    """Numbers that follow from a config and a world size. Sizes are in tokens unless named otherwise."""
+    """Numbers that follow from a config and a world size. Sizes are in tokens unless named otherwise.
+
+    `data_ranks` is how many ways the rows of a batch are divided, `shard` the degree of that axis.
+    """
 
     latent_frames: int
     latent_height: int
@@ -23,14 +26,27 @@ class Resolved:
     tokens_per_clip: int
     windows: tuple[Window, ...]
     head_dim: int
+    num_ranks: int
     data_ranks: int
+    shard: int
     accumulation: int
     clips_total: int
 
 
-def resolve(config: RunConfig, world_size: int = 1) -> Resolved:
-    """Check a config as a whole and derive its numbers; raises ConfigError with every fault."""
+def ranks_of(config: RunConfig) -> int:
+    """How many ranks a config is made for: what its layout says, or where that takes what is left, what it launches."""
+    p = config.parallel
+    return p.ranks_per_row * p.replicate * p.shard if p.shard else config.launch.local
+
+
+def resolve(config: RunConfig, world_size: int | None = None) -> Resolved:
+    """Check a config as a whole and derive its numbers, for `world_size` ranks or those it is made for.
+
+    Raises ConfigError with every fault. Whether a layout fits its model is checked by `vidit/train/layout.py`.
+    """
     refuse(faults(config, world_size))
+    world_size = world_size or ranks_of(config)
+    data_ranks = world_size // config.parallel.ranks_per_row
     c, data, vae = config, config.data, config.vae
     frames = 1 + (data.num_frames - 1) // vae.temporal_stride
     height, width = data.height // vae.spatial_stride, data.width // vae.spatial_stride
@@ -43,13 +59,15 @@ def resolve(config: RunConfig, world_size: int = 1) -> Resolved:
         tokens_per_clip=grid[0] * grid[1] * grid[2],
         windows=tuple(whole_window(window, grid) for window in c.model.windows),
         head_dim=c.model.width // c.model.num_heads,
-        data_ranks=world_size,
-        accumulation=c.train.global_batch // (c.train.micro_batch * world_size),
+        num_ranks=world_size,
+        data_ranks=data_ranks,
+        shard=data_ranks // config.parallel.replicate,
+        accumulation=c.train.global_batch // (c.train.micro_batch * data_ranks),
         clips_total=c.train.steps * c.train.global_batch,
     )
 
 
-def faults(config: RunConfig, world_size: int = 1, geometry_known: bool = True) -> Iterator[str]:
+def faults(config: RunConfig, world_size: int | None = None, geometry_known: bool = True) -> Iterator[str]:
     """All that is wrong with a config, one line each.
 
     Without `geometry_known` the `vae` section stands for a folder that could not be read, and what follows
@@ -63,7 +81,9 @@ def faults(config: RunConfig, world_size: int = 1, geometry_known: bool = True) 
     if geometry_known:
         yield from c.vae.faults()
         yield from _size_faults(c)
-    yield from _batch_faults(c, world_size)
+    ranks = world_size or ranks_of(c)
+    yield from _rank_faults(c, ranks)
+    yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
     yield from _input_faults(c)
     if c.train.task == "dit":
         yield from _caption_faults(c)
@@ -96,13 +116,32 @@ def _size_faults(c: RunConfig) -> Iterator[str]:
         )
 
 
-def _batch_faults(c: RunConfig, world_size: int) -> Iterator[str]:
+def _rank_faults(c: RunConfig, ranks: int) -> Iterator[str]:
+    """Degrees that do not multiply to the ranks that are there."""
+    p = c.parallel
+    degrees = {"pipeline": p.pipeline, "replicate": p.replicate, "sequence": p.sequence, "tensor": p.tensor}
+    written = " x ".join(f"{axis} {degree}" for axis, degree in degrees.items() if degree > 1)
+    taken = p.ranks_per_row * p.replicate
+    if p.shard and taken * p.shard != ranks:
+        written = " x ".join(filter(None, (written, f"shard {p.shard}")))
+        yield (
+            f"the layout {written} takes {taken * p.shard} ranks, but there are {ranks}: the product must equal them; "
+            f"start {taken * p.shard}" + (f", or set parallel.shard={ranks // taken}" if ranks % taken == 0 else "")
+        )
+    elif ranks % taken:
+        yield (
+            f"the layout {written} takes {taken} ranks, which do not divide the {ranks} that there are; "
+            f"start a multiple of {taken}" + ("" if ranks > 1 else f", for example launch.local={taken}")
+        )
+
+
+def _batch_faults(c: RunConfig, data_ranks: int) -> Iterator[str]:
     train = c.train
-    rows = train.micro_batch * world_size
+    rows = train.micro_batch * data_ranks
     if train.global_batch % rows:
         yield (
-            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch x ranks = "
-            f"{train.micro_batch} x {world_size} = {rows}; use a multiple of {rows}"
+            f"train.global_batch={train.global_batch} is not divisible by train.micro_batch x data ranks = "
+            f"{train.micro_batch} x {data_ranks} = {rows}; use a multiple of {rows}"
         )
     if c.data.image_rows >= train.micro_batch:
         yield (

@@ -30,6 +30,7 @@ from vidit.config import Model
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 CHANNELS, TEXT, TOKENS = 3, 10, 6
@@ -49,7 +50,7 @@ class Case:
     grid: tuple[int, int, int] = ODD
     images: bool = False
     zero: bool = True
-    keep_gathered: bool = False
+    level: int = 3
     checkpoint: bool = False
     compile: str = ""
     plant: str = ""
@@ -101,8 +102,8 @@ def on_meta(case: Case) -> DiT:
 def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
-    target = inputs.pop("target")
-    out = model(**inputs)
+    target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 
@@ -146,7 +147,7 @@ def on_ranks(case: Case) -> Result:
             if case.compile:
                 block.compile(fullgraph=True, backend=case.compile)
         if case.zero:
-            apply_zero(model, [plan.blocks], mesh.zero, case.keep_gathered)
+            apply_zero(model, [plan.blocks], mesh.zero, case.level)
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))
@@ -220,8 +221,8 @@ def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, 0, own).clone() if dim == 0 else right_own(hook, x, dim)
 
 
-def _summed(module: DiT, blocks: Any, mesh: Any, keep_gathered: bool) -> None:
-    right_zero(module, blocks, mesh, keep_gathered)
+def _summed(module: DiT, blocks: Any, mesh: Any, level: Any) -> None:
+    right_zero(module, blocks, mesh, level)
     for unit in (*module.blocks.values(), module):
         unit.set_gradient_divide_factor(1.0)
 

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from vidit.config import ConfigError, Data, Diffusion, Model, RunConfig, Sample, Text, Train, Vae
+from vidit.config import ConfigError, Data, Diffusion, Launch, Model, Parallel, RunConfig, Sample, Text, Train, Vae
 from vidit.resolve import faults as all_faults
 from vidit.resolve import resolve
 
@@ -40,6 +40,42 @@ class TestResolve:
         assert r.tokens_per_clip == 72
         assert r.windows == ((1, 4, 6), (2, 3, 6))
         assert (r.head_dim, r.data_ranks, r.accumulation, r.clips_total) == (16, 4, 3, 240)
+
+    @pytest.mark.parametrize(
+        ("layout", "ranks", "data_ranks", "shard"),
+        [
+            ({}, 6, 6, 6),
+            ({"tensor": 2}, 6, 3, 3),
+            ({"replicate": 2, "sequence": 2}, 8, 4, 2),
+            ({"pipeline": 2, "tensor": 2, "shard": 3}, 12, 3, 3),
+            ({"pipeline": 2, "tensor": 2, "shard": 3}, None, 3, 3),
+        ],
+    )
+    def test_layouts(self, layout, ranks, data_ranks, shard):
+        r = resolve(run(parallel=Parallel(**layout), train=Train(global_batch=12, micro_batch=1)), ranks)
+        assert (r.num_ranks, r.data_ranks, r.shard) == (ranks or 12, data_ranks, shard)
+        assert r.accumulation == 12 // data_ranks
+
+    def test_ranks_launched_here(self):
+        config = run(launch=Launch(local=4), parallel=Parallel(sequence=2), train=Train(global_batch=4, micro_batch=1))
+        assert resolve(config).data_ranks == 2
+        assert resolve(config, 8).data_ranks == 4, "those that are there, not those that are launched here"
+
+    @pytest.mark.parametrize(
+        ("layout", "ranks", "parts"),
+        [
+            ({"tensor": 2, "sequence": 4}, 12, ["sequence 4 x tensor 2 takes 8 ranks", "12", "multiple of 8"]),
+            ({"tensor": 2}, None, ["takes 2 ranks", "the 1 that there are", "launch.local=2"]),
+            ({"tensor": 2, "shard": 2}, 8, ["tensor 2 x shard 2 takes 4", "there are 8", "start 4", "shard=4"]),
+            ({"tensor": 2, "shard": 2}, 9, ["takes 4 ranks, but there are 9", "start 4"]),
+        ],
+    )
+    def test_degrees_that_do_not_multiply_to_the_ranks(self, layout, ranks, parts):
+        config = run(parallel=Parallel(**layout), train=Train(global_batch=64, micro_batch=1))
+        with pytest.raises(ConfigError) as caught:
+            resolve(config, ranks)
+        (line,) = caught.value.faults
+        assert all(part in line for part in parts), line
 
     def test_images(self):
         r = resolve(run(data=Data(train="x", num_frames=1)))

@@ -58,7 +58,7 @@ def sharding_plan(c: Model) -> Plan:
     return Plan(
         parameters=parameters,
         regions=regions,
-        split={"embed": {0: 1}, "positions": {0: 0, 1: 0, 2: 0}},
+        split={"embed.tokens": {0: 1}, "positions": {0: 0, 1: 0, 2: 0}},
         gather={"head.project": 1},
         counted="head",
         cores=tuple(cores),

@@ -3,12 +3,14 @@
 The VAE is frozen and the crop is fixed, so a clip's latent never changes; a run of many epochs then pays the
 encoder once. Raw latents are kept in parts, RUN/latents/clips-XXXXXXXX.safetensors, named by the first clip and
 each under a key of everything it depends on: a start that is cut short keeps the parts it wrote, and the next
-one goes on behind them. Captions are read anew at each start.
+one fills the gaps. The ranks of a run deal out what is missing, and meet when all of it is there. Captions are
+read anew at each start.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from parallel.exchange import any_rank, num_ranks, own_rank, together
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
@@ -26,6 +29,7 @@ from vidit.data.shards import ClipRef, read_sidecar
 from vidit.train.clips import Reasons
 from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
+from vidit.train.stop import StoppedError
 from vidit.vae.autoencoder import CausalVae
 from vidit.whole_file import write_whole
 
@@ -66,16 +70,21 @@ class LatentCache:
     def load(self, say: Say, check: Check) -> tuple[list[ClipRef], LatentStore, Reasons]:
         """(clips that decode, their latents and captions, the others with the reason), encoding what is missing.
 
-        `check` may raise between two batches: what is encoded by then is kept.
+        `check` may raise StoppedError between two batches, on any rank by itself: what is encoded by then is kept.
         """
-        parts: list[Part] = []
-        done = 0
-        while done < len(self.refs) and (part := self._read(done)) is not None:
-            parts.append(part)
-            done += part.num_clips
-        if done < len(self.refs):
-            say(f"encoding {len(self.refs) - done} of {len(self.refs)} clips once")
-            parts += self._encode_from(done, say, check)
+        missing = [piece for piece in self._walk() if isinstance(piece, range)]
+        if missing:
+            say(f"encoding {sum(map(len, missing))} of {len(self.refs)} clips once")
+            stopped = False
+            with together():
+                try:
+                    self._encode(missing[own_rank() :: num_ranks()], say, check)
+                except StoppedError:
+                    stopped = True
+            if any_rank(stopped):
+                raise StoppedError
+        parts = [part for part in self._walk() if isinstance(part, Part)]
+        assert sum(part.num_clips for part in parts) == len(self.refs), "a part that was written cannot be read"
         whole = joined(parts)
         if whole.latents is None:
             key, reason = whole.failed[0]
@@ -85,6 +94,20 @@ class LatentCache:
         kept = [ref for ref in self.refs if ref.key in captions]
         latents = whole.latents if len(chosen) == len(whole.keys) else whole.latents[chosen]
         return kept, LatentStore(latents, list(captions.values())), whole.failed + failed
+
+    def _walk(self) -> Iterator[Part | range]:
+        """The parts that are there, in order, and between them the clips of none, at most PART_CLIPS at a time."""
+        starts = [int(path.stem.removeprefix("clips-")) for path in self.folder.glob("clips-*.safetensors")]
+        there = {start: part for start in sorted(starts) if (part := self._read(start)) is not None}
+        place = 0
+        while place < len(self.refs):
+            if place in there:
+                yield there[place]
+                place += there[place].num_clips
+            else:
+                end = min([start for start in there if start > place] + [len(self.refs), place + PART_CLIPS])
+                yield range(place, end)
+                place = end
 
     def _captions(self, keys: Sequence[str]) -> tuple[dict[str, str], Reasons]:
         """Key -> caption as the loader would give it, and the keys of those that have none."""
@@ -99,23 +122,22 @@ class LatentCache:
                 failed.append((ref.key, str(error)))
         return captions, failed
 
-    def _encode_from(self, done: int, say: Say, check: Check) -> list[Part]:
-        self.folder.mkdir(exist_ok=True)
-        parts: list[Part] = []
+    def _encode(self, pieces: Sequence[range], say: Say, check: Check) -> None:
+        """Write a part for each piece; one that is cut short by `check` holds the clips before."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         batches: list[Part] = []
-        try:
-            for batch in encode(self.config, self.refs[done:], self.vae, self.device, check):
-                batches.append(batch)
-                if sum(one.num_clips for one in batches) >= PART_CLIPS:
-                    parts.append(self._write(done, batches))
-                    done += parts[-1].num_clips
-                    if len(parts) % PARTS_TOLD == 0:
-                        say(f"encoded {done} of {len(self.refs)} clips")
-                    batches = []
-        finally:
-            if batches:
-                parts.append(self._write(done, batches))
-        return parts
+        numbers = [number for piece in pieces for number in piece]
+        encoded = encode(self.config, [self.refs[n] for n in numbers], self.vae, self.device, check, map(len, pieces))
+        for told, piece in enumerate(pieces, start=1):
+            try:
+                while sum(one.num_clips for one in batches) < len(piece):
+                    batches.append(next(encoded))
+            finally:
+                if batches:
+                    self._write(piece.start, batches)
+            batches = []
+            if told % PARTS_TOLD == 0:
+                say(f"encoded {numbers.index(piece.stop - 1) + 1} of {len(numbers)} clips")
 
     def _path(self, first: int) -> Path:
         return self.folder / f"clips-{first:08d}.safetensors"
@@ -123,14 +145,13 @@ class LatentCache:
     def _key(self, first: int, num_clips: int) -> str:
         return f"{self._facts}/{digest(self.refs[first : first + num_clips])}"
 
-    def _write(self, first: int, batches: list[Part]) -> Part:
+    def _write(self, first: int, batches: list[Part]) -> None:
         part = joined(batches)
         metadata = {
             "key": self._key(first, part.num_clips), "keys": json.dumps(part.keys), "failed": json.dumps(part.failed)
         }  # fmt: skip
         tensors = {} if part.latents is None else {"latents": part.latents}
         write_whole(self._path(first), save(tensors, metadata=metadata))
-        return part
 
     def _read(self, first: int) -> Part | None:
         """The part that starts at a clip; None where it is missing, damaged or of something else."""
@@ -155,16 +176,29 @@ def joined(parts: Sequence[Part]) -> Part:
 
 @torch.no_grad()
 def encode(
-    config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, check: Check
+    config: RunConfig,
+    refs: Sequence[ClipRef],
+    vae: CausalVae,
+    device: torch.device,
+    check: Check,
+    sizes: Iterable[int],
 ) -> Iterator[Part]:
-    """Clips in batches of ENCODE_BATCH, the last one maybe smaller; `check` may raise before each."""
+    """Clips in batches of ENCODE_BATCH; none reaches over the end of a piece, whose numbers of clips are `sizes`.
+
+    `check` may raise before each.
+    """
     decoded = _Decoded(MicroBatches(config, refs, None, 1))
     items = read_ahead(decoded, range(len(refs)), config.data.num_workers, 2 * ENCODE_BATCH)
-    for start in range(0, len(refs), ENCODE_BATCH):
+    ends = list(itertools.accumulate(sizes, initial=0))
+    for start, stop in (
+        (at, min(at + ENCODE_BATCH, end))
+        for first, end in itertools.pairwise(ends)
+        for at in range(first, end, ENCODE_BATCH)
+    ):
         pixels: list[Tensor] = []
         keys: list[str] = []
         failed: Reasons = []
-        for ref in refs[start : start + ENCODE_BATCH]:
+        for ref in refs[start:stop]:
             check()
             found, reason = next(items)
             if found is None:

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 import vidit
 from parallel import checkpoint
-from vidit.config import ConfigError, RunConfig
+from vidit.config import ConfigError, Launch, Parallel, RunConfig
 from vidit.overrides import faults_of, flat
 from vidit.whole_file import write_whole
 
@@ -34,9 +34,11 @@ from vidit.whole_file import write_whole
 # is learned. Where the clips lie may change, which clips they are may not: see `_data_faults`.
 FREE = {
     "run_dir", "train.device", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.validate_every", "train.sample_every", "train.compile", "train.activation_checkpointing",
+    "train.keep_every", "train.async_checkpoint", "train.validate_every", "train.sample_every", "train.compile",
+    "train.activation_checkpointing",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
 }  # fmt: skip
+FREE_SECTIONS = ("sample.", "parallel.", "launch.")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -44,6 +46,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     root = run_dir / "checkpoints"
     found = checkpoint.steps(root)
     return checkpoint.folder_of(root, found[-1]) if found else None
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same run on one process: its layout is of those that trained it, not of those that read it."""
+    return config.model_copy(update={"parallel": Parallel(), "launch": Launch()})
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -101,9 +108,13 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
 def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
     before, after = flat(old), flat(new)
     for key in after:
-        if before.get(key) == after[key] or key in FREE or key.startswith("sample."):
+        if before.get(key) == after[key] or key in FREE or key.startswith(FREE_SECTIONS):
+            continue
+        if key == "train.micro_batch" and not new.data.image_rows:  # the rows of a step are the same, cut elsewhere
             continue
         fault = f"{key}: the run has {before.get(key)!r}, this config {after[key]!r}"
+        if key == "train.micro_batch":
+            fault += ", and data.image_rows counts the image rows of each micro-batch"
         if key != "train.steps":
             yield fault
         elif new.train.schedule != "constant":

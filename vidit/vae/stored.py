@@ -20,7 +20,7 @@ def vae_config(folder: Path) -> Vae:
         raise ValueError(f"{path} is not a VAE config: {found}") from error
 
 
-def adopt_vae(config: RunConfig, world_size: int = 1) -> RunConfig:
+def adopt_vae(config: RunConfig, world_size: int | None = None) -> RunConfig:
     """Take the VAE's geometry from its folder; a config that says otherwise, or a folder without one, is a fault.
 
     A VAE run, and a run without weights, are returned as they are. Raises ConfigError with the faults of the

@@ -44,7 +44,7 @@ def test_what_a_resume_may_change(configure: Configure, tmp_path: Path) -> None:
     other = configure(
         tmp_path,
         data={"train": "elsewhere", "num_workers": 3, "max_skipped": 0.5},
-        train={"steps": 60, "checkpoint_every": 1, "validate_every": 2, "activation_checkpointing": True},
+        train={"steps": 60, "checkpoint_every": 1, "validate_every": 2, "activation_checkpointing": "full"},
         sample={"num_steps": 3, "guidance": 1.5, "sampler": "heun", "prompts": ("x", "y"), "micro_batch": 1},
     )
     assert open_run(other, DATA) == checkpoint.folder_of(tmp_path / "checkpoints", 3)
