@@ -1,11 +1,11 @@
 """The kinds of sequence parallelism: which a model can have, and which it should. Arithmetic only, no torch.
 
-| kind         | what travels in a layer, for each of n ranks               | needs                                     |
-|--------------|------------------------------------------------------------|-------------------------------------------|
-| window       | nothing; the residual stream once where the window changes | as many windows as ranks in every layer   |
-| ulysses      | q, k, v and the output, (n - 1) / n of a rank's share      | heads / tensor divisible by n             |
-| ulysses_ring | Ulysses inside a node, a ring across nodes                 | heads / tensor divisible by `ulysses`     |
-| ring         | k and v of every other rank, hidden behind the arithmetic  | nothing                                   |
+| kind         | what travels in a layer, of n ranks                        | needs                                    |
+|--------------|------------------------------------------------------------|------------------------------------------|
+| window       | nothing; the residual stream once where the window changes | as many windows as ranks in every layer  |
+| ulysses      | q, k, v and the output, (n - 1) / n of a rank's share      | heads / tensor divisible by n            |
+| ulysses_ring | Ulysses inside a node, a ring across nodes                 | heads / tensor divisible by `ulysses`    |
+| ring         | k and v of every other rank, beside the arithmetic         | nothing                                  |
 
 Papers: DeepSpeed-Ulysses 2309.14509, Ring Attention 2310.01889, the two combined 2405.07719.
 """

@@ -73,7 +73,8 @@ def part_gradients(
     else:
         extra = _additive(mask, q_BsNK.dtype)
         found = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, lse, 0.0, False, attn_mask=extra)
-    return PartGradients(*(x.transpose(1, 2) for x in found), None)
+    query, key, value = (x.transpose(1, 2) for x in found)
+    return PartGradients(query, key, value, None)
 
 
 def _kernel(q: Tensor, mask: Tensor | None) -> str | None:
@@ -97,10 +98,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    logits = torch.einsum("bsnk,btnk->bnst", q, k) * q.shape[-1] ** -0.5
+    logits = torch.einsum("bsnk,btnk->bnst", q, k).mul_(q.shape[-1] ** -0.5)
     if mask is None:
         return logits
-    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else logits.add_(mask)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Part:

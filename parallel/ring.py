@@ -8,6 +8,7 @@ gradients along, which come home after n steps; a rank holds its own q, k, v and
 A block of keys that no query of this rank sees, by what the core says of its windows, passes without arithmetic.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ class RingCore(nn.Module):
 
 
 class _Ring(torch.autograd.Function):
-    """q (B, real, N, K), everything else of whole blocks; `seen` (B, 1, real or 1, L) is the text that q sees."""
+    """q (B, real, N, K), all else of whole blocks; `seen` (B, 1, real or 1, L) is the text that q sees."""
 
     @staticmethod
     def forward(
@@ -97,22 +98,19 @@ class _Ring(torch.autograd.Function):
         seen: Tensor | None,
         route: Route,
     ) -> Tensor:
-        ctx.route = route
-        kv, whole = torch.stack((k, v)), None
-        for step, block in enumerate(route.blocks):
-            coming = _pass_on(kv, route) if step + 1 < route.size else None
+        whole = None
+        for block, kv in _meet(torch.stack((k, v)), route):
             begin, end, _ = block
             if begin < end:
                 mask = _mask(bias, group, place, route, block, q.shape[1])
                 part = attend_part(q, kv[0][:, begin:end], kv[1][:, begin:end], mask)
                 whole = part if whole is None else merge(whole, part)
-            if coming is not None:
-                kv = arrived(coming)
         if whole is None:  # this rank has padding only
             whole = Part(torch.zeros_like(q), q.new_zeros(q.shape[0], q.shape[2], 0))
         elif text_key is not None and text_value is not None:
             whole = merge(whole, attend_part(q, text_key, text_value, seen))
         out = whole.out_BsNK.to(q.dtype)
+        ctx.route = route
         ctx.save_for_backward(q, k, v, text_key, text_value, bias, group, place, seen, out, whole.lse_BNs)
         return out
 
@@ -121,26 +119,23 @@ class _Ring(torch.autograd.Function):
         q, k, v, text_key, text_value, bias, group, place, seen, out, lse = ctx.saved_tensors
         route, whole = ctx.route, Part(out, lse)
         wide = torch.promote_types(q.dtype, torch.float32)
-        grad_q = torch.zeros_like(q, dtype=wide)
+        grad_q, travelling = torch.zeros_like(q, dtype=wide), None
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
-        kv, travelling = torch.stack((k, v)), None
-        for step, block in enumerate(route.blocks):
-            coming = _pass_on(kv, route) if step + 1 < route.size else None
-            grad_kv = torch.zeros_like(kv, dtype=wide)
+        for block, kv in _meet(torch.stack((k, v)), route):
             begin, end, _ = block
+            grad_kv = torch.zeros_like(kv, dtype=wide)
             if begin < end:
                 mask = _mask(bias, group, place, route, block, q.shape[1])
                 part = part_gradients(grad, q, kv[0][:, begin:end], kv[1][:, begin:end], mask, whole)
                 grad_q += part.query
-                grad_kv[0][:, begin:end] = part.key
-                grad_kv[1][:, begin:end] = part.value
+                grad_kv[0][:, begin:end], grad_kv[1][:, begin:end] = part.key, part.value
                 if grad_bias is not None and part.logits is not None:
                     _add_bias(grad_bias, part.logits, place, route, block)
             if travelling is not None:
                 grad_kv += arrived(travelling)
-            travelling = _pass_on(grad_kv, route)
-            if coming is not None:
-                kv = arrived(coming)
+            travelling = _pass_on(grad_kv, route)  # after the last step, home
+        assert travelling is not None
+        grad_k, grad_v = arrived(travelling).to(k.dtype)
         grad_text: list[Tensor | None] = [None, None]
         if text_key is not None:
             grad_text = [torch.zeros_like(text_key), torch.zeros_like(text_value)]
@@ -148,11 +143,17 @@ class _Ring(torch.autograd.Function):
                 part = part_gradients(grad, q, text_key, text_value, seen, whole)
                 grad_q += part.query
                 grad_text = [part.key.to(text_key.dtype), part.value.to(text_value.dtype)]
-        assert travelling is not None
-        grad_k, grad_v = arrived(travelling).to(k.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, *grad_text, grad_bias, None, None, None, None
+
+
+def _meet(kv: Tensor, route: Route) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
+    """(block, keys and values) of each step; those of the next are on their way while these are used."""
+    for step, block in enumerate(route.blocks):
+        coming = _pass_on(kv, route) if step + 1 < route.size else None
+        yield block, kv
+        if coming is not None:
+            kv = arrived(coming)
 
 
 def _pass_on(x: Tensor, route: Route) -> Tensor:

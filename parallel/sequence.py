@@ -14,7 +14,7 @@ of keys and values, heads in dim 2, and what else the core needs of them. More i
 `RingCore` and by `DealtCore`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -29,8 +29,6 @@ from parallel.ring import RingCore
 from parallel.shares import num_tokens, pad_to, share
 from parallel.ulysses import UlyssesCore
 from parallel.window import DealCut, Deals, DealtCore, DealWhole, PositionsCut, Switch, each
-
-WrapCore = Callable[[nn.Module], nn.Module]
 
 
 class Seams(Protocol):
@@ -68,27 +66,30 @@ def apply_sequence(module: nn.Module, seams: Seams, mesh: Mesh, kind: SequenceKi
     if kind == "window":
         _deal_windows(module, seams, mesh.sequence)
         return
-    wrap: WrapCore
+    _cut_evenly(module, seams, mesh, kind)
+
+
+def _around(core: nn.Module, mesh: Mesh, kind: SequenceKind) -> nn.Module:
+    """What takes the place of a core where every rank has equally many tokens."""
     if kind == "ulysses":
-        wrap = lambda core: UlyssesCore(core, mesh.sequence)  # noqa: E731
-    elif kind == "ring":
-        wrap = lambda core: RingCore(core, mesh.sequence)  # noqa: E731
-    else:
-        inner, outer = mesh.ulysses, mesh.ring
-        assert inner is not None and outer is not None, "ulysses_ring takes a mesh built with its degree of ulysses"
-        wrap = lambda core: UlyssesCore(RingCore(core, outer), inner)  # noqa: E731
-    _cut_evenly(module, seams, mesh.sequence, wrap)
+        return UlyssesCore(core, mesh.sequence)
+    if kind == "ring":
+        return RingCore(core, mesh.sequence)
+    assert kind == "ulysses_ring", kind
+    assert mesh.ring is not None, "ulysses_ring takes a mesh that was built with its degree of ulysses"
+    assert mesh.ulysses is not None
+    return UlyssesCore(RingCore(core, mesh.ring), mesh.ulysses)
 
 
-def _cut_evenly(module: nn.Module, seams: Seams, mesh: DeviceMesh, wrap: WrapCore) -> None:
+def _cut_evenly(module: nn.Module, seams: Seams, mesh: Mesh, kind: SequenceKind) -> None:
     """Every rank gets ceil(S / n) tokens, in the order of the clip."""
     for pattern, dims in seams.split.items():
         for found in modules(module, [pattern]).values():
-            found.register_forward_hook(_Cut(dims, mesh))
+            found.register_forward_hook(_Cut(dims, mesh.sequence))
     for pattern, dim in seams.gather.items():
-        _make_whole(module, pattern, seams.counted, _Whole(dim, mesh))
-    for name in modules(module, seams.cores):
-        _replace(module, name, wrap(module.get_submodule(name)))
+        _make_whole(module, pattern, seams.counted, _Whole(dim, mesh.sequence))
+    for name, core in modules(module, seams.cores).items():
+        _replace(module, name, _around(core, mesh, kind))
 
 
 def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:

@@ -75,7 +75,8 @@ class Deals:
     def prepare(self, grid: Window, device: torch.device) -> None:
         """Raises LayoutError where a window of the model cannot be whole on this grid."""
         distinct = self.distinct(grid)
-        if (distinct[0], grid) in self.deals:
+        made = self.deals.get((distinct[0], grid))
+        if made is not None and made.tokens.device == device:
             return
         faults = list(dealing_faults(distinct, grid, self.size))
         if faults:
@@ -83,7 +84,7 @@ class Deals:
         with torch.inference_mode(False):  # made while sampling, used in training
             for window in distinct:
                 self.deals[window, grid] = _deal(window, grid, self.rank, self.size, device)
-                for other in distinct:
+                for other in (w for w in distinct if w != window):
                     self.moves[other, window, grid] = _move(other, window, grid, self.rank, self.size, device)
 
     def distinct(self, grid: Window) -> list[Window]:
@@ -111,19 +112,24 @@ def _dealt(window: Window, grid: Window, ranks: int) -> tuple[Tensor, Tensor, li
     return order, entry[order], [sum(sizes[first:last]) for first, last in runs(sizes, ranks)]
 
 
+def _part(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    start = sum(counts[:rank])
+    return x[start : start + counts[rank]]
+
+
 def _deal(window: Window, grid: Window, rank: int, ranks: int, device: torch.device) -> Deal:
     order, entries, counts = _dealt(window, grid, ranks)
     first, last = runs(window_tokens(window, grid), ranks)[rank]
     entries_each = window[0] * window[1] * window[2]
-    places = entries.split(counts)[rank] - first * entries_each
-    padded = torch.stack([pad_to(part, 0, max(counts)) for part in order.split(counts)])
+    places = _part(entries, counts, rank) - first * entries_each
+    padded = torch.cat([pad_to(_part(order, counts, r), 0, max(counts)) for r in range(ranks)])
     starts = torch.arange(ranks).repeat_interleave(torch.tensor(counts)) * max(counts)
     within = torch.cat([torch.arange(count) for count in counts])
     back = torch.empty_like(order)
     back[order] = starts + within
     full = len(places) == (last - first) * entries_each
     return Deal(
-        tuple(counts), slice(first, last), order.split(counts)[rank].to(device), padded.flatten().to(device),
+        tuple(counts), slice(first, last), _part(order, counts, rank).to(device), padded.to(device),
         back.to(device), None if full else places.to(device),
     )  # fmt: skip
 
@@ -132,13 +138,13 @@ def _move(before: Window, after: Window, grid: Window, rank: int, ranks: int, de
     old, _, old_counts = _dealt(before, grid, ranks)
     new, _, new_counts = _dealt(after, grid, ranks)
     old_owner, new_owner = (torch.tensor(owners(window, grid, ranks)) for window in (before, after))
-    mine = old.split(old_counts)[rank]
+    mine = _part(old, old_counts, rank)
     leaving = new_owner[mine].argsort(stable=True)
     # Every sender keeps the order of its own deal: tokens arrive in the order of senders, then of the old deal.
     incoming = old[new_owner[old] == rank]
-    place = torch.empty_like(incoming.new_empty(len(old)))
+    place = torch.empty_like(old)
     place[incoming] = torch.arange(len(incoming))
-    arriving = place[new.split(new_counts)[rank]]
+    arriving = place[_part(new, new_counts, rank)]
     send = torch.bincount(new_owner[mine], minlength=ranks).tolist()
     receive = torch.bincount(old_owner[incoming], minlength=ranks).tolist()
     return Move(tuple(send), tuple(receive), leaving.to(device), arriving.to(device))
