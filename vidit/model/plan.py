@@ -24,6 +24,8 @@ class Plan:
     gather: module -> dim of its output that holds the tokens: made whole after it is called.
     counted: module around `gather` that is called with the grid, which tells how many tokens are real.
     cores: modules that mix video tokens.
+    vectors: modules whose outputs are one vector a row, which acts on every video token.
+    before: modules that are done when the tokens are cut.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -33,6 +35,8 @@ class Plan:
     gather: dict[str, int]
     counted: str
     cores: tuple[str, ...]
+    vectors: tuple[str, ...]
+    before: tuple[str, ...]
     blocks: str = "blocks.*"
 
 
@@ -57,6 +61,8 @@ def sharding_plan(c: Model) -> Plan:
         gather={"head.project": 1},
         counted="head",
         cores=tuple(cores),
+        vectors=("blocks.*.modulation", "head.modulation"),
+        before=("embed",),
     )
 
 
