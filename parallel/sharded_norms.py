@@ -41,6 +41,7 @@ def apply_sharded_norms(
     regions: Mapping[str, tuple[int, ...]],
     whole: Mapping[str, int],
     counted: str,
+    before: Sequence[str],
     mesh: DeviceMesh,
     sequence: int = 1,
 ) -> None:
@@ -53,14 +54,15 @@ def apply_sharded_norms(
         vectors: modules whose outputs, one for each row, act on tokens.
         regions: as for `apply_tensor`; argument 0 of each holds the tokens, the others stay whole.
         whole: pattern -> dim of its output that is made whole; its own parameters meet tokens.
-        counted: the module around `whole` whose arguments hold the grid.
+        counted: the module around `whole` whose arguments hold the grid; not read without a `whole`.
+        before: modules that are done when the tokens are cut, on whole inputs.
         sequence: ranks that share the tokens of a row, each of them ceil(tokens / sequence).
 
     Raises PlanError where a pattern fits no module, or a parameter would meet tokens without a rule.
     """
     seams = _Seams(mesh, sequence)
     outputs = modules(module, whole)
-    _check(module, [*modules(module, cut), *modules(module, vectors), *modules(module, regions), *outputs])
+    _check(module, [*modules(module, [*before, *vectors, *regions]), *outputs])
     for pattern, dims in cut.items():
         for found in modules(module, [pattern]).values():
             found.register_forward_hook(_Cut(dims, seams))
@@ -85,7 +87,7 @@ def _check(module: nn.Module, ruled: Sequence[str]) -> None:
         inside = any(name.startswith(f"{owner}.") for owner in ruled)
         if not inside and all(isinstance(p, Replicate) for p in parameter.placements):
             raise PlanError(
-                f"parameter {name} is in none of the {len(ruled)} modules that are cut, regions, vectors or made whole, so "
+                f"parameter {name} is in none of the {len(ruled)} modules before the cut, regions, vectors or made whole, so "
                 "its gradient would be of this rank's tokens only: name its module in one of them"
             )
 
@@ -201,4 +203,5 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_gather(grad, ctx.dim, ctx.size, ctx.group), None, None, None
+        # Contiguous: what pads and trims it gives other strides in a compiled graph than outside of one.
+        return _all_gather(grad, ctx.dim, ctx.size, ctx.group).contiguous(), None, None, None

@@ -17,7 +17,7 @@ from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import resolve
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
-from vidit.train.layout import layout_of, stages_of
+from vidit.train.layout import layout_of, own_tokens, stages_of
 from vidit.train.parallelize import build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.pipeline import PipelinePasses
@@ -109,9 +109,9 @@ def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | 
     if mesh is None or p.pipeline == 1:
         return PlainPasses(model, step, lambda last: zero_micro_batch(model, last))
     assert isinstance(step, DitStep)
-    shares = [p.sequence] if p.sequence > 1 else []
-    shares += [p.tensor] if p.sharded_norms else []
+    sequence_rank = mesh.sequence.get_local_rank()
     return PipelinePasses(
-        model, step, stages_of(config), mesh.pipeline, p.schedule, shares,
+        model, step, stages_of(config), mesh.pipeline, p.schedule,
+        lambda grid, layer: own_tokens(config, grid, layer, sequence_rank),
         lambda last: zero_micro_batch(model, last, overlap=False), timedelta(seconds=p.timeout_s),
     )  # fmt: skip
