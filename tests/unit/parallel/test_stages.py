@@ -67,7 +67,7 @@ def test_order_on_ranks() -> None:
 @pytest.mark.parametrize(
     ("blocks", "schedule", "pipeline", "each", "message"),
     [
-        (6, "1f1b", 8, 1, r"pipeline=8 x .*=1 = 8 stages, but the model has 6 blocks .* pipeline of at most 6"),
+        (6, "1f1b", 8, 1, r"pipeline=8 x .*=1 = 8 stages, but the model has 6 blocks .*pipeline of at most 6"),
         (6, "interleaved", 4, 2, r"pipeline=4 x .*=2 = 8 stages, but the model has 6 blocks .* of at most 3"),
         (12, "gpipe", 2, 2, "stages_per_rank=2 has no place in parallel.schedule=gpipe"),
         (12, "interleaved", 2, 1, "interleaves nothing; use 2 or more"),
