@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -115,11 +115,34 @@ def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.config, arguments.overrides)
-    from vidit.train.run import run
+    from launch import local
+    from launch.rank import own_place, rank_process
 
-    run(config)
+    config = load_config(arguments.config, arguments.overrides)
+    logs = config.directory / "logs"
+    place = own_place()
+    if place is None and config.launch.local > 1:
+        _check(config)
+        command = ["-m", "vidit.cli", "train", arguments.config, *arguments.overrides]
+        return local.run(command, config.launch.local, logs, arguments.traceback)
+    if place is not None:
+        place.check(config.launch.local)
+    with rank_process(place, logs) if place else nullcontext():
+        from vidit.train.run import run
+
+        run(config)
     return 0
+
+
+def _check(config: RunConfig) -> None:
+    """Raise what is wrong with a config once, before ranks are started; a resumed run's own VAE will do."""
+    from vidit.resolve import resolve
+    from vidit.vae.stored import adopt_vae
+
+    copy = config.directory / "vae"
+    if config.vae.weights and not Path(config.vae.weights).exists() and (copy / "config.json").is_file():
+        config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(copy)})})
+    resolve(adopt_vae(config, config.launch.local), config.launch.local)
 
 
 def config(arguments: argparse.Namespace) -> int:
@@ -193,6 +216,16 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from vidit.export.weights import export_weights
+
+    for path in export_weights(
+        Path(arguments.run), Path(arguments.out), arguments.weights, arguments.dtype, arguments.step
+    ):
+        print(path)
+    return 0
+
+
 def whole(least: int) -> Callable[[str], int]:
     """A whole number of at least `least`, for argparse."""
 
@@ -256,6 +289,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=whole(0), default=0)
     p = add("report", report, "write RUN/report.html")
     p.add_argument("run")
+    p = add("export", export, "write a run's full weights as safetensors files")
+    p.add_argument("run")
+    p.add_argument("--out", required=True, help="a new folder")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="ema: the averages, as sampling uses")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    p.add_argument("--step", type=whole(0), help="of the checkpoint; default the newest")
     return top
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel import collectives, sequence, tensor
 from parallel.gradients import gradient_norm
+from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
@@ -42,7 +43,7 @@ ODD, EVEN = (3, 5, 3), (2, 4, 4)  # 45 and 32 tokens; windows of 2 x 2 do not di
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, one layout. `compile` is a backend, `plant` a bug of PLANTS."""
+    """One model, one batch, one layout. `compile` is a backend, `plant` a bug of PLANTS, `ulysses` a degree."""
 
     layout: dict[str, int]
     model: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +54,8 @@ class Case:
     checkpoint: bool = False
     compile: str = ""
     plant: str = ""
+    kind: SequenceKind = "ulysses"
+    ulysses: int = 0
 
     @property
     def config(self) -> Model:
@@ -132,11 +135,12 @@ def on_ranks(case: Case) -> Result:
     """On this rank of the layout, in the order of `vidit/train/parallelize.py`."""
     with planted(case.plant):
         layout, c = Layout(**case.layout), case.config
-        mesh, plan, model = build_mesh(layout, "cpu"), sharding_plan(c), on_meta(case)
+        mesh = build_mesh(layout, "cpu", ulysses=case.ulysses)
+        plan, model = sharding_plan(c), on_meta(case)
         if layout.tensor > 1:
             apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
         if layout.sequence > 1:
-            apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(model, plan, mesh, case.kind)
         for block in model.blocks.values():
             if case.checkpoint:
                 recompute(block)

@@ -25,6 +25,7 @@ from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 ROWS = 4
@@ -76,13 +77,14 @@ def build(case: Case) -> nn.ModuleDict:
 def losses(model: nn.ModuleDict, rows: dict[str, Tensor | None]) -> Tensor:
     """Mean over the rows, after a first pass without gradient whose output conditions the second."""
     inputs = dict(rows)
-    target, text = inputs.pop("target"), inputs.pop("text_BLE")
-    assert target is not None
+    x, target, text = (inputs.pop(name) for name in ("x_BCTHW", "target", "text_BLE"))
+    assert x is not None and target is not None
+    grid = Grid(*x.shape[2:], inputs.pop("image_B"))
     features = model["text"](text)
     inputs |= {"text_BLE": features.features_BLE, "pooled_BE": features.pooled_BE}
     with torch.no_grad():
-        inputs["previous_BCTHW"] = model["dit"](**inputs)
-    out = model["dit"](**inputs)
+        inputs["previous_BCTHW"] = model["dit"](x, grid, **inputs)
+    out = model["dit"](x, grid, **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean()
 
 

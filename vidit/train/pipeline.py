@@ -150,7 +150,7 @@ class PipelinePasses:
     ) -> list[Tensor | None]:
         """What the first stage is given of a first pass; None stands for zeros, and elsewhere for nothing."""
         estimates: list[Tensor | None] = [None] * len(inputs)
-        chosen = [i for i, own in enumerate(inputs) if own.chosen_B is not None and own.chosen_B.any()]
+        chosen = [i for i, own in enumerate(inputs) if own.estimated]
         if not chosen:
             return estimates
         outputs = self.pipeline.forward([entering[i] for i in chosen], [micro_batches[i] for i in chosen], shapes)

@@ -1,0 +1,218 @@
+"""`launch.local=N`: N ranks of one run on this machine, through torchrun's elastic agent.
+
+This process starts the agent (`python -m torch.distributed.run`), and the agent the ranks, which run the same command
+again and know from RANK that they are ranks (`launch/rank.py`). It imports no torch.
+
+Output: that of rank 0 goes where this process writes, that of the others to RUN/logs/rank-N.log, the agent's own to
+RUN/logs/torchrun.log. What a rank failed of is printed once, as `vidit: rank 2: ...`.
+
+Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call either a failure. So it gets neither:
+SIGTERM, SIGUSR1 and SIGINT to this process go from here to every rank, which save and leave as one process does,
+in the time that they need. A second SIGINT also ends the agent, and with it after 30 s every rank that still runs.
+Ranks whose launcher or agent is killed ask themselves to stop.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from launch.rank import FOLDER, SIGNALS, is_held
+from parallel.failure import Report, read_report
+
+POLL_S = 0.1
+STRAGGLERS_S = 30.0  # as the agent would give its workers
+FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+) ")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A command line, and the environment that it needs besides the one that is there."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]
+
+
+def render(
+    command: Sequence[str], num_ranks: int, folder: Path, environment: Mapping[str, str], num_cores: int,
+    python: str = sys.executable,
+) -> Rendered:  # fmt: skip
+    """How `num_ranks` ranks of `command` are started: what follows `python` for one process, a script or -m module.
+
+    `folder` is where this launch and its ranks leave word for each other. Each rank gets its share of the cores,
+    unless the environment says how many threads it is to use. Pure.
+    """
+    argv = (
+        python, "-m", "torch.distributed.run",
+        "--standalone", "--local-addr=127.0.0.1", "--nnodes=1", f"--nproc-per-node={num_ranks}", "--max-restarts=0",
+        f"--log-dir={folder / 'torch'}", *command,
+    )  # fmt: skip
+    added = {FOLDER: str(folder)}
+    if "OMP_NUM_THREADS" not in environment:
+        added["OMP_NUM_THREADS"] = str(max(1, num_cores // num_ranks))
+    return Rendered(argv, added)
+
+
+def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool = False) -> int:
+    """Start the ranks, pass signals on, wait for all, print why one failed. Returns the exit code.
+
+    0 when every rank ended well, after a request to stop too; else that of the rank at fault, 128 + N where
+    signal N ended it.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with _folder() as folder, Forward() as forward, (logs / "torchrun.log").open("wb") as log:
+        rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)))
+        agent = subprocess.Popen(
+            rendered.argv, env={**os.environ, **rendered.environment}, stdin=sys.stderr.fileno(), stderr=log,
+            start_new_session=True, preexec_fn=_ignore_usr1,
+        )  # fmt: skip
+        ranks = [Rank(folder / f"rank-{n}") for n in range(num_ranks)]
+        while agent.poll() is None:
+            forward.to(ranks, agent)
+            time.sleep(POLL_S)
+        _end_stragglers(ranks, forward, agent)
+        if all(rank.is_done() for rank in ranks):
+            return 0
+        failure = find_failure(folder, (logs / "torchrun.log").read_text(errors="replace"), agent.returncode)
+    _tell(failure, logs, show_traceback)
+    return failure.code
+
+
+def _ignore_usr1() -> None:
+    """In the agent, before it starts: SLURM sends SIGUSR1 to every process of a step, and it would die of it."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """The folder of a launch, with the lock that shows the ranks that this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="vidit-launch-"))
+    try:
+        with (folder / "launcher").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass
+class Rank:
+    """A rank as the launcher sees it: the file that it locks while it lives, and how many signals it was sent."""
+
+    file: Path
+    num_sent: int = 0
+
+    def process(self) -> int | None:
+        """Its process, once it has begun and until it ends."""
+        if not is_held(self.file):
+            return None
+        first = self.file.read_text().split("\n")[0]
+        return int(first) if first else None
+
+    def is_done(self) -> bool:
+        """Whether it came to its end without an error."""
+        return self.file.is_file() and self.file.read_text().endswith("done")
+
+
+class Forward:
+    """While entered, collects the signals that ask to stop; `to` sends every rank those that it has not had."""
+
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Forward":
+        for number in SIGNALS:
+            self._previous[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _: FrameType | None) -> None:
+        self.came.append(number)
+
+    def to(self, ranks: Sequence[Rank], agent: "subprocess.Popen[bytes]") -> None:
+        came = list(self.came)
+        for rank in ranks:
+            if rank.num_sent < len(came) and (process := rank.process()):
+                for number in came[rank.num_sent :]:
+                    _send(process, number)
+                rank.num_sent = len(came)
+        if came.count(signal.SIGINT) > 1:
+            with suppress(ProcessLookupError):
+                agent.terminate()
+
+
+def _send(process: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def _end_stragglers(ranks: Sequence[Rank], forward: Forward, agent: "subprocess.Popen[bytes]") -> None:
+    """Ranks outlive an agent that was killed: they have asked themselves to stop, and get time for it."""
+    deadline = time.monotonic() + STRAGGLERS_S
+    while left := [process for rank in ranks if (process := rank.process())]:
+        if time.monotonic() > deadline:
+            for process in left:
+                _send(process, signal.SIGKILL)
+        forward.to(ranks, agent)
+        time.sleep(POLL_S)
+
+
+class Failure(NamedTuple):
+    """Why a launch failed: the rank at fault (None: none of them), the message, the exit code, the traceback."""
+
+    rank: int | None
+    message: str
+    code: int
+    trace: str
+
+
+def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
+    """The cause among all that the ranks reported and the agent saw: the first report, or a rank without one."""
+    codes = {int(rank): int(code) for rank, code in FAILURE.findall(agent_log)}
+    found = (read_report(path) for path in sorted(folder.glob("torch/*/attempt_*/*/error.json")))
+    reports: list[Report] = sorted((report for report in found if report), key=lambda report: report.time)
+    # A rank that a signal ended left no report; what the others say of it is who it was and what it did last.
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    if reports:
+        told = next((report for report in reports if report.rank in killed), reports[0])
+        code = codes.get(told.rank, 1) if told.rank is not None else 1
+        how = f"{_how(code)}: " if told.rank in killed else ""
+        return Failure(told.rank, how + told.message, _code(code), told.trace)
+    for rank in [*killed, *codes]:
+        return Failure(rank, f"{_how(codes[rank])} without a message", _code(codes[rank]), "")
+    last = agent_log.strip().rpartition("\n")[2]
+    return Failure(None, f"torchrun {_how(agent_code)}: {last or 'it said nothing'}", _code(agent_code) or 1, "")
+
+
+def _how(code: int) -> str:
+    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _code(code: int) -> int:
+    """As a shell would give it."""
+    return 128 - code if code < 0 else code
+
+
+def _tell(failure: Failure, logs: Path, show_traceback: bool) -> None:
+    if failure.code == 130:
+        sys.stderr.write("vidit: interrupted\n")
+        return
+    name = "rank-*" if failure.rank is None else f"rank-{failure.rank}"
+    who = "" if failure.rank is None else f"rank {failure.rank}: "
+    trace = failure.trace if show_traceback else ""
+    sys.stderr.write(f"{trace}vidit: {who}{failure.message}\n  {logs / name}.log has more\n")

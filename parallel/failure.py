@@ -1,0 +1,61 @@
+"""Why a rank ends: an error that names the rank at fault, and the file in which whoever started it looks for that.
+
+The file is the one of torchrun (TORCHELASTIC_ERROR_FILE) in its format, so a launch of ours and a plain torchrun
+over many nodes both name the cause. No torch here: a launcher reads these files on a login node.
+"""
+
+import json
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class RankError(RuntimeError):
+    """What went wrong on some rank, or between the ranks; `rank` is the one at fault, None where no one is."""
+
+    def __init__(self, rank: int | None, message: str):
+        super().__init__(message if rank is None else f"rank {rank}: {message}")
+        self.rank, self.message = rank, message
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank left: the rank at fault as it sees it, the message without that name, the traceback, when."""
+
+    rank: int | None
+    message: str
+    trace: str
+    time: float
+
+
+def report_of(error: BaseException, rank: int) -> Report:
+    """A report of `rank`. An error with an attribute `rank` names another one as the cause."""
+    message = error.message if isinstance(error, RankError) else str(error)
+    if isinstance(error, KeyboardInterrupt):
+        message = "interrupted"
+    elif not message or not isinstance(error, (ValueError, RuntimeError, OSError)):
+        message = f"{type(error).__name__}: {message}" if message else type(error).__name__
+    cause: int | None = getattr(error, "rank", rank)
+    return Report(cause, message, "".join(traceback.format_exception(error)), time.time())
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write it for whoever started this rank; the first report of a process is the one that counts."""
+    facts = {"py_callstack": report.trace, "timestamp": str(int(report.time)), "rank": report.rank, "time": report.time}
+    try:
+        with path.open("x") as file:
+            json.dump({"message": {"message": report.message, "extraInfo": facts}}, file)
+    except FileExistsError:
+        pass
+
+
+def read_report(path: Path) -> Report | None:
+    """A report; None where there is none, or half of one."""
+    try:
+        message = json.loads(path.read_text())["message"]
+        facts = message["extraInfo"]
+        rank = None if facts["rank"] is None else int(facts["rank"])
+        return Report(rank, str(message["message"]), str(facts["py_callstack"]), float(facts["time"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
