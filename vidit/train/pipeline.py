@@ -191,7 +191,7 @@ class _Stage(nn.Module):
     ) -> Tensor:
         own = self.step.text(self.beside, tokens, num_clips) if text is None else text
         out: Tensor = self.dit(x, grid, time_B, own.features_BLE, own.frame_BL, own.pooled_BE, previous)
-        return out
+        return out.contiguous()  # as a stage must promise of what it hands on
 
 
 class _PipelinedDit(nn.Module):
