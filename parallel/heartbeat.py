@@ -12,6 +12,7 @@ longer than the timeout while others wait elsewhere: NCCL tells Python of no tim
 import faulthandler
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -153,7 +154,8 @@ class Heartbeat:
 
     def _inquire(self, store: dist.Store, error: str) -> RankError:
         rank, message = self._ask(store)
-        return self._declare(store, rank, f"{message} ({error.strip()})")
+        said = re.sub(r"^\[\S*\] ", "", error.strip())  # without the place in gloo's source
+        return self._declare(store, rank, f"{message} ({said})")
 
     def _ask(self, store: dist.Store) -> tuple[int | None, str]:
         """Read twice, until every rank has written again or is silent, and judge."""

@@ -61,6 +61,8 @@ def train(folder: Path, fault: str) -> None:
             ranks.heartbeat.beat(step, "update")
             if fault == "miscounts" and step == FAIL_AT:
                 agree.calls += 1
+            if fault == "between" and step == FAIL_AT:
+                hang()
             gradient = torch.full((4,), float("nan") if fault == "nan" and step == FAIL_AT else 1e-3)
             local = bool(gradient.isfinite().all())
             dist.all_reduce(gradient)

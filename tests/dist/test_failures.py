@@ -101,6 +101,16 @@ def test_hangs(run: Any) -> None:
     assert case.seconds > TIMEOUT_S
 
 
+def test_hangs_where_the_others_wait(run: Any) -> None:
+    """In the same section no rank is behind: none is blamed, and each shows where it is."""
+    case = run("between")
+    assert case.codes == [1, 1, 1]
+    for rank in range(WORLD):
+        assert case.report(rank).rank is None
+        assert f"the furthest back is in section update of step {FAIL_AT}" in case.report(rank).message
+    assert "in hang" in case.err(FAULTY)
+
+
 def test_raises_alone(run: Any) -> None:
     """An error that is not agreed on: the others fail in a collective, and say why it failed."""
     case = run("raise")
