@@ -345,6 +345,9 @@ class Parallel(Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     stages_per_rank: Positive = Field(1, description="stages of each pipeline rank, for interleaved")
     vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
+    count_communication: bool = Field(
+        False, description="count calls and bytes of every collective in the second step, into speed.jsonl"
+    )
     timeout_s: float = Field(600.0, gt=0, description="how long ranks wait for one another before all stop")
 
     @property
