@@ -35,7 +35,8 @@ class Seams(Protocol):
     """Where tokens of a module begin, mix and end, by patterns of names; only modules that are there are named.
 
     split: pattern -> {output: dim}; these outputs of the module are cut in that dim (output 0 is the only one of a
-        module that returns a tensor).
+        module that returns a tensor). The kind window asks for the grid among its arguments, or among those of the
+        module around it.
     gather: pattern -> dim in which its output is made whole.
     counted: the module around `gather` whose arguments hold the grid; not read without a `gather`.
     cores: patterns of the modules that mix tokens.
@@ -97,9 +98,12 @@ def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
     windows = list(seams.windows.values())
     deals = Deals(windows, mesh)
     for pattern, dims in seams.split.items():
-        cut = PositionsCut if pattern in seams.positions else DealCut
-        for found in modules(module, [pattern]).values():
-            found.register_forward_hook(cut(dims, deals, windows[0]))
+        kind = PositionsCut if pattern in seams.positions else DealCut
+        for name, found in modules(module, [pattern]).items():
+            cut = kind(dims, deals, windows[0])
+            found.register_forward_hook(cut)
+            if owner := name.rpartition(".")[0]:
+                module.get_submodule(owner).register_forward_pre_hook(cut.count)
     held = {argument: seams.split[pattern] for pattern, argument in seams.positions.items()}
     here = dict(module.named_modules())
     for (name, window), before in zip(seams.windows.items(), [None, *windows], strict=False):

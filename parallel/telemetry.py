@@ -108,9 +108,9 @@ def axis_names(axes: Mesh | Mapping[str, DeviceMesh]) -> dict[str, str]:
     return names
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, names: Mapping[str, str], counted: Communication):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.counted = dict(names), counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,7 +145,7 @@ def _group_of(given: Mapping[str, Any]) -> Group:
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type]
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _size(x: Any) -> int:

@@ -151,13 +151,20 @@ def _move(before: Window, after: Window, grid: Window, rank: int, ranks: int, de
 
 
 class DealCut:
-    """A forward hook: outputs that hold one entry a token become this rank's, as the first block wants them."""
+    """A forward hook: outputs that hold one entry a token become this rank's, as the first block wants them.
+
+    The grid is among the arguments of the module, or of the one around it, whose pre-hook is `count`.
+    """
 
     def __init__(self, dims: Mapping[int, int], deals: Deals, window: Window):
         self.dims, self.deals, self.window = dims, deals, window
+        self.around: tuple[Any, ...] = ()
+
+    def count(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.around = tuple(arg for arg in args if not isinstance(arg, Tensor))
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        grid = grid_of(args).shape
+        grid = grid_of((*args, *self.around)).shape
         first = output if isinstance(output, Tensor) else output[min(self.dims)]
         self.deals.prepare(grid, first.device)
         return each(output, self.dims, lambda x, dim: self._own(x, dim, grid))

@@ -25,8 +25,9 @@ from parallel.sequence import apply_sequence
 from parallel.shards import fill
 from parallel.shares import share
 from vidit.model.attention import WindowCore
-from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
+from vidit.model.stage import keep_stages, plan_of_stages
+from vidit.model.windows import Grid
 
 DEEP, DEEP_EVEN = (5, 5, 3), (4, 4, 4)  # windows for 4 ranks: 5 and 6 (uneven), 4 and 4
 REFERENCES: dict[str, dit_case.Result] = {}
@@ -61,7 +62,7 @@ def test_every_kind_of_block(pool: Pool, kind: Any, model: str) -> None:
     layout, grid = LAYOUTS["sp4"], DEEP if images else ODD
     case = Case(layout, MODELS[model], grid, images, checkpoint=model == "four windows", kind=kind, ulysses=2)
     if kind == "window" and not images:
-        with pytest.raises(TaskError, match="the whole clip is 1 window, fewer than parallel.sequence=4"):
+        with pytest.raises(TaskError, match=r"the whole clip is 1 window, fewer than parallel\.sequence=4"):
             measured(pool, case)
     else:
         assert_equal(measured(pool, case))
@@ -103,49 +104,29 @@ def test_compiled_whole(pool: Pool, kind: Any) -> None:
     assert_equal(measured(pool, case, compiled))
 
 
-class Passed(nn.Module):
-    """Stands where a pipeline stage lacks a module: hands on what it is given, or what it holds."""
-
-    held: Any = None
-
-    def forward(self, x: Any, *rest: Any) -> Any:
-        return x if self.held is None else self.held
-
-
 def two_stages(case: Case) -> dit_case.Result:
     """The model as two stages on the same ranks: tokens enter the second as the first left them."""
-    mesh, plan = build_mesh(Layout(**case.layout), "cpu", ulysses=case.ulysses), sharding_plan(case.config)
-    first, second = on_meta(case), on_meta(case)
-    first.head, second.embed = Passed(), Passed()
-    del first.blocks["2"], second.blocks["0"], second.blocks["1"]
-    kept: list[Any] = []
-    first.embed.register_forward_hook(lambda module, args, output: kept.append(output))
-    apply_sequence(first, replace(plan, gather={}, counted=""), mesh, case.kind)
-    apply_sequence(second, replace(plan, split={"positions": plan.split["positions"]}), mesh, case.kind)
-    stages = nn.ModuleList((first, second))
-    for stage in (first, second):
-        stage.to_empty(device="cpu")
-        for name, p in stage.named_parameters():
-            fill(p, value(name, tuple(p.shape)))
+    mesh, plan = build_mesh(Layout(**case.layout), "cpu"), sharding_plan(case.config)
+    stages = nn.ModuleList((on_meta(case), on_meta(case)))
+    for stage, layers in zip(stages, (range(2), range(2, 3)), strict=True):
+        keep_stages(stage, [layers])
+        apply_sequence(stage, plan_of_stages(plan, stage), mesh, case.kind)
+    stages.to_empty(device="cpu")
+    for name, p in stages.named_parameters():
+        fill(p, value(name.partition(".")[2], tuple(p.shape)))
     rows = dit_case.batch(case)
-    tokens = loss_free(first, rows)
-    second.embed.held = (tokens, *kept[0][1:])
-    total, out = loss(second, rows)
+    inputs = {name: x for name, x in rows.items() if name not in ("target", "x_BCTHW", "image_B")}
+    tokens = stages[0](rows["x_BCTHW"], Grid(*case.grid, rows["image_B"]), **inputs)
+    stages[1].register_forward_pre_hook(lambda module, args: (tokens, *args[1:]))
+    total, out = loss(stages[1], rows)
     total.backward()
     dit_case.average(stages, mesh.root)
-    grads = {n.partition(".")[2]: p.grad for n, p in stages.named_parameters() if p.grad is not None}
-    grads |= {n: torch.zeros(()) for n in single_names(case) if n not in grads}
+    grads: dict[str, Tensor] = {}
+    for name, p in stages.named_parameters():  # what both stages have has a gradient in each
+        own = name.partition(".")[2]
+        grads[own] = grads.get(own, 0) + (torch.zeros_like(p) if p.grad is None else p.grad)
     norm = float(torch.stack([g.norm() for g in grads.values()]).norm())
-    return dit_case.Result(slice(None), out.detach(), grads, norm, single_names(case))
-
-
-def loss_free(model: DiT, rows: dict[str, Tensor | None]) -> Tensor:
-    out: Tensor = model(**{name: x for name, x in rows.items() if name != "target"})
-    return out
-
-
-def single_names(case: Case) -> list[str]:
-    return [name for name, _ in on_meta(case).named_parameters()]
+    return dit_case.Result(slice(None), out.detach(), grads, norm, list(on_meta(case).state_dict()))
 
 
 @pytest.mark.parametrize("kind", ["ring", "window"])
@@ -235,7 +216,9 @@ def _unsorted(x: Tensor, move: window.Move, mesh: Any) -> Tensor:
     return collectives.deal(leaving, move.send, move.receive, mesh).transpose(0, 1)
 
 
-def _first_windows(core: WindowCore, q: Tensor, k: Tensor, v: Tensor, grid: Any, bias: Any, text: Any, own: slice) -> Any:
+def _first_windows(
+    core: WindowCore, q: Tensor, k: Tensor, v: Tensor, grid: Any, bias: Any, text: Any, own: slice
+) -> Any:
     return right_within(core, q, k, v, grid, bias, text, slice(0, own.stop - own.start))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -78,7 +78,7 @@ def on_ranks(case: Case) -> tuple[Result, dict[str, int]]:
         total, out = loss(model, {k: None if x is None else x[rows] for k, x in dit_case.batch(case).items()})
         total.backward()
         norm = float(gradient_norm(model.parameters()))
-        grads = {n: torch.zeros_like(whole(p)) if p.grad is None else whole(p.grad) for n, p in model.named_parameters()}
+        grads = {n: whole(p.detach() * 0 if p.grad is None else p.grad) for n, p in model.named_parameters()}
         return Result(rows, out.detach(), grads if dist.get_rank() == 0 else {}, norm, list(model.state_dict())), tokens
 
 
