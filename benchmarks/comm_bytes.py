@@ -24,14 +24,24 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.record import write_result
+from parallel.dealing import owners
+from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
 from parallel.sharded_norms import apply_sharded_norms
 from parallel.telemetry import count_communication
 from parallel.tensor import apply_tensor
-from parallel.traffic import sharded_norms_bytes, tensor_bytes, ulysses_bytes, zero_bytes
-from parallel.ulysses import UlyssesCore
+from parallel.traffic import (
+    all_to_all_bytes,
+    ring_bytes,
+    sharded_norms_bytes,
+    share,
+    tensor_bytes,
+    ulysses_bytes,
+    window_bytes,
+    zero_bytes,
+)
 from parallel.zero import Level, apply_zero, zero_micro_batch
 from vidit.config import Model
 from vidit.model.dit import DiT
@@ -41,12 +51,13 @@ from vidit.model.windows import Grid
 RANKS, ROWS, CHANNELS, TEXT, MICRO_BATCHES = 4, 2, 8, 16, 2
 GRIDS = ((5, 16, 16), (17, 32, 32))  # latent frames, height, width: patches of one
 SIZE = 4  # bytes of fp32
+WINDOWS = ((1, 0, 0), (0, 8, 8))  # a latent frame; 8 x 8 over all frames
 
 
 def config(num_layers: int, width: int) -> Model:
-    """Self-attention alone (what `window` does not send), spatial windows of a frame and 8 x 8 over all frames."""
+    """Self-attention alone: what cross-attention with keys of the window sends would be counted for ulysses only."""
     return Model(
-        num_layers=num_layers, width=width, num_heads=4, mlp_width=2 * width, patch=1, windows=((1, 0, 0), (0, 8, 8)),
+        num_layers=num_layers, width=width, num_heads=4, mlp_width=2 * width, patch=1, windows=WINDOWS,
         cross_attention="none", relative_position="none", attention_backend="sdpa",
     )  # fmt: skip
 
@@ -71,10 +82,11 @@ class Kind:
     divide: Callable[[DiT, Plan, Mesh], None]
     formula: Callable[[Run], float]
     whole_model: bool = False
+    ulysses: int = 0
 
 
-def _ulysses(model: DiT, plan: Plan, mesh: Mesh) -> None:
-    apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+def _sequence(kind: SequenceKind) -> Callable[[DiT, Plan, Mesh], None]:
+    return lambda model, plan, mesh: apply_sequence(model, plan, mesh, kind)
 
 
 def _tensor(model: DiT, plan: Plan, mesh: Mesh) -> None:
@@ -83,7 +95,7 @@ def _tensor(model: DiT, plan: Plan, mesh: Mesh) -> None:
 
 def _sharded_norms(model: DiT, plan: Plan, mesh: Mesh) -> None:
     _tensor(model, plan, mesh)
-    cut = {"embed.tokens": plan.split["embed.tokens"]}
+    cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
     apply_sharded_norms(
         model, cut, plan.vectors, plan.regions, plan.gather, plan.counted, plan.before, mesh.tensor
     )  # fmt: skip
@@ -113,13 +125,31 @@ def _pair(one: Callable[..., float], **more: int) -> Callable[[Run], float]:
     return lambda run: 2 * one(ROWS, _tokens(run), run.width, SIZE, RANKS, **more)
 
 
+def _combined(rows: int, tokens: int, width: int, size: int, ranks: int) -> float:
+    """Ulysses among 2 neighbours, whose half of the heads goes around a ring of 2."""
+    among = 8 * all_to_all_bytes(rows * share(tokens, ranks) * width * size, 2)
+    return among + ring_bytes(rows, tokens, width // 2, size, size, ranks // 2)
+
+
+def _windows(run: Run) -> float:
+    """To the second window and back, of the tokens that change their rank."""
+    first, second = (owners(window, run.grid, RANKS) for window in WINDOWS)
+    pairs = list(zip(first, second, strict=True))
+    leaving = sum(a == run.rank != b for a, b in pairs)
+    arriving = sum(a != run.rank == b for a, b in pairs)
+    return 2 * window_bytes(ROWS, leaving, arriving, run.width, SIZE)
+
+
 def _pair_of_tensor(one: Callable[..., float]) -> Callable[[Run], float]:
     """Attention and MLP; the scales of QK-norm of one head."""
     return lambda run: _pair(one, regions=2, per_head=2 * run.width // 4)(run)
 
 
 KINDS: dict[str, Kind] = {
-    "ulysses": Kind(Layout(sequence=RANKS), _ulysses, _pair(ulysses_bytes)),
+    "ulysses": Kind(Layout(sequence=RANKS), _sequence("ulysses"), _pair(ulysses_bytes)),
+    "ring": Kind(Layout(sequence=RANKS), _sequence("ring"), _pair(ring_bytes, wide=SIZE)),
+    "ulysses_ring 2 x 2": Kind(Layout(sequence=RANKS), _sequence("ulysses_ring"), _pair(_combined), ulysses=2),
+    "window": Kind(Layout(sequence=RANKS), _sequence("window"), _windows),
     "tensor": Kind(Layout(tensor=RANKS), _tensor, _pair_of_tensor(tensor_bytes)),
     "tensor, sharded norms": Kind(Layout(tensor=RANKS), _sharded_norms, _pair_of_tensor(sharded_norms_bytes)),
     "zero 0": _zero(0),
@@ -136,7 +166,7 @@ def count(run: Run) -> dict[str, Any]:
     try:
         with torch.device("meta"):
             model = DiT(c, CHANNELS, run.grid, TEXT)
-        mesh = build_mesh(kind.layout, "cpu")
+        mesh = build_mesh(kind.layout, "cpu", ulysses=kind.ulysses)
         kind.divide(model, sharding_plan(c), mesh)
         model.to_empty(device="cpu")
         with torch.no_grad():
