@@ -11,11 +11,14 @@ where the calls of `torch.distributed` do not. `group` is the name of a process 
 | split        | this rank's part of a dim | all-gather, divided by n  |
 | gather       | all-gather of a dim       | reduce-scatter, summed    |
 | exchange     | all-to-all of dim 0       | all-to-all of dim 0       |
+| deal         | all-to-all, uneven parts  | the same, sizes exchanged |
+| pass_on      | to the next rank          | (none: see `ring.py`)     |
 
 The first three are f and g of Megatron-LM (1909.08053, section 3). `split` and `gather` keep one rule: between
 them every activation gradient is n times the true one, so a parameter's gradient is the mean over the ranks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +52,11 @@ def _reduce_scatter(x: Tensor, dim: int, size: int, group: str) -> Tensor:
 
 def _all_to_all(x: Tensor, size: int, group: str) -> Tensor:
     parts = [x.shape[0] // size] * size
-    return _wait(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), parts, parts, group))
+    return _deal(x, parts, parts, group)
+
+
+def _deal(x: Tensor, send: Sequence[int], receive: Sequence[int], group: str) -> Tensor:
+    return _wait(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group))
 
 
 class _EnterTensor(torch.autograd.Function):
@@ -117,6 +124,17 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(grad, ctx.size, ctx.group), None, None
 
 
+class _Deal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, send: Sequence[int], receive: Sequence[int], group: str) -> Tensor:
+        ctx.send, ctx.receive, ctx.group = send, receive, group
+        return _deal(x, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _deal(grad, ctx.receive, ctx.send, ctx.group), None, None, None
+
+
 def _apply(function: Any, *args: Any) -> Tensor:
     out: Tensor = function.apply(*args)
     return out
@@ -150,3 +168,24 @@ def gather(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
 def exchange(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Part r of dim 0 goes to rank r; part r of the result came from rank r: (n m, ...) -> (n m, ...)."""
     return _apply(_Exchange, x, mesh.size(), group_name(mesh))
+
+
+def deal(x: Tensor, send: Sequence[int], receive: Sequence[int], mesh: DeviceMesh) -> Tensor:
+    """`send[r]` rows of dim 0 go to rank r, in order; `receive[r]` rows of the result came from rank r."""
+    return _apply(_Deal, x, send, receive, group_name(mesh))
+
+
+def pass_on(x: Tensor, rank: int, size: int, group: str) -> Tensor:
+    """Start to send x to the next rank, the last rank's to the first; `arrived` gives what the rank before sent.
+
+    An all-to-all with one part that is not empty: it runs beside the arithmetic until it is waited for, and compiles.
+    """
+    send, receive = [0] * size, [0] * size
+    send[(rank + 1) % size] = receive[rank - 1] = x.shape[0]
+    on_the_way: Tensor = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), receive, send, group)
+    return on_the_way
+
+
+def arrived(on_the_way: Tensor) -> Tensor:
+    """Wait for what `pass_on` started."""
+    return _wait(on_the_way)

@@ -1,89 +1,135 @@
 """Sequence parallelism from outside: each rank holds a share of the video tokens of the same rows.
 
-The tokens are padded and cut after the modules that make them, gathered and trimmed before they are read as a
-whole; what lies between works token by token except the cores, each of which gets a module around it that
-moves tokens. Names of parameters stay, because a core has none.
+The tokens are cut after the modules that make them and gathered before they are read as a whole; what lies between
+works token by token except the cores, each of which gets a module around it that moves tokens. Names of parameters
+stay, because a core has none. The kinds, and when which is better, stand in `kinds.py`.
 
 The gradient rule: `split` returns the mean of what the ranks send back, `gather` their sum (of n equal
 gradients), so between them activation gradients are n times the true ones, and every parameter's gradient, inside
 and outside, is the mean over the ranks. Averaging over data x sequence is therefore all that is left to do.
 
 What the seams expect of a module that takes part: a core is called as (q_BSNK, k_BSNK, v_BSNK, grid, bias, text),
-where `grid.num_tokens` counts the tokens of the whole row, `bias` has heads in dim 0, and tensors of 4 dims in
-the tuple `text` have heads in dim 2.
+where `grid.shape` and `grid.num_tokens` are those of the whole row, `bias` has heads in dim 0, and `text` is a tuple
+of keys and values, heads in dim 2, and what else the core needs of them. More is asked of a core by
+`RingCore` and by `DealtCore`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import gather, split
-from parallel.names import modules
+from parallel.dealing import Window
+from parallel.kinds import SequenceKind
+from parallel.mesh import Mesh
+from parallel.names import PlanError, modules
+from parallel.ring import RingCore
+from parallel.shares import num_tokens, pad_to, share
+from parallel.ulysses import UlyssesCore
+from parallel.window import DealCut, Deals, DealtCore, DealWhole, PositionsCut, Switch, each
 
-WrapCore = Callable[[nn.Module, DeviceMesh], nn.Module]
 
+class Seams(Protocol):
+    """Where tokens of a module begin, mix and end, by patterns of names; only modules that are there are named.
 
-def apply_sequence(
-    module: nn.Module,
-    cut: Mapping[str, Mapping[int, int]],
-    whole: Mapping[str, int],
-    counted: str,
-    cores: Sequence[str],
-    mesh: DeviceMesh,
-    wrap: WrapCore,
-) -> None:
-    """Divide the tokens of `module` over the one dim of `mesh`, in place.
-
-    Args:
-        cut: pattern -> {output: dim}; these outputs of the module are cut in that dim (output 0 is the only one of
-            a module that returns a tensor).
-        whole: pattern -> dim in which its output is made whole.
-        counted: the module around `whole` whose arguments hold the grid.
-        cores: patterns of the modules that mix tokens.
-        wrap: (core, mesh) -> what takes its place (`parallel.ulysses.UlyssesCore`).
-
-    Raises PlanError where a pattern fits no module.
+    split: pattern -> {output: dim}; these outputs of the module are cut in that dim (output 0 is the only one of a
+        module that returns a tensor). The kind window asks for the grid among its arguments, or among those of the
+        module around it.
+    gather: pattern -> dim in which its output is made whole.
+    counted: the module around `gather` whose arguments hold the grid; not read without a `gather`.
+    cores: patterns of the modules that mix tokens.
+    windows: name -> attention window of every block of the whole model, in order, also of those that other pipeline
+        stages have. A core belongs to the block that its name begins with.
+    positions: pattern among `split` -> argument of a block that holds its outputs, which have no gradient.
     """
-    for pattern, dims in cut.items():
+
+    @property
+    def split(self) -> Mapping[str, Mapping[int, int]]: ...
+    @property
+    def gather(self) -> Mapping[str, int]: ...
+    @property
+    def counted(self) -> str: ...
+    @property
+    def cores(self) -> Sequence[str]: ...
+    @property
+    def windows(self) -> Mapping[str, Window]: ...
+    @property
+    def positions(self) -> Mapping[str, int]: ...
+
+
+def apply_sequence(module: nn.Module, seams: Seams, mesh: Mesh, kind: SequenceKind) -> None:
+    """Divide the tokens of `module` over `mesh.sequence`, in place; ulysses_ring uses `mesh.ring` x `mesh.ulysses`.
+
+    `kinds.sequence_faults` says beforehand what does not fit. Raises PlanError where a pattern fits no module.
+    """
+    if kind == "window":
+        _deal_windows(module, seams, mesh.sequence)
+        return
+    _cut_evenly(module, seams, mesh, kind)
+
+
+def _around(core: nn.Module, mesh: Mesh, kind: SequenceKind) -> nn.Module:
+    """What takes the place of a core where every rank has equally many tokens."""
+    if kind == "ulysses":
+        return UlyssesCore(core, mesh.sequence)
+    if kind == "ring":
+        return RingCore(core, mesh.sequence)
+    assert kind == "ulysses_ring", kind
+    assert mesh.ring is not None, "ulysses_ring takes a mesh that was built with its degree of ulysses"
+    assert mesh.ulysses is not None
+    return UlyssesCore(RingCore(core, mesh.ring), mesh.ulysses)
+
+
+def _cut_evenly(module: nn.Module, seams: Seams, mesh: Mesh, kind: SequenceKind) -> None:
+    """Every rank gets ceil(S / n) tokens, in the order of the clip."""
+    for pattern, dims in seams.split.items():
         for found in modules(module, [pattern]).values():
-            found.register_forward_hook(_Cut(dims, mesh))
-    for pattern, dim in whole.items():
-        trim = _Whole(dim, mesh)
-        for found in modules(module, [pattern]).values():
-            found.register_forward_hook(trim)
-        for found in modules(module, [counted]).values():
-            found.register_forward_pre_hook(trim.count)
-    for name in modules(module, cores):
-        owner, _, own_name = name.rpartition(".")
-        setattr(module.get_submodule(owner), own_name, wrap(module.get_submodule(name), mesh))
+            found.register_forward_hook(_Cut(dims, mesh.sequence))
+    for pattern, dim in seams.gather.items():
+        _make_whole(module, pattern, seams.counted, _Whole(dim, mesh.sequence))
+    for name, core in modules(module, seams.cores).items():
+        _replace(module, name, _around(core, mesh, kind))
 
 
-def num_tokens(args: tuple[Any, ...]) -> int:
-    """Tokens of the whole row, as the grid among the arguments tells."""
-    for arg in args:
-        count = getattr(arg, "num_tokens", None)
-        if isinstance(count, int):
-            return count
-    raise RuntimeError(
-        f"none of {len(args)} positional arguments tells num_tokens, so padding cannot be told from tokens; "
-        "pass the grid by position"
-    )
+def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
+    """Every rank gets whole windows, other ones where the next block's differ."""
+    windows = list(seams.windows.values())
+    deals = Deals(windows, mesh)
+    for pattern, dims in seams.split.items():
+        kind = PositionsCut if pattern in seams.positions else DealCut
+        for name, found in modules(module, [pattern]).items():
+            cut = kind(dims, deals, windows[0])
+            found.register_forward_hook(cut)
+            if owner := name.rpartition(".")[0]:
+                module.get_submodule(owner).register_forward_pre_hook(cut.count)
+    held = {argument: seams.split[pattern] for pattern, argument in seams.positions.items()}
+    here = dict(module.named_modules())
+    for (name, window), before in zip(seams.windows.items(), [None, *windows], strict=False):
+        if name in here:
+            here[name].register_forward_pre_hook(Switch(before, window, deals, held))
+    for pattern, dim in seams.gather.items():
+        _make_whole(module, pattern, seams.counted, DealWhole(dim, deals, windows[-1]))
+    for name, core in modules(module, seams.cores).items():
+        found_windows = [w for block, w in seams.windows.items() if name.startswith(f"{block}.")]
+        if len(found_windows) != 1:
+            raise PlanError(
+                f"core {name} lies in {len(found_windows)} of {len(windows)} blocks with a window; it must lie in 1"
+            )
+        _replace(module, name, DealtCore(core, found_windows[0], deals))
 
 
-def pad_to(x: Tensor, dim: int, length: int) -> Tensor:
-    """x with zeros appended in `dim` up to `length`."""
-    missing = length - x.shape[dim]
-    if not missing:
-        return x
-    return F.pad(x, (0, 0) * (x.ndim - 1 - dim) + (0, missing))
+def _make_whole(module: nn.Module, pattern: str, counted: str, whole: Any) -> None:
+    for found in modules(module, [pattern]).values():
+        found.register_forward_hook(whole)
+    for found in modules(module, [counted]).values():
+        found.register_forward_pre_hook(whole.count)
 
 
-def share(tokens: int, size: int) -> int:
-    """Tokens of each of `size` ranks, padding included."""
-    return -(-tokens // size)
+def _replace(module: nn.Module, name: str, new: nn.Module) -> None:
+    owner, _, own_name = name.rpartition(".")
+    setattr(module.get_submodule(owner), own_name, new)
 
 
 class _Cut:
@@ -93,10 +139,7 @@ class _Cut:
         self.dims, self.mesh = dims, mesh
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self._own(output, self.dims[0])
-        parts = [self._own(x, self.dims[i]) if i in self.dims else x for i, x in enumerate(output)]
-        return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+        return each(output, self.dims, self._own)
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         size = self.mesh.size()

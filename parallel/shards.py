@@ -4,7 +4,7 @@ Initial values and loaded weights are written this way: the numbers of a paramet
 the layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ def fill(parameter: Tensor, full: Tensor) -> None:
         local.copy_(local_part(full, parameter.device_mesh, parameter.placements))
     else:
         parameter.copy_(full)
+
+
+@torch.no_grad()
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same names with whole tensors, on every rank; all ranks must call it alike."""
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 def local_part(full: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:

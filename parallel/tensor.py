@@ -18,7 +18,7 @@ On torch 2.13 a block with DTensor parameters goes through activation checkpoint
 both together (AOTAutograd's `save_from_forward`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def apply_tensor(
     for owner, own in owners.items():
         _divide(module.get_submodule(owner), own, mesh)
     for name, arguments in entrances.items():
-        module.get_submodule(name).register_forward_pre_hook(_Entrance(arguments, group_name(mesh)))
+        module.get_submodule(name).register_forward_pre_hook(Entrance(arguments, group_name(mesh)))
 
 
 def _check(name: str, parameter: Tensor, kind: Kind, size: int) -> None:
@@ -98,7 +98,7 @@ def _divide(module: nn.Module, kinds: Mapping[str, Kind], mesh: DeviceMesh) -> N
         module._parameters[name] = nn.Parameter(divided, requires_grad=parameter.requires_grad)
     module.__class__ = _reading_locally(type(module), kinds, group, first)
     if "row" in kinds.values():
-        module.register_forward_hook(_Exit(group))
+        module.register_forward_hook(Exit(group))
 
 
 def _reading_locally(cls: type[nn.Module], kinds: Mapping[str, Kind], group: str, first: bool) -> type[nn.Module]:
@@ -127,6 +127,12 @@ def _reading_locally(cls: type[nn.Module], kinds: Mapping[str, Kind], group: str
     return type(cls.__name__, (cls,), members)
 
 
+def read_summed(module: nn.Module, group: str) -> None:
+    """Let the module's own parameters, whole on every rank, get the sum over ranks for a gradient (kind per_head)."""
+    kinds: dict[str, Kind] = dict.fromkeys((name for name, _ in module.named_parameters(recurse=False)), "per_head")
+    module.__class__ = _reading_locally(type(module), kinds, group, first=False)
+
+
 def _local(parameter: Tensor | None, kind: Kind, group: str, first: bool) -> Tensor | None:
     if parameter is None:
         return None
@@ -136,11 +142,15 @@ def _local(parameter: Tensor | None, kind: Kind, group: str, first: bool) -> Ten
     return first_only(local, first) if kind == "row" and local.ndim == 1 else local
 
 
-class _Entrance:
-    """A forward pre-hook: the chosen arguments (tensors, or tuples of them) enter the region."""
+class Entrance:
+    """A forward pre-hook: the chosen arguments (tensors, or tuples of them) enter the region.
+
+    `tokens` takes the place of that for argument 0: (x, all arguments) -> x (`parallel/sharded_norms.py`).
+    """
 
     def __init__(self, arguments: tuple[int, ...], group: str):
         self.arguments, self.group = arguments, group
+        self.tokens: Callable[[Tensor, tuple[Any, ...]], Tensor] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if max(self.arguments) >= len(args):
@@ -148,17 +158,21 @@ class _Entrance:
                 f"{type(module).__name__} got {len(args)} positional arguments, but the plan lets argument "
                 f"{max(self.arguments)} enter its tensor region; correct the plan or the call"
             )
-        return tuple(tree_map(self._enter, a) if i in self.arguments else a for i, a in enumerate(args))
+        entered = [tree_map(self._enter, a) if i in self.arguments else a for i, a in enumerate(args)]
+        if self.tokens is not None:
+            entered[0] = self.tokens(args[0], args)
+        return tuple(entered)
 
     def _enter(self, x: Any) -> Any:
         return enter_tensor(x, self.group) if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-class _Exit:
-    """A forward hook: the sum of the ranks' partial outputs."""
+class Exit:
+    """A forward hook: the sum of the ranks' partial outputs, or what `tokens` makes of them."""
 
     def __init__(self, group: str):
         self.group = group
+        self.tokens: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return leave_tensor(output, self.group)
+        return leave_tensor(output, self.group) if self.tokens is None else self.tokens(output)

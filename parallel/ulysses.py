@@ -2,7 +2,8 @@
 
 One all-to-all takes q, k, v from (all heads, own tokens) to (own heads, all tokens), one takes the result back;
 each rank sends (n - 1) / n of what it holds. The core between them sees every token, padding stripped, so any
-mask, window or grid works as on one device, and odd counts are exact.
+mask, window or grid works as on one device, and odd counts are exact. Where the ranks are a part of those that divide
+the tokens (kind ulysses_ring, 2405.07719), it sees the tokens of that part, and what is inside knows of the others.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import exchange
 from parallel.layout import divisors, words
-from parallel.sequence import pad_to, share
+from parallel.shares import pad_to, share
 
 
 class UlyssesCore(nn.Module):
@@ -36,7 +37,8 @@ class UlyssesCore(nn.Module):
                 f"{heads} heads on each rank are not divisible by parallel.sequence={self.size} in the kind ulysses; "
                 f"use one of {words(divisors(heads))}"
             )
-        q, k, v = self._to_heads(torch.stack((q_BSNK, k_BSNK, v_BSNK)), grid.num_tokens)
+        tokens = min(grid.num_tokens, self.size * q_BSNK.shape[1])
+        q, k, v = self._to_heads(torch.stack((q_BSNK, k_BSNK, v_BSNK)), tokens)
         own_bias = None if bias is None else self._own(bias, 0)
         if text is not None:
             own = [self._own(x, 2) if x.ndim == 4 else x for x in text]

@@ -216,6 +216,16 @@ def report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def export(arguments: argparse.Namespace) -> int:
+    from vidit.export.weights import export_weights
+
+    for path in export_weights(
+        Path(arguments.run), Path(arguments.out), arguments.weights, arguments.dtype, arguments.step
+    ):
+        print(path)
+    return 0
+
+
 def whole(least: int) -> Callable[[str], int]:
     """A whole number of at least `least`, for argparse."""
 
@@ -279,6 +289,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=whole(0), default=0)
     p = add("report", report, "write RUN/report.html")
     p.add_argument("run")
+    p = add("export", export, "write a run's full weights as safetensors files")
+    p.add_argument("run")
+    p.add_argument("--out", required=True, help="a new folder")
+    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="ema: the averages, as sampling uses")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    p.add_argument("--step", type=whole(0), help="of the checkpoint; default the newest")
     return top
 
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel import collectives, sequence, tensor
 from parallel.gradients import gradient_norm
+from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
@@ -29,6 +30,7 @@ from vidit.config import Model
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 CHANNELS, TEXT, TOKENS = 3, 10, 6
@@ -41,17 +43,19 @@ ODD, EVEN = (3, 5, 3), (2, 4, 4)  # 45 and 32 tokens; windows of 2 x 2 do not di
 
 @dataclass(frozen=True)
 class Case:
-    """One model, one batch, one layout. `compile` is a backend, `plant` a bug of PLANTS."""
+    """One model, one batch, one layout. `compile` is a backend, `plant` a bug of PLANTS, `ulysses` a degree."""
 
     layout: dict[str, int]
     model: dict[str, Any] = field(default_factory=dict)
     grid: tuple[int, int, int] = ODD
     images: bool = False
     zero: bool = True
-    keep_gathered: bool = False
+    level: int = 3
     checkpoint: bool = False
     compile: str = ""
     plant: str = ""
+    kind: SequenceKind = "ulysses"
+    ulysses: int = 0
 
     @property
     def config(self) -> Model:
@@ -98,8 +102,8 @@ def on_meta(case: Case) -> DiT:
 def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
-    target = inputs.pop("target")
-    out = model(**inputs)
+    target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 
@@ -131,18 +135,19 @@ def on_ranks(case: Case) -> Result:
     """On this rank of the layout, in the order of `vidit/train/parallelize.py`."""
     with planted(case.plant):
         layout, c = Layout(**case.layout), case.config
-        mesh, plan, model = build_mesh(layout, "cpu"), sharding_plan(c), on_meta(case)
+        mesh = build_mesh(layout, "cpu", ulysses=case.ulysses)
+        plan, model = sharding_plan(c), on_meta(case)
         if layout.tensor > 1:
             apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
         if layout.sequence > 1:
-            apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(model, plan, mesh, case.kind)
         for block in model.blocks.values():
             if case.checkpoint:
                 recompute(block)
             if case.compile:
                 block.compile(fullgraph=True, backend=case.compile)
         if case.zero:
-            apply_zero(model, [plan.blocks], mesh.zero, case.keep_gathered)
+            apply_zero(model, [plan.blocks], mesh.zero, case.level)
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))
@@ -216,8 +221,8 @@ def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, 0, own).clone() if dim == 0 else right_own(hook, x, dim)
 
 
-def _summed(module: DiT, blocks: Any, mesh: Any, keep_gathered: bool) -> None:
-    right_zero(module, blocks, mesh, keep_gathered)
+def _summed(module: DiT, blocks: Any, mesh: Any, level: Any) -> None:
+    right_zero(module, blocks, mesh, level)
     for unit in (*module.blocks.values(), module):
         unit.set_gradient_divide_factor(1.0)
 

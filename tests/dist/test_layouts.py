@@ -83,7 +83,7 @@ def test_without_zero(pool: Pool, layout: str) -> None:
 
 
 def test_parameters_kept_gathered(pool: Pool) -> None:
-    assert_equal(measured(pool, Case(LAYOUTS["zero2 tp2"], {}, ODD, keep_gathered=True), "bias"))
+    assert_equal(measured(pool, Case(LAYOUTS["zero2 tp2"], {}, ODD, level=2), "bias"))
 
 
 def test_one_frame(pool: Pool) -> None:

@@ -15,7 +15,7 @@ from parallel.gradients import clip_gradients, gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.names import PlanError
-from parallel.sequence import num_tokens, pad_to
+from parallel.shares import num_tokens, pad_to
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero

@@ -11,6 +11,7 @@ from vidit.config import Model, RunConfig
 from vidit.model.attention import attend, flash_available
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
+from vidit.model.windows import Grid
 from vidit.train.run import run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -36,7 +37,8 @@ def denoise(device: str, dtype: torch.dtype, backend: str = "auto") -> tuple[tor
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[0, 4:] = False
     time_B = torch.tensor([100.0, 700.0])
-    out = model(x.to(device), time_B.to(device), text.to(device), text_frames(mask).to(device))
+    grid = Grid(*GRID)
+    out = model(x.to(device), grid, time_B.to(device), text.to(device), text_frames(mask).to(device))
     out.square().mean().backward()
     return out.detach().cpu(), {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
 

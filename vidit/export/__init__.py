@@ -1,1 +1,1 @@
-"""Weights for use outside training: safetensors with a config beside them."""
+"""What leaves a run for use elsewhere."""

@@ -20,7 +20,7 @@ from vidit.config import Model, whole_window
 from vidit.dtypes import widen
 from vidit.model.linear import Linear
 from vidit.model.rope import rotate
-from vidit.model.windows import Grid, merge, padding_mask, partition
+from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 
 EVERY_FRAME = -1
 PADDING = -2
@@ -79,12 +79,29 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).to(dtype)
 
 
+class Pairs(NamedTuple):
+    """Which tokens of a clip see each other, for a core that meets keys in another order than windows.
+
+    group_BS: (B or 1, S) int, a token sees the tokens of its own group; None where every token sees every other.
+    place_S: number of a token in its window: the bias of a query and a key stands at their two places.
+    text_BSL: (B, S or 1, L) bool, which text a token sees; None without text keys.
+    unchanged_B: rows whose values leave unchanged; None where there are none.
+    """
+
+    group_BS: Tensor | None
+    place_S: Tensor
+    text_BSL: Tensor | None
+    unchanged_B: Tensor | None
+
+
 class WindowCore(nn.Module):
     """Attention inside windows; 0 in `window` is the whole axis, so (0, 0, 0) is full attention.
 
     q, k, v (B, S, N, K) hold every token of `grid`; `bias_NWW` is added to the logits of each window; `text`
     adds keys that all windows see. Images in a window that spans latent frames (T of them in a row, or one as
     a one-frame grid) keep their values with `identity_images` (W.A.L.T.), else attend within their own frame.
+
+    `within`, `pairs` and `reach` tell the same to who has some of the windows, or some of the tokens.
     """
 
     def __init__(self, window: tuple[int, int, int], backend: str = "auto", identity_images: bool = False):
@@ -102,27 +119,76 @@ class WindowCore(nn.Module):
         bias_NWW: Tensor | None = None,
         text: TextKeys | None = None,
     ) -> Tensor:
-        if self.identity_images and grid.frames == 1:
+        if self.keeps_values(grid):
             return v_BSNK
         window = whole_window(self.window, grid.shape)
         q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
-        mask = self._own_keys(window, grid, q)
+        return merge(self.within(q, k, v, grid, bias_NWW, text), window, grid)
+
+    def keeps_values(self, grid: Grid) -> bool:
+        """Whether every row is one image that passes unchanged."""
+        return self.identity_images and grid.frames == 1
+
+    def within(
+        self,
+        q_XWNK: Tensor,
+        k_XWNK: Tensor,
+        v_XWNK: Tensor,
+        grid: Grid,
+        bias_NWW: Tensor | None = None,
+        text: TextKeys | None = None,
+        own: slice = slice(None),
+    ) -> Tensor:
+        """Attention of windows that are cut already: (B * windows, W, N, K), as `partition` cuts them.
+
+        `own` chooses the windows that are here, out of all of the grid in the order of `partition`.
+        """
+        if self.keeps_values(grid):
+            return v_XWNK
+        window = whole_window(self.window, grid.shape)
+        mask = self._own_keys(window, grid, q_XWNK, own)
+        k, v = k_XWNK, v_XWNK
         if text is not None:
-            num_windows = q.shape[0] // q_BSNK.shape[0]
+            num_windows = q_XWNK.shape[0] // text.frame_BL.shape[0]
             k = torch.cat((k, text.key_BLNK.repeat_interleave(num_windows, 0)), dim=1)
             v = torch.cat((v, text.value_BLNK.repeat_interleave(num_windows, 0)), dim=1)
-            mask = self._with_text(mask, text.frame_BL, window, grid, q)
+            mask = self._with_text(mask, text.frame_BL, window, grid, q_XWNK, own)
         if bias_NWW is not None:
-            bias = F.pad(bias_NWW, (0, k.shape[1] - bias_NWW.shape[-1])).to(q.dtype)[None]
+            bias = F.pad(bias_NWW, (0, k.shape[1] - bias_NWW.shape[-1])).to(q_XWNK.dtype)[None]
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        out = merge(attend(q, k, v, mask, self.backend), window, grid)
+        out = attend(q_XWNK, k, v, mask, self.backend)
         if grid.image_B is not None and self.identity_images:
-            out = torch.where(grid.image_B[:, None, None, None], v_BSNK, out)
+            image_X = grid.image_B.repeat_interleave(out.shape[0] // grid.image_B.shape[0])
+            out = torch.where(image_X[:, None, None, None], v_XWNK, out)
         return out
 
-    def _own_keys(self, window: tuple[int, int, int], grid: Grid, q: Tensor) -> Tensor | None:
+    def pairs(self, grid: Grid, device: torch.device, text: TextKeys | None = None) -> Pairs | None:
+        """Who sees whom, token by token; None where every value leaves unchanged."""
+        if self.keeps_values(grid):
+            return None
+        window = whole_window(self.window, grid.shape)
+        window_S, place_S = numbering(window, grid, device)
+        group = None if window == grid.shape else window_S[None]
+        unchanged = grid.image_B if self.identity_images else None
+        sees_text = None if text is None else (text.frame_BL != PADDING)[:, None]
+        if grid.image_B is not None:
+            frame_S = torch.arange(grid.frames, device=device).repeat_interleave(grid.height * grid.width)
+            if window[0] > 1 and not self.identity_images:
+                group = torch.where(grid.image_B[:, None], window_S * grid.frames + frame_S, window_S * grid.frames)
+            if text is not None:
+                sees_text = visible(text.frame_BL, frame_S)
+        return Pairs(group, place_S, sees_text, unchanged)
+
+    def reach(self, grid: Grid, first: int, last: int) -> tuple[int, int]:
+        """Outside of which tokens the tokens first .. last - 1 see nothing: whole latent frames, as [first, last)."""
+        t, plane = whole_window(self.window, grid.shape)[0], grid.height * grid.width
+        return first // plane // t * t * plane, min(grid.frames, ((last - 1) // plane // t + 1) * t) * plane
+
+    def _own_keys(self, window: tuple[int, int, int], grid: Grid, q: Tensor, own: slice) -> Tensor | None:
         """Which tokens of its window each token sees: (B * windows, 1, 1 or W, W), or None for all of them."""
         real_XW = padding_mask(window, grid, q.device)
+        if real_XW is not None:
+            real_XW = real_XW[own]
         if grid.image_B is None or window[0] == 1 or self.identity_images:
             if real_XW is None:
                 return None
@@ -136,7 +202,7 @@ class WindowCore(nn.Module):
         return sees[:, None]
 
     def _with_text(
-        self, mask: Tensor | None, frame_BL: Tensor, window: tuple[int, int, int], grid: Grid, q: Tensor
+        self, mask: Tensor | None, frame_BL: Tensor, window: tuple[int, int, int], grid: Grid, q: Tensor, own: slice
     ) -> Tensor:
         """The mask over (window keys, text keys): (B * windows, 1, W or 1, W + L)."""
         num_windows = q.shape[0] // frame_BL.shape[0]
@@ -144,10 +210,11 @@ class WindowCore(nn.Module):
             sees_text = (frame_BL != PADDING).repeat_interleave(num_windows, 0)[:, None, :]
         else:
             frame_S = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.height * grid.width)
-            sees_text = partition(visible(frame_BL, frame_S), window, grid)
-        own = sees_text.new_ones(q.shape[0], 1, q.shape[1]) if mask is None else mask[:, 0]
-        rows = max(own.shape[1], sees_text.shape[1])
-        return torch.cat((own.expand(-1, rows, -1), sees_text.expand(-1, rows, -1)), dim=-1)[:, None]
+            frame_XW = partition(frame_S[None, :, None], window, grid)[own, :, 0]
+            sees_text = visible(frame_BL, frame_XW.flatten()).reshape(q.shape[0], q.shape[1], -1)
+        own_keys = sees_text.new_ones(q.shape[0], 1, q.shape[1]) if mask is None else mask[:, 0]
+        rows = max(own_keys.shape[1], sees_text.shape[1])
+        return torch.cat((own_keys.expand(-1, rows, -1), sees_text.expand(-1, rows, -1)), dim=-1)[:, None]
 
 
 def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:

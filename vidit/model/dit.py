@@ -1,7 +1,7 @@
 """The video DiT: `embed` -> `blocks` -> `head`, on one device.
 
 No branch here depends on a parallel layout: sharding is applied from outside (`vidit/train/parallelize.py`)
-to the blocks, to each `attn.core`, and around `embed`, `positions` and `head`.
+to the blocks, to each `attn.core`, and behind `embed.tokens`, `positions` and `head`.
 """
 
 import torch
@@ -38,31 +38,44 @@ class Conditioning(nn.Module):
         return torch.cat((c_BD[:, None], shared), dim=1)
 
 
+class Tokens(nn.Module):
+    """The place where the video tokens of a row are all there for the first time: x_BSD, unchanged."""
+
+    def forward(self, x_BSD: Tensor, grid: Grid) -> Tensor:
+        return x_BSD
+
+
 class Embed(nn.Module):
-    """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype."""
+    """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype.
+
+    `tokens` passes the tokens on unchanged: the seam behind which sequence parallelism divides them.
+    """
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
-        self.patch = PatchEmbed(channels * (2 if c.self_conditioning else 1), c.patch, c.width)
+        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
         self.conditioning = Conditioning(c, text_width)
         self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
         self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
+        self.tokens = Tokens()
 
     def forward(
         self,
-        x_BCTHW: Tensor,
+        x: Tensor,
+        grid: Grid,
         time_B: Tensor,
         text_BLE: Tensor,
         text_frame_BL: Tensor,
         pooled_BE: Tensor | None,
-        grid: Grid,
+        previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tensor, TextContext, Tensor]:
-        tokens = self.patch(x_BCTHW)
+        tokens = self.patch(x, previous_BCTHW)
         if self.position is not None:
             tokens = tokens + self.position(grid)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
-        return tokens.to(dtype), TextContext(features, text_frame_BL), self.conditioning(time_B, pooled_BE)
+        text = TextContext(features, text_frame_BL)
+        return self.tokens(tokens.to(dtype), grid), text, self.conditioning(time_B, pooled_BE)
 
 
 class DiT(nn.Module):
@@ -74,8 +87,6 @@ class DiT(nn.Module):
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
-        self.patch = c.patch
-        self.self_conditioned = c.self_conditioning > 0
         self.dtype = torch.float32
         blocks = {}
         for layer in range(c.num_layers):
@@ -88,34 +99,30 @@ class DiT(nn.Module):
         self.embed = Embed(c, channels, grid, text_width)
         self.positions = TokenPositions(c.width // c.num_heads)
         self.blocks = nn.ModuleDict(blocks)
-        self.head = Head(c.width, c.patch, channels)
+        self.head: nn.Module = Head(c.width, c.patch, channels)
 
     def forward(
         self,
-        x_BCTHW: Tensor,
+        x: Tensor,
+        grid: Grid,
         time_B: Tensor,
         text_BLE: Tensor,
         text_frame_BL: Tensor,
         pooled_BE: Tensor | None = None,
-        image_B: Tensor | None = None,
         previous_BCTHW: Tensor | None = None,
     ) -> Tensor:
         """Predict the diffusion target.
 
         Args:
-            x_BCTHW: noisy latent, fp32.
+            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens
+                (B, S, D) of the stage before.
+            grid: the latent in tokens, and which rows are images.
             time_B: what the path conditions on, about 0 to 1000.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
-            image_B: rows that are T independent images.
             previous_BCTHW: the self-conditioning estimate; zeros when None.
         """
-        p = self.patch
-        grid = Grid(x_BCTHW.shape[2], x_BCTHW.shape[3] // p, x_BCTHW.shape[4] // p, image_B)
-        if self.self_conditioned:
-            previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
-            x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
-        tokens, text, cond = self.embed(x_BCTHW, time_B, text_BLE, text_frame_BL, pooled_BE, grid, self.dtype)
+        tokens, text, cond = self.embed(x, grid, time_B, text_BLE, text_frame_BL, pooled_BE, previous_BCTHW, self.dtype)
         positions = self.positions(grid, tokens.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)

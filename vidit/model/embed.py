@@ -20,14 +20,20 @@ from vidit.model.windows import Grid
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, T, H, W) -> (B, S, D) with S = T H/p W/p."""
+    """(B, C, T, H, W) -> (B, S, D) with S = T H/p W/p.
 
-    def __init__(self, channels: int, patch: int, width: int):
+    With `self_conditioned` the estimate of a first pass takes as many channels again; None is an estimate of zeros.
+    """
+
+    def __init__(self, channels: int, patch: int, width: int, self_conditioned: bool = False):
         super().__init__()
-        self.patch = patch
-        self.project = Linear(channels * patch * patch, width)
+        self.patch, self.self_conditioned = patch, self_conditioned
+        self.project = Linear(channels * (2 if self_conditioned else 1) * patch * patch, width)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, previous_BCTHW: Tensor | None = None) -> Tensor:
+        if self.self_conditioned:
+            previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
+            x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
         b, c, t, h, w = x_BCTHW.shape
         p = self.patch
         x = x_BCTHW.reshape(b, c, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 4, 6, 1)

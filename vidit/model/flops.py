@@ -22,20 +22,37 @@ def window_of(c: Model, layer: int) -> Window:
 
 def forward_flops(c: Model, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
     """FLOPs of one forward pass of one clip through the denoiser, two for each multiply-add."""
+    total = embed_flops(c, grid, channels) + head_flops(c, grid, channels) + text_flops(c, text_width, text_tokens)
+    return total + sum(block_flops(c, layer, grid, text_tokens) for layer in range(c.num_layers))
+
+
+def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: int) -> int:
+    """Of one block and one clip, as `forward_flops` counts."""
     tokens, d = grid[0] * grid[1] * grid[2], c.width
-    inputs = channels * c.patch**2 * (2 if c.self_conditioning else 1)
-    total = 2 * tokens * d * (inputs + channels * c.patch**2)
-    if c.cross_attention != "none":
-        total += 2 * text_tokens * (text_width * d + d * d)
-    for layer in range(c.num_layers):
-        t, h, w = whole_window(window_of(c, layer), grid)
-        window = t * h * w
-        total += tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
-        if crosses(c, layer):
-            joint = c.cross_keys == "video_and_text"
-            linear = 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
-            total += linear + 4 * tokens * (text_tokens + (window if joint else 0)) * d
+    t, h, w = whole_window(window_of(c, layer), grid)
+    window = t * h * w
+    total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
+    if crosses(c, layer):
+        joint = c.cross_keys == "video_and_text"
+        total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
+        total += 4 * tokens * (text_tokens + (window if joint else 0)) * d
     return total
+
+
+def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
+    """Of the patch embedding and one clip."""
+    tokens = grid[0] * grid[1] * grid[2]
+    return 2 * tokens * c.width * channels * c.patch**2 * (2 if c.self_conditioning else 1)
+
+
+def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
+    """Of the text embedding and one caption."""
+    return 0 if c.cross_attention == "none" else 2 * text_tokens * (text_width + c.width) * c.width
+
+
+def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
+    """Of the output layer and one clip."""
+    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch**2
 
 
 def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:

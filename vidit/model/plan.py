@@ -8,8 +8,8 @@ and every pattern at least one name, so a new parameter without a rule is an err
 from dataclasses import dataclass
 from typing import Literal
 
-from vidit.config import Model
-from vidit.model.flops import crosses
+from vidit.config import Model, Window
+from vidit.model.flops import crosses, window_of
 
 Kind = Literal["column", "row", "per_head", "replicate"]
 
@@ -24,6 +24,11 @@ class Plan:
     gather: module -> dim of its output that holds the tokens: made whole after it is called.
     counted: module around `gather` that is called with the grid, which tells how many tokens are real.
     cores: modules that mix video tokens.
+    windows: attention window of every block, in order; a pipeline stage knows from it what came before.
+    positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block
+        that holds them.
+    vectors: modules whose outputs are one vector a row, which acts on every video token.
+    before: modules that are done when the tokens are cut.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -33,6 +38,10 @@ class Plan:
     gather: dict[str, int]
     counted: str
     cores: tuple[str, ...]
+    windows: dict[str, Window]
+    positions: dict[str, int]
+    vectors: tuple[str, ...]
+    before: tuple[str, ...]
     blocks: str = "blocks.*"
 
 
@@ -53,10 +62,14 @@ def sharding_plan(c: Model) -> Plan:
     return Plan(
         parameters=parameters,
         regions=regions,
-        split={"embed": {0: 1}, "positions": {0: 0, 1: 0, 2: 0}},
+        split={"embed.tokens": {0: 1}, "positions": {0: 0, 1: 0, 2: 0}},
         gather={"head.project": 1},
         counted="head",
         cores=tuple(cores),
+        windows={f"blocks.{layer}": window_of(c, layer) for layer in range(c.num_layers)},
+        positions={"positions": 3},
+        vectors=("blocks.*.modulation", "head.modulation"),
+        before=("embed",),
     )
 
 

@@ -75,3 +75,12 @@ def padding_mask(window: tuple[int, int, int], grid: Grid, device: torch.device)
         return None
     ones = torch.ones(1, grid.num_tokens, 1, dtype=torch.bool, device=device)
     return partition(ones, window, grid)[..., 0]
+
+
+def numbering(window: tuple[int, int, int], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(window of each token, its place there), both (S,): the rows and columns of what `partition` makes."""
+    windows, places = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device)
+    axes = torch.meshgrid(*(torch.arange(axis, device=device) for axis in grid.shape), indexing="ij")
+    for index, size, count in zip(axes, window, counts(window, grid), strict=True):
+        windows, places = windows * count + index // size, places * size + index % size
+    return windows.flatten(), places.flatten()

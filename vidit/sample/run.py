@@ -19,7 +19,7 @@ from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.parallelize import build_dit
 from vidit.train.precision import choose_device, choose_dtype
-from vidit.train.rundir import read_config
+from vidit.train.rundir import alone, read_config
 from vidit.train.step import DitStep
 from vidit.vae.store import load_vae
 from vidit.whole_file import full_disk_explained, write_whole
@@ -50,7 +50,7 @@ class TrainedRun:
 
 def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     """Load a run's newest checkpoint. ValueError where there is none; ConfigError with every fault of the request."""
-    trained = read_config(run_dir)
+    trained = alone(read_config(run_dir))
     found = checkpoint.steps(run_dir / "checkpoints")
     if trained.train.task != "dit" or not found:
         raise ValueError(f"{run_dir} holds no checkpoint of a DiT to sample from; train it with `vidit train`")

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidit.dtypes import widen
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, cut_captions, masked_mean, zero_padding
 
 # The table's first rows: 0 is padding (never read), 1 the begin token, the rest are hashed to.
@@ -118,9 +119,9 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    """`layer` in fp32, returned in the dtype of the activations."""
-    weight, bias = layer.weight.float(), layer.bias.float()
-    return F.layer_norm(x.float(), layer.normalized_shape, weight, bias, layer.eps).to(x.dtype)
+    """`layer` in at least fp32, returned in the dtype of the activations."""
+    weight, bias = widen(layer.weight), widen(layer.bias)
+    return F.layer_norm(widen(x), layer.normalized_shape, weight, bias, layer.eps).to(x.dtype)
 
 
 def sinusoidal_positions(num_tokens: int, width: int, device: torch.device) -> Tensor:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from vidit.dtypes import widen
+
 if TYPE_CHECKING:
     from vidit.config import Text
 
@@ -112,9 +114,9 @@ def zero_padding(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def masked_mean(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """The mean over valid tokens, (B, D), summed in fp32. Expects zeros at padding."""
+    """The mean over valid tokens, (B, D), summed in at least fp32. Expects zeros at padding."""
     count_B1 = mask_BL.sum(dim=1, keepdim=True)
-    return (features_BLD.float().sum(dim=1) / count_B1).to(features_BLD.dtype)
+    return (widen(features_BLD).sum(dim=1) / count_B1).to(features_BLD.dtype)
 
 
 def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncoder:

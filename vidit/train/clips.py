@@ -73,15 +73,23 @@ def _split(refs: Sequence[ClipRef], config: RunConfig) -> Split:
 
 
 def fixed_batches(
-    config: RunConfig, refs: Sequence[ClipRef], num: int, tokenizer: CaptionTokenizer | None, images_per_row: int
+    config: RunConfig,
+    refs: Sequence[ClipRef],
+    num: int,
+    tokenizer: CaptionTokenizer | None,
+    images_per_row: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
     """`num` of the clips, each once, in batches that never differ: no dropout, no image rows, middle crop.
 
-    `num` is at most the number of clips; which they are is keyed by the run's seed.
+    `num` is at most the number of clips; which they are is keyed by the run's seed. The batches are dealt to `world`
+    ranks in rounds; in an unfinished last round the last batch goes to those that would have none, so that all
+    ranks work the same number of times.
     """
     data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
     micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
     train = config.train.model_copy(update={"micro_batch": micro})
     dataset = MicroBatches(config.model_copy(update={"data": data, "train": train}), refs, tokenizer, images_per_row)
-    for index in range(num // micro):
-        yield dataset[index]
+    for first in range(0, num // micro, world):
+        yield dataset[min(first + rank, num // micro - 1)]

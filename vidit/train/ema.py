@@ -1,6 +1,7 @@
-"""Exponential moving average of the trained weights, fp32.
+"""Exponential moving average of the trained weights, in at least fp32.
 
 The decay starts low, min(decay, (1 + n) / (10 + n)) at update n, so that the first noise is soon forgotten.
+Averages are divided over ranks as the parameters are, and every rank works on its own parts: no communication.
 """
 
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from parallel.local import local, reshard
+from vidit.dtypes import widen
+
 
 class Ema:
     """Averaged copies of the trainable parameters, under the parameters' own names."""
@@ -16,7 +20,7 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.averages: dict[str, Tensor] = {
-            name: p.detach().clone().float() for name, p in module.named_parameters() if p.requires_grad
+            name: widen(p.detach().clone()) for name, p in module.named_parameters() if p.requires_grad
         }
 
     @torch.no_grad()
@@ -24,8 +28,9 @@ class Ema:
         """Fold the current weights in; `updates` counts the optimizer steps before this one."""
         decay = min(self.decay, (1 + updates) / (10 + updates))
         parameters = dict(module.named_parameters())
-        current = [parameters[name].detach() for name in self.averages]
-        torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+        averages = [local(average) for average in self.averages.values()]
+        current = [local(parameters[name]).to(a.dtype) for name, a in zip(self.averages, averages, strict=True)]
+        torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
@@ -36,6 +41,7 @@ class Ema:
         """
         exchanged: list[str] = []
         training = module.training
+        reshard(module)
         parameters = dict(module.named_parameters())
         try:
             for name in self.averages:
@@ -45,11 +51,13 @@ class Ema:
             yield
         finally:
             module.train(training)
+            reshard(module)
             for name in exchanged:
                 self._exchange(name, parameters[name])
 
     @torch.no_grad()
     def _exchange(self, name: str, p: nn.Parameter) -> None:
-        held = p.detach().clone()
-        p.copy_(self.averages[name])
-        self.averages[name].copy_(held)
+        weights, average = local(p), local(self.averages[name])
+        held = weights.clone()
+        weights.copy_(average)
+        average.copy_(held)

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
+from parallel.exchange import any_rank, num_ranks, own_rank, together
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
@@ -29,6 +29,7 @@ from vidit.data.shards import ClipRef, read_sidecar
 from vidit.train.clips import Reasons
 from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
+from vidit.train.stop import StoppedError
 from vidit.vae.autoencoder import CausalVae
 from vidit.whole_file import write_whole
 
@@ -56,24 +57,10 @@ class Part:
 
 
 class LatentCache:
-    """The parts of one run's clips. Whatever asks for another VAE, other clips or another cut finds none.
+    """The parts of one run's clips. Whatever asks for another VAE, other clips or another cut finds none."""
 
-    `place` is this rank and how many encode; `together` is entered around what each does alone, and left when all
-    are through.
-    """
-
-    def __init__(
-        self,
-        config: RunConfig,
-        refs: Sequence[ClipRef],
-        vae: CausalVae,
-        device: torch.device,
-        folder: Path,
-        place: tuple[int, int] = (0, 1),
-        together: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ):
+    def __init__(self, config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, device: torch.device, folder: Path):
         self.config, self.refs, self.vae, self.device, self.folder = config, refs, vae, device, folder
-        self.place, self.together = place, together
         d = config.data
         facts = hashlib.sha256(repr((d.num_frames, d.height, d.width, d.fps, vae.dtype)).encode())
         for tensor in vae.state_dict().values():
@@ -83,14 +70,19 @@ class LatentCache:
     def load(self, say: Say, check: Check) -> tuple[list[ClipRef], LatentStore, Reasons]:
         """(clips that decode, their latents and captions, the others with the reason), encoding what is missing.
 
-        `check` may raise between two batches: what is encoded by then is kept.
+        `check` may raise StoppedError between two batches, on any rank by itself: what is encoded by then is kept.
         """
         missing = [piece for piece in self._walk() if isinstance(piece, range)]
         if missing:
             say(f"encoding {sum(map(len, missing))} of {len(self.refs)} clips once")
-            rank, num_ranks = self.place
-            with self.together():
-                self._encode(missing[rank::num_ranks], say, check)
+            stopped = False
+            with together():
+                try:
+                    self._encode(missing[own_rank() :: num_ranks()], say, check)
+                except StoppedError:
+                    stopped = True
+            if any_rank(stopped):
+                raise StoppedError
         parts = [part for part in self._walk() if isinstance(part, Part)]
         assert sum(part.num_clips for part in parts) == len(self.refs), "a part that was written cannot be read"
         whole = joined(parts)
@@ -132,7 +124,7 @@ class LatentCache:
 
     def _encode(self, pieces: Sequence[range], say: Say, check: Check) -> None:
         """Write a part for each piece; one that is cut short by `check` holds the clips before."""
-        self.folder.mkdir(exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         batches: list[Part] = []
         numbers = [number for piece in pieces for number in piece]
         encoded = encode(self.config, [self.refs[n] for n in numbers], self.vae, self.device, check, map(len, pieces))

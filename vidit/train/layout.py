@@ -3,13 +3,126 @@
 Arithmetic only, no torch and no process group, so that the command line can refuse a run before it starts ranks.
 """
 
+from collections.abc import Iterator
+
+from parallel.dealing import rank_tokens
+from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_degree
 from parallel.layout import Layout
-from vidit.config import RunConfig
-from vidit.resolve import resolve
+from parallel.parts import context_faults
+from parallel.stages import cut, micro_batch_faults, stage_faults
+from vidit.config import RunConfig, Window, refuse
+from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
+from vidit.resolve import faults, resolve
 
 
-def layout_of(config: RunConfig, num_ranks: int | None = None) -> Layout:
-    """Degrees of the five axes on `num_ranks` ranks, or those the config is made for."""
+def layout_of(config: RunConfig) -> Layout:
+    """Degrees of the five axes on the ranks that the config is made for."""
     p = config.parallel
-    shard = resolve(config, num_ranks).shard
-    return Layout(p.pipeline, p.replicate, shard, p.sequence, p.tensor)
+    return Layout(p.pipeline, p.replicate, resolve(config).shard, p.sequence, p.tensor)
+
+
+def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = None) -> RunConfig:
+    """The config with every `auto` and every 0 of its layout written out, for `num_ranks` ranks.
+
+    Raises ConfigError with every fault of the run and of its layout.
+    """
+    refuse([*faults(config, num_ranks)])
+    changes: dict[str, object] = {"shard": resolve(config, num_ranks).shard}
+    fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+    layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
+    if p.sequence_kind == "auto" and layout.sequence > 1 and m.num_heads % layout.tensor == 0:
+        windows = [] if p.sharded_norms else _windows(fixed)
+        changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, [resolve(fixed).grid], ranks_per_node)
+    if changes.get("sequence_kind", p.sequence_kind) == "ulysses_ring" and not p.ulysses:
+        changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
+    fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
+    refuse([*layout_faults(fixed, ranks_per_node)])
+    return fixed
+
+
+def kind_of(config: RunConfig) -> SequenceKind:
+    """The kind of sequence parallelism of a config that `with_layout` has completed."""
+    kind = config.parallel.sequence_kind
+    assert kind != "auto", "auto is written out by with_layout"
+    return kind
+
+
+def stages_of(config: RunConfig) -> list[range]:
+    """The layers of every stage of the pipeline, cut by forward FLOPs."""
+    c, r, p = config.model, resolve(config), config.parallel
+    channels, text = config.vae.latent_channels, config.text.max_tokens
+    costs = [block_flops(c, layer, r.grid, text) for layer in range(c.num_layers)]
+    ends = embed_flops(c, r.grid, channels), head_flops(c, r.grid, channels)
+    return cut(costs, p.pipeline * p.stages_per_rank, *ends)
+
+
+def own_tokens(config: RunConfig, grid: Window, layer: int, sequence_rank: int) -> int:
+    """How many tokens of a row a rank holds behind a block."""
+    p, tokens = config.parallel, grid[0] * grid[1] * grid[2]
+    if p.sequence > 1 and p.sequence_kind == "window":
+        return rank_tokens(window_of(config.model, layer), grid, p.sequence)[sequence_rank]
+    for ranks in (p.sequence, p.tensor if p.sharded_norms else 1):
+        tokens = -(-tokens // ranks)
+    return tokens
+
+
+def _windows(config: RunConfig) -> list[Window]:
+    return [window_of(config.model, layer) for layer in range(config.model.num_layers)]
+
+
+def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Iterator[str]:
+    """What keeps the model and the batch of a config from being divided as its layout says."""
+    layout, p = layout_of(config), config.parallel
+    yield from layout.faults(layout.world, ranks_per_node)
+    if config.train.task == "vae":
+        yield from _vae_faults(config)
+    else:
+        yield from layout.head_faults(config.model.num_heads)
+        yield from _sequence_faults(config, layout, ranks_per_node)
+        yield from _pipeline_faults(config)
+        if p.vae_context and not config.data.cache_latents:
+            yield from context_faults(resolve(config).latent_frames, p.sequence)
+    if layout.data * layout.sequence == 1:
+        for name in ("cpu_offload",):
+            if getattr(p, name):
+                yield f"parallel.{name}=true has no effect: 1 rank holds all of each parameter; leave it out"
+    if p.zero == 0 and p.cpu_offload:
+        yield "parallel.cpu_offload=true has no effect with parallel.zero=0, which divides nothing; use zero=1, 2 or 3"
+    if p.cpu_offload and config.train.device == "cpu":
+        yield "parallel.cpu_offload=true has no effect on train.device=cpu, whose memory holds everything; leave it out"
+
+
+def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | None) -> Iterator[str]:
+    p, m = config.parallel, config.model
+    if layout.sequence == 1 or m.num_heads % layout.tensor:
+        return
+    kind, grid = kind_of(config), resolve(config).grid
+    yield from sequence_faults(kind, layout, m.num_heads, _windows(config), [grid], p.ulysses, ranks_per_node)
+    if kind == "window" and p.sharded_norms:
+        yield (
+            "parallel.sharded_norms=true needs equally many tokens on every rank, which parallel.sequence_kind=window "
+            "does not give: it deals whole windows; use ulysses, ring or ulysses_ring"
+        )
+
+
+def _pipeline_faults(config: RunConfig) -> Iterator[str]:
+    p, r = config.parallel, resolve(config)
+    yield from stage_faults(config.model.num_layers, p.schedule, p.pipeline, p.stages_per_rank)
+    if p.pipeline > 1:
+        rows = config.train.micro_batch * r.data_ranks
+        yield from micro_batch_faults(p.schedule, p.pipeline, p.stages_per_rank, r.accumulation, rows)
+
+
+def _vae_faults(config: RunConfig) -> Iterator[str]:
+    """A VAE has rows and frames to divide, and no heads, tokens or blocks."""
+    p = config.parallel
+    for name in ("pipeline", "tensor"):
+        if getattr(p, name) > 1:
+            yield f"parallel.{name}={getattr(p, name)} does not apply to train.task=vae; use shard or replicate"
+    if p.sequence > 1 and not p.vae_context:
+        yield (
+            f"parallel.sequence={p.sequence} divides nothing of a VAE without parallel.vae_context=true; set that, or "
+            "use parallel.shard"
+        )
+    elif p.sequence > 1:
+        yield from context_faults(resolve(config).latent_frames, p.sequence)

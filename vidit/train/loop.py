@@ -1,7 +1,9 @@
-"""The training loop: one function, its sections in a fixed order, for every task.
+"""The training loop: one function, its sections in a fixed order, for every task and every layout.
 
 fetch -> noise, forward, backward -> check -> clip -> update -> average -> log -> save -> review -> maybe stop.
-What differs between tasks is the step function that is passed in.
+What differs between tasks is the step function, between layouts the passes; both are passed in. Every rank runs
+the loop, and all take each decision alike: on what `exchange` tells them of one another, never on what one alone
+has seen.
 """
 
 import math
@@ -9,15 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vidit.config import RunConfig
+from parallel.exchange import exchange, in_order, together
+from parallel.gradients import clip_gradients, gradient_norm
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
 from vidit.train.metrics import Reporter, Stopwatch
-from vidit.train.optim import clip_gradients, gradient_norm, learning_rate
+from vidit.train.optim import learning_rate
 from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
-from vidit.train.step import Step
 from vidit.train.stop import StoppedError, StopRequest
+from vidit.train.task import Task
 
 
 class NonFiniteError(RuntimeError):
@@ -25,16 +28,14 @@ class NonFiniteError(RuntimeError):
 
 
 def train_loop(
-    config: RunConfig,
+    task: Task,
     state: TrainState,
-    step: Step,
     data: Iterator[Batch],
     review: Callable[[int], None],
     reporter: Reporter,
     stop: StopRequest,
     checkpoints: Path,
     facts: dict[str, Any],
-    flops_per_step: float | None,
     peak_flops: float | None,
 ) -> bool:
     """Train `state` to `train.steps`, in place. True when done, False when a signal asked to leave.
@@ -44,7 +45,8 @@ def train_loop(
     begins with that of the step it resumes from. Raises NonFiniteError before a bad update, naming the clips of
     the batch, and SkipLimitError.
     """
-    c, accumulation = config.train, resolve(config).accumulation
+    config, rows = task.config, task.rows
+    c, resolved = config.train, resolve(config)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(config.data.max_skipped, reporter)
     watch, window = Stopwatch(), 0
@@ -55,7 +57,7 @@ def train_loop(
         nonlocal saved_step
         if state.step > saved_step:
             reporter.sync()
-            state.save(checkpoints, facts, c.keep_checkpoints)
+            state.save(checkpoints, facts, c.keep_checkpoints, c.keep_every)
             saved_step = state.step
 
     try:
@@ -64,36 +66,38 @@ def train_loop(
         watch.lap("review")
         while state.step < c.steps:
             stop.check()
-            keys: list[str] = []
-            skipped: list[str] = []
-            losses: list[float] = []
-            quantiles: list[float] = []
-            parts: dict[str, float] = {}
-            for _ in range(accumulation):
-                try:
-                    batch = next(data)
-                    skips.add(batch.keys, batch.skipped)
-                except (ValueError, RuntimeError, OSError):
-                    save()
-                    raise
+            try:
+                with together():
+                    batches = [next(data) for _ in range(resolved.accumulation)]
                 watch.lap("data")
-                result = step(state.model, batch, "train")
-                (result.rows_B.mean() / accumulation).backward()
-                keys += batch.keys
-                skipped += [key for key, _ in batch.skipped]
-                losses += result.rows_B.detach().tolist()
-                quantiles += result.quantile_B.tolist()
-                parts = {k: parts.get(k, 0.0) + v / accumulation for k, v in result.parts.items()}
-                watch.lap("compute")
+                own_keys: list[Any] = [[batch.keys, batch.skipped] for batch in batches]
+                fetched = in_order(exchange(own_keys, rows))
+                keys = [key for used, _ in fetched for key in used]
+                skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
+                skips.add(keys, skipped)
+            except (ValueError, RuntimeError, OSError):
+                save()
+                raise
+
+            own = task.passes.forward_backward(batches)
+            own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
+            told = exchange(own_losses, rows)
+            results = in_order(told)
+            losses = [value for values, _, _ in results for value in values]
+            quantiles = [value for _, values, _ in results for value in values]
+            parts = {k: sum(p[k] for _, _, p in results) / len(results) for k in results[0][2]}
+            watch.lap("compute")
 
             loss = sum(losses) / len(losses)
-            norm = gradient_norm(parameters)
+            norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
+                bad = [r for r, batches_of in enumerate(told) if not math.isfinite(sum(sum(b[0]) for b in batches_of))]
+                where = f" (loss of data rank {' '.join(map(str, bad))})" if bad and len(told) > 1 else ""
                 raise NonFiniteError(
-                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite, no update made. "
-                    f"Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or resume from "
-                    "an earlier checkpoint"
+                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite{where}, no "
+                    f"update made. Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or "
+                    "resume from an earlier checkpoint"
                 )
             clip_gradients(parameters, c.clip_norm, norm)
 
@@ -108,16 +112,17 @@ def train_loop(
             watch.lap("update")
 
             record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
-            reporter.record({**record, **parts, "keys": keys, **({"skipped": skipped} if skipped else {})})
+            lost = {"skipped": [key for key, _ in skipped]} if skipped else {}
+            reporter.record({**record, **parts, "keys": keys, **lost})
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:
                 spent, window = watch.take(window), 0
                 sections = {f"{name}_s": spent.get(name, 0.0) for name in ("data", "compute", "update", "log")}
                 seconds = sum(sections.values())
                 speed = {"clips_per_s": c.global_batch / seconds, "data_wait": sections["data_s"] / seconds}
-                speed["tokens_per_s"] = speed["clips_per_s"] * resolve(config).tokens_per_clip
-                if flops_per_step and peak_flops:
-                    speed["mfu"] = flops_per_step / seconds / peak_flops
+                speed["tokens_per_s"] = speed["clips_per_s"] * resolved.tokens_per_clip
+                if task.flops_per_step and peak_flops:
+                    speed["mfu"] = task.flops_per_step / seconds / (peak_flops * resolved.num_ranks)
                 reporter.speed({"step": state.step, "step_s": seconds, **sections, **speed})
                 scalars = {"train/loss": loss, "train/grad_norm": norm_value, "train/lr": rate, **speed}
                 reporter.scalars(state.step, scalars)
@@ -141,5 +146,7 @@ def train_loop(
             watch.lap("review")
     except StoppedError:
         save()
+        state.finish()
         return False
+    state.finish()
     return True

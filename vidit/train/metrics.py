@@ -113,6 +113,43 @@ class Reporter:
             self.say(f"step {step}/{self._total} {facts}")
 
 
+class SilentReporter(Reporter):
+    """Of the ranks that do not report: one of a run does, for all."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def record(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def speed(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def histogram(self, step: int, name: str, quantiles: list[float], losses: list[float], bands: int) -> None:
+        pass
+
+    def video(self, step: int, name: str, video_THW3: torch.Tensor, fps: float) -> None:
+        pass
+
+    def progress(self, step: int, facts: str, line: bool) -> None:
+        pass
+
+
 class Stopwatch:
     """Seconds spent in each section of the loop since the last `take`."""
 

@@ -3,6 +3,9 @@
 Same rule as `torch.optim.Muon` with `match_rms_adamw` (Moonlight, 2502.16982, eq. 4: an update as large as
 AdamW's). That one works matrix by matrix and always in bf16, which older CPUs emulate: here matrices of one
 shape are taken together, in the dtype that the device multiplies fast.
+
+An update needs the whole matrix. Matrices that ranks divide are put together on one of these ranks each, all ranks
+at work, and the parts of the updates are given back (`parallel/matrices.py`); momentum and weights stay divided.
 """
 
 import math
@@ -11,6 +14,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from parallel.local import local
+from parallel.matrices import on_whole
 
 # Coefficients of the quintic, chosen to lift small singular values fast, and its number of steps (Jordan et al.).
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -39,16 +46,19 @@ class Muon(torch.optim.Optimizer):
             alike = defaultdict(list)
             for p in group["params"]:
                 if p.grad is not None:
-                    alike[p.shape].append(p)
-            for (rows, columns), weights in alike.items():
-                gradients = [p.grad for p in weights]
-                buffers = [self._momentum(p) for p in weights]
+                    alike[p.shape, (p.device_mesh, p.placements) if isinstance(p, DTensor) else None].append(p)
+            for ((rows, columns), _), matrices in alike.items():
+                weights, gradients = [local(p) for p in matrices], [local(p.grad) for p in matrices]
+                buffers = [local(self._momentum(p)) for p in matrices]
                 torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-                update_XMN = torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"]))
-                update_XMN = orthogonal(update_XMN, self.dtype).to(update_XMN.dtype)
+                nesterov = torch._foreach_lerp(gradients, buffers, group["momentum"])
+                updates = on_whole(nesterov, matrices[0], self._orthogonal)
                 size = 0.2 * math.sqrt(max(rows, columns))
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, list(update_XMN.unbind()), alpha=-group["lr"] * size)
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * size)
+
+    def _orthogonal(self, x_XMN: Tensor) -> Tensor:
+        return orthogonal(x_XMN, self.dtype).to(x_XMN.dtype)
 
     def _momentum(self, p: nn.Parameter) -> Tensor:
         state = self.state[p]

@@ -1,23 +1,41 @@
 """The optimizer, its schedule, and the gradient norm.
 
 AdamW (1711.05101) for everything, or Muon for the matrices of the layers and AdamW for the rest, at one rate.
+Parameters may be plain or divided over ranks, on several meshes in one model; moments are divided as they are.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from parallel.local import local
 from vidit.config import Train
+from vidit.dtypes import wide
 from vidit.train.muon import Muon
 from vidit.train.precision import has_bf16
 
 # The matrices between hidden vectors. Modulation maps the conditioning, and its first factor has two rows.
 _HIDDEN = re.compile(r"(^|\.)(blocks|layers)\.\d+\.(?!modulation\.).*weight$")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's, stepping on local tensors: the rule is elementwise, and its fused form takes one mesh at a time."""
+
+    def _init_group(self, group: Any, params: Any, grads: Any, *moments_and_steps: Any) -> Any:
+        is_complex = super()._init_group(group, params, grads, *moments_and_steps)
+        for tensors in (params, grads, *moments_and_steps):
+            tensors[:] = [local(tensor) for tensor in tensors]
+        return is_complex
+
+
 _STATES: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
-    torch.optim.AdamW: ("exp_avg", "exp_avg_sq"),
+    AdamW: ("exp_avg", "exp_avg_sq"),
     Muon: ("momentum_buffer",),
 }
 
@@ -49,7 +67,7 @@ class Optimizers:
                 state = member.state[p]
                 if not state:
                     state |= {name: torch.zeros_like(p) for name in names}
-                    if isinstance(member, torch.optim.AdamW):
+                    if isinstance(member, AdamW):
                         state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 yield p, {name: state[name] for name in names}
 
@@ -67,16 +85,19 @@ def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimiz
     hidden = [p for name, p in trainable.items() if c.optimizer == "muon" and p.ndim == 2 and _HIDDEN.search(name)]
     taken = {id(p) for p in hidden}
     others = [p for p in trainable.values() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    # A fused update takes one kind of tensors: tensor parallelism divides the denoiser, and the text encoder not.
+    for divided, decay in itertools.product((False, True), (True, False)):
+        own = [p for p in others if isinstance(p, DTensor) == divided and (p.ndim > 1) == decay]
+        if own:
+            groups.append({"params": own, "weight_decay": c.weight_decay if decay else 0.0})
     members: list[torch.optim.Optimizer] = []
     if groups:
-        members.append(torch.optim.AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True))
+        members.append(AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True))
     if hidden:
-        dtype = torch.bfloat16 if has_bf16(hidden[0].device) else torch.float32
+        dtype = wide(hidden[0].dtype)
+        if dtype == torch.float32 and has_bf16(hidden[0].device):
+            dtype = torch.bfloat16
         members.append(Muon(hidden, c.learning_rate, c.weight_decay, c.muon_momentum, dtype))
     return Optimizers(*members)
 

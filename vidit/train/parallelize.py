@@ -1,51 +1,111 @@
 """From a config to a model that is ready to train: the one place where model and layout meet.
 
-The order is fixed: build on meta, checkpoint activations, compile blocks, materialise, initialise.
+The order is fixed: build on meta, cut the pipeline, divide by tensor and sequence, checkpoint activations, compile
+blocks, divide by ZeRO, materialise, initialise. Without a mesh the model is whole.
 """
 
 import torch
 from torch import nn
 
+from parallel.context import apply_context
+from parallel.mesh import Mesh
+from parallel.sequence import apply_sequence
+from parallel.sharded_norms import apply_sharded_norms
+from parallel.shards import fill
+from parallel.stages import rank_of_stage
+from parallel.tensor import apply_tensor
+from parallel.zero import apply_zero
 from vidit.config import RunConfig
 from vidit.model.block import Block
 from vidit.model.dit import DiT
-from vidit.model.init import initialise
+from vidit.model.init import initial_value
+from vidit.model.plan import sharding_plan
+from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
+from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.layers import ResBlock
+from vidit.vae.plan import context_plan
 
 
-def build_dit(config: RunConfig, text: TextEncoder, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
-    """The denoiser, and beside it the text encoder where that is trained too: {"dit", "text"}."""
+def build_dit(
+    config: RunConfig, text: TextEncoder, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
+) -> nn.ModuleDict:
+    """The denoiser, and beside it the text encoder where that is trained too: {"dit", "text"}.
+
+    With a mesh the config is one that `with_layout` has completed, and the denoiser this rank's part.
+    """
     with torch.device("meta"):
         dit = DiT(config.model, config.vae.latent_channels, resolve(config).grid, text.width)
     dit.dtype = dtype
+    if mesh is not None:
+        _divide(dit, config, mesh)
     model = nn.ModuleDict({"dit": dit})
     if text.trainable:
         model["text"] = text
-    return finish(model, config, device)
+    return _finish(model, config, device, dtype, mesh, ["dit.blocks.*"])
 
 
-def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype) -> nn.ModuleDict:
+def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
     """The autoencoder to be trained: {"vae"}."""
     with torch.device("meta"):
         vae = CausalVae(config.vae)
     vae.dtype = dtype
-    return finish(nn.ModuleDict({"vae": vae}), config, device)
+    divide_vae(vae, config, mesh)
+    return _finish(nn.ModuleDict({"vae": vae}), config, device, dtype, mesh, ["vae.encoder", "vae.decoder"])
 
 
-def finish(model: nn.ModuleDict, config: RunConfig, device: torch.device) -> nn.ModuleDict:
-    """Apply what the layout asks for, then give the parameters memory and values."""
+def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
+    """Let the sequence ranks share the frames of a VAE, trained or frozen, where the config asks for it."""
+    if mesh is not None and config.parallel.vae_context:
+        apply_context(vae, context_plan(config.vae), mesh.sequence)
+
+
+def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
+    """Pipeline, then tensor, then sequence parallelism, as the plan of the model says."""
+    layout, p, plan = mesh.layout, config.parallel, sharding_plan(config.model)
+    if layout.pipeline > 1:
+        ranks = rank_of_stage(p.schedule, layout.pipeline, p.stages_per_rank)
+        own = mesh.pipeline.get_local_rank()
+        keep_stages(dit, [layers for layers, rank in zip(stages_of(config), ranks, strict=True) if rank == own])
+        plan = plan_of_stages(plan, dit)
+    if layout.tensor > 1:
+        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads)
+    if layout.sequence > 1:
+        apply_sequence(dit, plan, mesh, kind_of(config))
+    if p.sharded_norms:
+        cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
+        apply_sharded_norms(
+            dit, cut, plan.vectors, plan.regions, plan.gather, plan.counted, plan.before, mesh.tensor, layout.sequence
+        )
+
+
+def _finish(
+    model: nn.ModuleDict,
+    config: RunConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None,
+    units: list[str],
+) -> nn.ModuleDict:
+    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values."""
+    c, p = config.train, config.parallel
+    if dtype == torch.float64:
+        model.double()
     for module in model.modules():
         if isinstance(module, Block | ResBlock):
-            if config.train.activation_checkpointing != "none":
-                recompute(module, config.train.activation_checkpointing)
-            if config.train.compile:
+            if c.activation_checkpointing != "none":
+                recompute(module, c.activation_checkpointing)
+            if c.compile:
                 module.compile()
-    model.to_empty(device=device)
-    initialise(model, config.train.seed)
+    if mesh is not None:
+        reduce = torch.bfloat16 if p.reduce_dtype == "bf16" else None
+        apply_zero(model, units, mesh.zero, p.zero, reduce, p.cpu_offload, methods=("encode", "decode"))
+    model.to_empty(device="cpu" if p.cpu_offload else device)
+    for name, parameter in model.named_parameters():
+        fill(parameter, initial_value(name, tuple(parameter.shape), c.seed))
     for module in model.modules():
         if isinstance(module, CausalVae):
             module.latent_mean.zero_()

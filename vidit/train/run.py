@@ -1,20 +1,26 @@
 """A training run from its config: set up, resume, train, leave."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from parallel.exchange import exchange, from_first, in_order, num_ranks, own_rank, together
+from parallel.mesh import ranks_per_node
+from parallel.ranks import start_ranks
 from vidit.config import RunConfig
 from vidit.data.loader import Batch, MicroBatches, batches
 from vidit.resolve import resolve
 from vidit.train.clips import Reasons, Splits, fingerprints, fixed_batches, read_splits
-from vidit.train.costs import costed
+from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
 from vidit.train.fingerprint import digest
 from vidit.train.latents import LatentCache
+from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
 from vidit.train.loop import train_loop
-from vidit.train.metrics import Reporter, rewind
+from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
@@ -31,36 +37,51 @@ from vidit.whole_file import full_disk_explained, write_whole
 
 
 def run(config: RunConfig) -> bool:
-    """Train a run to its end, resuming whatever is in its directory. True when done, False when told to stop."""
-    config = adopt_vae(find_vae(config))
-    resolve(config)
-    splits = read_splits(config)
-    with full_disk_explained(config.directory), run_lock(config.directory), StopRequest() as stop:
-        newest = open_run(config, fingerprints(splits))
-        with costed(config.directory, "train") as start:
-            device = choose_device(config.train.device)
-            task = build_task(config, device, len(splits[1].refs))
-            optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
-            state = TrainState(task.model, optimizer, Ema(task.model, config.train.ema_decay))
-            held = state.load(newest) if newest else {}
-            try:
-                return _train(task, state, splits, stop, held)
-            finally:
-                start.step = state.step
+    """Train a run to its end, resuming whatever is in its directory. True when done, False when told to stop.
+
+    Every rank of a run calls this; where there are several, the first keeps the run directory.
+    """
+    device = choose_device(config.train.device)
+    with start_ranks(device.type, config.parallel.timeout_s), ExitStack() as stack:
+        stack.enter_context(full_disk_explained(config.directory))
+        with together():
+            config = with_layout(adopt_vae(find_vae(config), num_ranks()), num_ranks(), ranks_per_node())
+            splits = read_splits(config)
+            if own_rank() == 0:
+                stack.enter_context(run_lock(config.directory))
+        stop = stack.enter_context(StopRequest())
+        newest = from_first(lambda: _opened(config, splits))
+        start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
+        task = build_task(config, device, len(splits[1].refs))
+        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
+        state = TrainState(task.model, optimizer, Ema(task.model, config.train.ema_decay))
+        held = state.load(Path(newest)) if newest else {}
+        try:
+            return _train(task, state, splits, stop, held)
+        finally:
+            start.step = state.step
+
+
+def _opened(config: RunConfig, splits: Splits) -> str:
+    """The checkpoint to resume from, or nothing."""
+    newest = open_run(config, fingerprints(splits))
+    return str(newest) if newest else ""
 
 
 def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, held: dict[str, Any]) -> bool:
     """Train from the state; `held` are the facts of the checkpoint that it came from."""
     config, run_dir = task.config, task.config.directory
-    rewind(run_dir, state.step)
-    with Reporter(run_dir, config.train.steps, state.step) as reporter:
+    from_first(lambda: rewind(run_dir, state.step))
+    reports = own_rank() == 0
+    with Reporter(run_dir, config.train.steps, state.step) if reports else SilentReporter() as reporter:
         if state.step:
             reporter.say(f"resumed {run_dir} at step {state.step}")
         try:
             done = _reach_the_end(task, state, splits, stop, reporter, held)
         except StoppedError:
             done = False
-        why = f"stopped by {stop.signal.name}" if stop.signal and not done else "done"
+        by = stop.signal.name if stop.signal else "a signal to another rank"
+        why = "done" if done else f"stopped by {by}"
         reporter.say(f"{why} at step {state.step}, {run_dir}")
     return done
 
@@ -70,7 +91,7 @@ def _reach_the_end(
 ) -> bool:
     config, device = task.config, next(task.model.parameters()).device
     run_dir = config.directory
-    dataset, validation = _data(task, splits, stop, reporter)
+    dataset, validation, num_batches = _data(task, splits, stop, reporter)
     accumulation = resolve(config).accumulation
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
     # Latents are encoded before the first step, and a clip that fails there moves every later one of the order.
@@ -83,12 +104,9 @@ def _reach_the_end(
         )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
     facts = {**described, "data": fingerprints(splits), "order": order}
-    flops = task.flops_per_step
-    peak = peak_flops(device, choose_dtype(config.train.precision, device)) if flops else None
-    review = Review(task, state, validation, reporter, stop)
-    done = train_loop(
-        config, state, task.step, data, review, reporter, stop, run_dir / "checkpoints", facts, flops, peak
-    )
+    peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.flops_per_step else None
+    review = Review(task, state, validation, num_batches, reporter, stop)
+    done = train_loop(task, state, data, review, reporter, stop, run_dir / "checkpoints", facts, peak)
     if done and config.train.task == "vae":
         num = min(NUM_CLIPS, len(dataset.refs))
         reporter.say(f"latent mean and std over {num} training clips")
@@ -97,31 +115,40 @@ def _reach_the_end(
     return done
 
 
-def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> tuple[MicroBatches, list[Batch]]:
-    """The training batches, and the fixed ones of validation; data.json says what they are made of."""
+def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> tuple[MicroBatches, list[Batch], int]:
+    """This rank's training batches and its fixed ones of validation, and how many of those all ranks have.
+
+    data.json says what they are made of.
+    """
     config, (train, held) = task.config, splits
     refs, store = train.refs, None
     failed: Reasons = []
     if config.data.cache_latents and isinstance(task.step, DitStep):
         cache = LatentCache(config, refs, task.step.vae, task.step.device, config.directory / "latents")
-        refs, store, failed = cache.load(reporter.say, stop.check)
+        refs, store, failed = cache.load(reporter.say, stop.check_alone)
         SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], failed)
     images = resolve(config).latent_frames
+    rank, world = task.data_place
     validation: list[Batch] = []
-    replaced: Reasons = []
-    for batch in fixed_batches(config, held.refs, len(held.refs), task.tokenizer, images):
-        stop.check()
-        for key, reason in batch.skipped:
-            reporter.say(f"skipped clip {key}: {reason}")
-        replaced += batch.skipped
-        validation.append(batch)
+    with together():
+        for batch in fixed_batches(config, held.refs, len(held.refs), task.tokenizer, images, rank, world):
+            if stop.signal:
+                break
+            validation.append(batch)
+    stop.check()
+    own: list[Any] = [[batch.rows[0], batch.skipped] for batch in validation]
+    told = in_order(exchange(own, task.rows))
+    num_batches = len({row for row, _ in told})
+    replaced: Reasons = [(key, reason) for _, skipped in told[:num_batches] for key, reason in skipped]
+    for key, reason in replaced:
+        reporter.say(f"skipped clip {key}: {reason}")
     report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {
         "validation": held.report() | {"replaced": replaced}
     }
-    write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n")
+    from_first(lambda: write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n"))
     size = f"{config.data.height}x{config.data.width}"
     for name, part in (("", report), ("validation ", report["validation"])):
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    return MicroBatches(config, refs, task.tokenizer, images, store), validation
+    return MicroBatches(config, refs, task.tokenizer, images, store, rank, world), validation, num_batches

@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 import vidit
 from parallel import checkpoint
-from vidit.config import ConfigError, RunConfig
+from vidit.config import ConfigError, Launch, Parallel, RunConfig
 from vidit.overrides import faults_of, flat
 from vidit.whole_file import write_whole
 
@@ -46,6 +46,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     root = run_dir / "checkpoints"
     found = checkpoint.steps(root)
     return checkpoint.folder_of(root, found[-1]) if found else None
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The same run on one process: its layout is of those that trained it, not of those that read it."""
+    return config.model_copy(update={"parallel": Parallel(), "launch": Launch()})
 
 
 def read_config(run_dir: Path) -> RunConfig:

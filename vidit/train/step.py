@@ -4,6 +4,7 @@ Noise, timesteps and strata are keyed by the row's number in the run (`vidit.key
 depend on ranks, accumulation, workers or on what was resumed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ from vidit.data.loader import Batch, Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.windows import Grid
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
 from vidit.vae.autoencoder import CausalVae
@@ -44,6 +46,32 @@ class TextInputs:
     features_BLE: Tensor
     frame_BL: Tensor
     pooled_BE: Tensor
+
+
+@dataclass
+class Inputs:
+    """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
+
+    `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
+    whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
+    """
+
+    rows: list[int]
+    purpose: str
+    quantile_B: Tensor
+    t_B: Tensor
+    image_B: Tensor | None
+    chosen_B: Tensor | None
+    estimated: bool
+
+
+@dataclass
+class Video:
+    """Whitened latents, their noise and the mixture of both, each (B, C, T, H, W)."""
+
+    x_BCTHW: Tensor
+    noise: Tensor
+    x_t: Tensor
 
 
 def to_pixels(video_BTHW3: Tensor, device: torch.device) -> Tensor:
@@ -94,21 +122,48 @@ class DitStep:
         self.shift = shift_for(
             config.diffusion, r.grid[1] * r.grid[2], r.latent_frames, d.height, d.width, d.num_frames
         )
-        self.images_per_row = r.latent_frames
+        self.images_per_row, self.tokens, self.data_ranks = r.latent_frames, r.grid, r.data_ranks
+        self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
-        x = self.latents(batch)
+        inputs = self.inputs(batch, purpose)
+        video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys))
-        image_B = None
+        previous = self.self_condition(model, inputs, video, text)
+        return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, previous), inputs, video)
+
+    def inputs(self, batch: Batch, purpose: str) -> Inputs:
+        """What the numbers of a batch's rows decide, without a look at its clips."""
+        rows, image_B, chosen_B, estimated = batch.rows, None, None, False
         if batch.images is not None:
-            image_B = torch.arange(len(batch.rows), device=self.device) >= len(batch.clips.keys)
-        quantile_B = self.quantiles(batch.rows, purpose)
+            image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
+        quantile_B = self.quantiles(rows, purpose)
         t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, torch.float32)
-        noise = keys.normal(tuple(x.shape[1:]), self.config.train.seed, f"{purpose}/noise", batch.rows).to(self.device)
-        x_t = self.objective.path.add_noise(x, noise, t_B)
-        previous = self.self_condition(model, x_t, t_B, text, image_B, batch.rows, purpose)
-        output = self.denoise(model, x_t, t_B, text, image_B, previous)
-        return Losses(self.objective.loss(output, x, noise, t_B), quantile_B, {})
+        if share := self.config.model.self_conditioning:
+            chosen_B = self._chosen(purpose, rows, share)
+            estimated = purpose != "train" or bool(self._chosen(purpose, self._round_of(rows), share).any())
+        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated)
+
+    def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
+        return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
+
+    def _round_of(self, rows: Sequence[int]) -> range:
+        """The rows of all data ranks in this round of micro-batches: ranks that gather weights must go together."""
+        size = len(rows) * self.data_ranks
+        first = rows[0] // size * size
+        return range(first, first + size)
+
+    def video(self, batch: Batch, inputs: Inputs) -> Video:
+        """The clips of a batch, and what the denoiser is given of them."""
+        x = self.latents(batch)
+        seed, purpose = self.config.train.seed, f"{inputs.purpose}/noise"
+        noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device)
+        return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
+
+    def loss(self, output: Tensor, inputs: Inputs, video: Video) -> Losses:
+        """Of each row, from the network's output for the batch."""
+        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B)
+        return Losses(rows_B, inputs.quantile_B, {})
 
     def denoise(
         self,
@@ -120,9 +175,13 @@ class DitStep:
         previous: Tensor | None,
     ) -> Tensor:
         """The network's output at x_t."""
-        time_B = self.objective.path.time_embedding_input(t_B)
+        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(image_B)
         inputs = self.objective.network_input(x_t, t_B)
-        return model["dit"](inputs, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, image_B, previous)
+        return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
+
+    def grid(self, image_B: Tensor | None) -> Grid:
+        """The latents of a batch in tokens."""
+        return Grid(*self.tokens, image_B)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
@@ -165,27 +224,22 @@ class DitStep:
         dealt = [deal(seed, purpose, row // slots, slots)[row % slots] for row in rows]
         return stratified_uniform(u, torch.tensor(dealt), slots)
 
-    def self_condition(
-        self,
-        model: nn.ModuleDict,
-        x_t: Tensor,
-        t_B: Tensor,
-        text: TextInputs,
-        image_B: Tensor | None,
-        rows: list[int],
-        purpose: str,
-    ) -> Tensor | None:
+    def self_condition(self, model: nn.ModuleDict, inputs: Inputs, video: Video, text: TextInputs) -> Tensor | None:
         """The estimate of a first pass, for a keyed share of the rows, without gradient (W.A.L.T.; 2208.04202)."""
-        share = self.config.model.self_conditioning
-        if not share:
+        if inputs.chosen_B is None:
             return None
-        chosen = keys.uniform(self.config.train.seed, f"{purpose}/self_condition", rows) < share
-        if not chosen.any():
-            return torch.zeros_like(x_t)
+        if not inputs.estimated:
+            return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, x_t, t_B, text, image_B, None)
-            estimate = self.objective.denoised(first, x_t, t_B).float()
-        return estimate * chosen.to(self.device, estimate.dtype)[:, None, None, None, None]
+            first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)
+        return self.estimate(first, inputs, video)
+
+    @torch.no_grad()
+    def estimate(self, first: Tensor, inputs: Inputs, video: Video) -> Tensor:
+        """x_hat of the output of a first pass, zeros for rows that are not chosen: what the second is given."""
+        assert inputs.chosen_B is not None
+        estimate = self.objective.denoised(first, video.x_t, inputs.t_B).float()
+        return estimate * inputs.chosen_B.to(self.device, estimate.dtype)[:, None, None, None, None]
 
 
 def deal(seed: int, purpose: str, step: int, slots: int) -> list[int]:

@@ -4,6 +4,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from parallel.exchange import any_rank
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -28,7 +30,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise StoppedError if a signal has come: for work that takes long, at every place where it may be left."""
+        """Raise StoppedError if a signal has come to any rank: for work that all ranks do in the same order."""
+        if any_rank(self.signal is not None):
+            raise StoppedError
+
+    def check_alone(self) -> None:
+        """The same for work that this rank does by itself, at every place where it may be left."""
         if self.signal is not None:
             raise StoppedError
 

@@ -1,19 +1,30 @@
 """What `train.task` decides: the model, the step function, and what needs the text or the frozen VAE."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.exchange import from_first, num_ranks
+from parallel.mesh import Mesh, build_mesh, ranks_per_node
+from parallel.zero import zero_micro_batch
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import resolve
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
-from vidit.train.parallelize import build_dit, build_vae
+from vidit.train.layout import layout_of, own_tokens, stages_of
+from vidit.train.parallelize import build_dit, build_vae, divide_vae
+from vidit.train.passes import Passes, PlainPasses
+from vidit.train.pipeline import PipelinePasses
 from vidit.train.precision import choose_dtype
 from vidit.train.rundir import keep_vae
 from vidit.train.step import DitStep, Step, VaeStep
+from vidit.vae.autoencoder import CausalVae
 from vidit.vae.store import load_vae
 
 
@@ -24,8 +35,25 @@ class Task:
     config: RunConfig
     model: nn.ModuleDict
     step: Step
+    passes: Passes
     text: TextEncoder | None
     forward_flops: int | None
+    mesh: Mesh | None = None
+
+    @property
+    def rows(self) -> Sequence[ProcessGroup | None]:
+        """The groups that lead to the ranks with the other rows of a batch, as `exchange` takes them."""
+        return self.mesh.rows if self.mesh else (None,)
+
+    @property
+    def pipeline(self) -> DeviceMesh | None:
+        """The stages of which this rank has some; None where each rank has all."""
+        return self.mesh.pipeline if self.mesh and self.mesh.layout.pipeline > 1 else None
+
+    @property
+    def data_place(self) -> tuple[int, int]:
+        """Which share of the rows is this rank's, and how many there are."""
+        return (self.mesh.data_rank, self.mesh.layout.data) if self.mesh else (0, 1)
 
     @property
     def tokenizer(self) -> CaptionTokenizer | None:
@@ -43,13 +71,47 @@ class Task:
 def build_task(config: RunConfig, device: torch.device, num_validation: int | None = None) -> Task:
     """Model and step of `train.task`, on the device, with initial weights."""
     dtype = choose_dtype(config.train.precision, device)
+    mesh = None
+    if num_ranks() > 1:
+        ulysses = config.parallel.ulysses if config.parallel.sequence_kind == "ulysses_ring" else 0
+        mesh = build_mesh(layout_of(config), device.type, ranks_per_node(), ulysses)
     if config.train.task == "vae":
-        return Task(config, build_vae(config, device, dtype), VaeStep(config, device), None, None)
-    config = keep_vae(config)
-    vae = load_vae(Path(config.vae.weights or ""), device, dtype)
+        vae_step = VaeStep(config, device)
+        model = build_vae(config, device, dtype, mesh)
+        return Task(config, model, vae_step, passes_of(config, model, vae_step, mesh), None, None, mesh)
+    kept = from_first(lambda: str(keep_vae(config).vae.weights))
+    config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": kept})})
+    return dit_task(config, load_vae(Path(kept), device, dtype), device, dtype, mesh, num_validation)
+
+
+def dit_task(
+    config: RunConfig,
+    vae: CausalVae,
+    device: torch.device,
+    dtype: torch.dtype,
+    mesh: Mesh | None = None,
+    num_validation: int | None = None,
+) -> Task:
+    """The denoiser on latents of a VAE, which is there already."""
+    divide_vae(vae, config, mesh)
     text = build_text_encoder(config.text, dtype)
-    model = build_dit(config, text, device, dtype)
+    model = build_dit(config, text, device, dtype, mesh)
     if not text.trainable:
         text.to(device)
     flops = forward_flops(config.model, resolve(config).grid, config.vae.latent_channels, text.width, text.max_tokens)
-    return Task(config, model, DitStep(config, vae, text, device, num_validation), text, flops)
+    step = DitStep(config, vae, text, device, num_validation)
+    return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)
+
+
+def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | None) -> Passes:
+    """How a step of this layout is made."""
+    p = config.parallel
+    if mesh is None or p.pipeline == 1:
+        return PlainPasses(model, step, lambda last: zero_micro_batch(model, last))
+    assert isinstance(step, DitStep)
+    sequence_rank = mesh.sequence.get_local_rank()
+    return PipelinePasses(
+        model, step, stages_of(config), mesh.pipeline, p.schedule,
+        lambda grid, layer: own_tokens(config, grid, layer, sequence_rank),
+        lambda last: zero_micro_batch(model, last, overlap=False), timedelta(seconds=p.timeout_s),
+    )  # fmt: skip

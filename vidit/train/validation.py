@@ -6,31 +6,45 @@ of the timestep density too.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from parallel.exchange import exchange, in_order
 from vidit.data.loader import Batch
 from vidit.train.step import Step
 
 
 @torch.no_grad()
 def validate(
-    model: nn.ModuleDict, step: Step, batches: Sequence[Batch], num_bands: int, check: Callable[[], None]
+    model: nn.ModuleDict,
+    step: Step,
+    batches: Sequence[Batch],
+    num_bands: int,
+    check: Callable[[], None],
+    num_batches: int | None = None,
+    rows: Sequence[ProcessGroup | None] = (None,),
 ) -> dict[str, float]:
-    """{"loss", "loss_band_0", ...}: band 0 holds the cleanest timesteps. `check` may raise before each batch."""
-    results = []
+    """{"loss", "loss_band_0", ...}: band 0 holds the cleanest timesteps. `check` may raise before each batch.
+
+    `batches` are this rank's of the `num_batches` that the ranks of `rows` have dealt out, as `fixed_batches` deals.
+    """
+    own: list[Any] = []
     for batch in batches:
         check()
-        results.append(step(model, batch, "validation"))
-    losses = torch.cat([r.rows_B.double().cpu() for r in results])
-    quantiles = torch.cat([r.quantile_B for r in results])
+        r = step(model, batch, "validation")
+        own.append([r.rows_B.double().tolist(), r.quantile_B.tolist(), r.parts])
+    results = in_order(exchange(own, rows))[:num_batches]
+    losses = torch.tensor([value for values, _, _ in results for value in values], dtype=torch.float64)
+    quantiles = torch.tensor([value for _, values, _ in results for value in values], dtype=torch.float64)
     values = {"loss": float(losses.mean())}
     if bool(quantiles.any()):
         band = (quantiles * num_bands).long().clamp(max=num_bands - 1)
         for index in range(num_bands):
             if bool((band == index).any()):
                 values[f"loss_band_{index}"] = float(losses[band == index].mean())
-    for name in results[0].parts:
-        values[name] = sum(r.parts[name] for r in results) / len(results)
+    for name in results[0][2]:
+        values[name] = sum(parts[name] for _, _, parts in results) / len(results)
     return values

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from parallel.exchange import from_first
+from parallel.shards import full_tensors
 from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.train.ema import Ema
@@ -42,4 +44,5 @@ def finish_vae(
         z = torch.cat(latents).transpose(0, 1).flatten(1)
         vae.latent_mean.copy_(z.mean(1))
         vae.latent_std.copy_(z.std(1))
-        save_vae(folder, vae, half=config.vae.half_weights)
+        full = full_tensors(vae.state_dict())
+        from_first(lambda: save_vae(folder, vae, config.vae.half_weights, full))

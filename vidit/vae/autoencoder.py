@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Vae
+from vidit.dtypes import widen
 from vidit.vae.layers import CausalConv3d, ChannelNorm, Down, ResBlock, Up, fold_pixels, unfold_pixels
 
 # Where the log variance starts: a first latent that drowns in noise of variance 1 teaches the decoder nothing.
@@ -19,7 +20,7 @@ LOG_VARIANCE = -6.0
 
 
 class Posterior(NamedTuple):
-    """q(z | x): mean and log variance, both (B, c, T, H, W) fp32."""
+    """q(z | x): mean and log variance, both (B, c, T, H, W), fp32 (fp64 where the VAE computes in that)."""
 
     mean: Tensor
     log_variance: Tensor
@@ -96,12 +97,12 @@ class CausalVae(nn.Module):
     def encode(self, x_BCTHW: Tensor) -> Posterior:
         """Raw posterior of pixels (B, 3, 1 + T, H, W); ValueError for a size that the strides do not divide."""
         self._check(x_BCTHW.shape)
-        mean, log_variance = self.encoder(x_BCTHW.to(self.dtype)).float().chunk(2, dim=1)
+        mean, log_variance = widen(self.encoder(x_BCTHW.to(self.dtype))).chunk(2, dim=1)
         return Posterior(mean, log_variance.clamp(-30, 20))
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
-        """Raw latent -> pixels, fp32."""
-        return self.decoder(z_BCTHW.to(self.dtype)).float()
+        """Raw latent -> pixels, fp32 (fp64 where the VAE computes in that)."""
+        return widen(self.decoder(z_BCTHW.to(self.dtype)))
 
     def whiten(self, z_BCTHW: Tensor) -> Tensor:
         """Raw latent -> zero mean, unit variance in each channel."""

@@ -4,6 +4,10 @@ Causal means: an output frame depends on no later input frame. Convolutions pad 
 repeating the first frame; norms take their statistics at one position. So the first frame is coded alone
 and an image is a video of one frame. Like the model's linear layer, a convolution computes in the dtype of
 its input.
+
+What the first frame is special for stands in two modules without parameters, `Front` and `DropFirst`; all else
+treats every frame alike. In a part of a video that does not begin with its first frame others stand in their
+places: with the last `past` frames of what came before in front of it, every layer gives what the whole gives.
 """
 
 import torch
@@ -14,20 +18,45 @@ from torch import Tensor, nn
 from vidit.dtypes import widen
 
 
+class Front(nn.Module):
+    """The frames that go in front of x: its first one, repeated. (B, C, T, H, W) -> (B, C, repeats, H, W).
+
+    `past`: how many frames of what came before a later part takes in their place, (B, C, past, H, W).
+    """
+
+    def __init__(self, repeats: int, past: int):
+        super().__init__()
+        self.repeats, self.past = repeats, past
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, :1].expand(-1, -1, self.repeats, -1, -1)
+
+
+class DropFirst(nn.Module):
+    """Drops `count` frames in front: (B, C, T, H, W) -> (B, C, T - count, H, W). A later part keeps all of its."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, self.count :]
+
+
 class CausalConv3d(nn.Conv3d):
     """(B, C, T, H, W) -> (B, C', ceil(T / stride_t), H / stride, W / stride), causal in time."""
 
     def __init__(self, channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
-        super().__init__(channels, out_channels, kernel, stride=stride)
-        self.front = kernel - 1
-        self.side = kernel // 2
+        super().__init__(channels, out_channels, kernel, stride=stride, padding=(0, kernel // 2, kernel // 2))
+        if kernel > 1:
+            self.front = Front(kernel - 1, past=kernel - stride[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.front:
-            x = torch.cat((x[:, :, :1].expand(-1, -1, self.front, -1, -1), x), dim=2)
+        if self.kernel_size[0] > 1:
+            x = torch.cat((self.front(x), x), dim=2)
         assert self.bias is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.conv3d(x, weight, bias, self.stride, (0, self.side, self.side))
+        return F.conv3d(x, weight, bias, self.stride, self.padding)
 
 
 class ChannelNorm(nn.Module):
@@ -71,9 +100,10 @@ class Down(nn.Module):
         super().__init__()
         self.s, self.t, self.out_channels = (2 if space else 1), (2 if time else 1), out_channels
         self.conv = CausalConv3d(channels, out_channels, stride=(self.t, self.s, self.s))
+        self.pair = Front(self.t - 1, past=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        pairs = torch.cat((x[:, :, :1], x), dim=2) if self.t == 2 else x
+        pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
         depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.t, p=self.s, q=self.s)
         return self.conv(x) + depth.unflatten(1, (self.out_channels, -1)).mean(2)
 
@@ -91,11 +121,12 @@ class Up(nn.Module):
         depth = out_channels * self.s**2 * self.t
         self.repeats = depth // channels
         self.conv = CausalConv3d(channels, depth, kernel=1)
+        self.drop = DropFirst(self.t - 1)
 
     def forward(self, x: Tensor) -> Tensor:
         depth = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
         x = rearrange(depth, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.t, p=self.s, q=self.s)
-        return x[:, :, self.t - 1 :]
+        return self.drop(x)
 
 
 def fold_pixels(x: Tensor, patch: int) -> Tensor:

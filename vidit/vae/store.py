@@ -1,19 +1,24 @@
 """A VAE on disk: a folder with `config.json` and `model.safetensors`. Nothing is unpickled."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.stored import vae_config
 from vidit.whole_file import write_whole
 
 
-def save_vae(folder: Path, vae: CausalVae, half: bool = False) -> None:
-    """Write weights and config to a folder, each file whole; `half` stores fp16, for git."""
-    tensors = vae.state_dict()
+def save_vae(folder: Path, vae: CausalVae, half: bool = False, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write weights and config to a folder, each file whole; `half` stores fp16, for git.
+
+    `tensors` are the full weights, where those of `vae` are divided.
+    """
+    tensors = vae.state_dict() if tensors is None else tensors
     if half:
         tensors = {name: t if name.startswith("latent_") else t.half() for name, t in tensors.items()}
     folder.mkdir(parents=True, exist_ok=True)

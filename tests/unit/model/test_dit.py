@@ -70,6 +70,13 @@ def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
     }
 
 
+def denoise(model, x_BCTHW, *rest, image_B=None, **more):
+    """The output for a latent, on the grid that it has."""
+    frames, *space = x_BCTHW.shape[2:]
+    grid = Grid(frames, *(n // model.head.patch for n in space), image_B)
+    return model(x_BCTHW, grid, *rest, **more)
+
+
 def meta(c, *args):
     with torch.device("meta"):
         return DiT(c, *args)
@@ -161,7 +168,7 @@ class TestFlops:
         x = torch.randn(rows, 4, grid[0], grid[1] * c.patch, grid[2] * c.patch)
         frame = torch.full((rows, tokens), EVERY_FRAME)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(x, torch.rand(rows), torch.randn(rows, tokens, text), frame)
+            denoise(model, x, torch.rand(rows), torch.randn(rows, tokens, text), frame)
         expected = rows * forward_flops(c, grid, 4, text, tokens)
         assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
@@ -172,14 +179,14 @@ class TestFlops:
 
 class TestInitialise:
     def test_output_is_zero_at_the_start(self):
-        assert not build(filled=False)(**inputs()).any()
+        assert not denoise(build(filled=False), **inputs()).any()
 
     def test_blocks_without_text_start_as_the_identity(self):
         model = build(filled=False, cross_attention="none")
         seen = []
         for block in model.blocks.values():
             block.register_forward_hook(lambda _, args, out: seen.append(torch.equal(args[0], out)))
-        model(**inputs())
+        denoise(model, **inputs())
         assert seen == [True] * 4
 
     @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
@@ -241,14 +248,14 @@ class TestRows:
     @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
     def test_a_row_does_not_depend_on_the_others(self, changes):
         model = build(**changes)
-        batch = inputs(3, patch=model.patch)
-        out = model(**batch)
-        alone = model(**{name: value[1:2] for name, value in batch.items()})
+        batch = inputs(3, patch=model.head.patch)
+        out = denoise(model, **batch)
+        alone = denoise(model, **{name: value[1:2] for name, value in batch.items()})
         torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-5)
         other = {name: value.clone() for name, value in batch.items()}
         for value in (v for v in other.values() if v.is_floating_point()):
             value[[0, 2]] *= -3
-        again = model(**other)
+        again = denoise(model, **other)
         torch.testing.assert_close(again[1], out[1], rtol=0, atol=1e-6)
         assert (again[0] - out[0]).abs().max() > 1e-2
 
@@ -256,13 +263,13 @@ class TestRows:
     def test_every_input_matters(self, name):
         model, batch = build(pooled_text=True), inputs()
         moved = {**batch, name: batch[name] + 1}
-        assert (model(**batch) - model(**moved)).abs().max() > 1e-3
+        assert (denoise(model, **batch) - denoise(model, **moved)).abs().max() > 1e-3
 
     def test_text_padding_does_not_matter(self):
         model, batch = build(cross_attention="all"), inputs()
         text = batch["text_BLE"].clone()
         text[0, -2:] = 9.0
-        assert torch.equal(model(**batch), model(**{**batch, "text_BLE": text}))
+        assert torch.equal(denoise(model, **batch), denoise(model, **{**batch, "text_BLE": text}))
 
     def test_text_frames(self):
         assert text_frames(torch.tensor([[True, False]])).tolist() == [[EVERY_FRAME, PADDING]]
@@ -270,9 +277,9 @@ class TestRows:
     @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
     def test_gradient_reaches_every_parameter(self, changes):
         model = build(**changes)
-        batch = inputs(patch=model.patch)
-        previous = torch.randn_like(batch["x_BCTHW"]) if model.self_conditioned else None
-        out = model(**batch, previous_BCTHW=previous)
+        batch = inputs(patch=model.head.patch)
+        previous = torch.randn_like(batch["x_BCTHW"]) if model.embed.patch.self_conditioned else None
+        out = denoise(model, **batch, previous_BCTHW=previous)
         assert out.shape == batch["x_BCTHW"].shape
         out.square().sum().backward()
         missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -304,27 +311,27 @@ class TestImages:
     def test_in_windows_of_one_frame_it_is_a_video_of_one_frame(self, relative, keys_of):
         model = build(windows=((1, 0, 0), (1, 2, 4)), relative_position=relative, cross_keys=keys_of)
         batch = self.batch()
-        out = model(**batch)
+        out = denoise(model, **batch)
         for k in range(3):
-            alone = model(**self.only(batch, k))
+            alone = denoise(model, **self.only(batch, k))
             torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
-            torch.testing.assert_close(out[:, :, k : k + 1], model(**video), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("windows", [((0, 0, 0),), ((1, 0, 0), (2, 2, 4))])
     @pytest.mark.parametrize("cross_keys", ["text", "video_and_text"])
     def test_attending_within_the_frame_it_is_a_video_of_one_frame(self, windows, cross_keys):
         c = {"windows": windows, "image_attention": "frame", "cross_attention": "all", "cross_keys": cross_keys}
         model, batch = build(relative_position="rope", **c), self.batch()
-        out = model(**batch)
+        out = denoise(model, **batch)
         for k in range(3):
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
-            torch.testing.assert_close(out[:, :, k : k + 1], model(**video), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
     def test_in_space_time_windows_it_is_a_row_of_one_image(self):
         model, batch = build(), self.batch()
-        alone = torch.cat([model(**self.only(batch, k)) for k in range(3)], dim=2)
-        torch.testing.assert_close(model(**batch), alone, rtol=1e-4, atol=1e-5)
+        alone = torch.cat([denoise(model, **self.only(batch, k)) for k in range(3)], dim=2)
+        torch.testing.assert_close(denoise(model, **batch), alone, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("relative", ["bias", "rope", "none"])
     @pytest.mark.parametrize(
@@ -340,11 +347,11 @@ class TestImages:
     def test_an_image_does_not_see_the_others(self, relative, cross, keys_of):
         model = build(relative_position=relative, cross_attention=cross, cross_keys=keys_of)
         batch = self.batch()
-        out = model(**batch)
+        out = denoise(model, **batch)
         other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone(), "text_BLE": batch["text_BLE"].clone()}
         other["x_BCTHW"][:, :, 1:] *= -2
         other["text_BLE"][:, 2:] += 1
-        moved = model(**other)
+        moved = denoise(model, **other)
         torch.testing.assert_close(moved[:, :, 0], out[:, :, 0], rtol=1e-4, atol=1e-5)
         assert (moved[:, :, 1] - out[:, :, 1]).abs().max() > 1e-2
 
@@ -354,23 +361,23 @@ class TestImages:
         order = [2, 0, 1]
         mixed = {**batch, "x_BCTHW": batch["x_BCTHW"][:, :, order]}
         mixed["text_BLE"] = batch["text_BLE"].unflatten(1, (3, 2))[:, order].flatten(1, 2)
-        torch.testing.assert_close(model(**mixed), model(**batch)[:, :, order], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(denoise(model, **mixed), denoise(model, **batch)[:, :, order], rtol=1e-4, atol=1e-5)
 
     def test_a_clip_beside_it_is_as_without_it(self):
         model = build()
         clip, image = inputs(1, tokens=6), self.batch()
         del clip["pooled_BE"]
         both = {name: torch.cat((clip[name], image[name])) for name in clip}
-        out = model(**both, image_B=torch.tensor([False, True]))
-        torch.testing.assert_close(out[:1], model(**clip), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(out[1:], model(**image), rtol=1e-4, atol=1e-5)
+        out = denoise(model, **both, image_B=torch.tensor([False, True]))
+        torch.testing.assert_close(out[:1], denoise(model, **clip), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out[1:], denoise(model, **image), rtol=1e-4, atol=1e-5)
 
     def test_a_clip_does_mix_its_frames(self):
         model, batch = build(), self.batch()
         del batch["image_B"]
         other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
         other["x_BCTHW"][:, :, 1:] *= -2
-        assert (model(**other) - model(**batch))[:, :, 0].abs().max() > 1e-3
+        assert (denoise(model, **other) - denoise(model, **batch))[:, :, 0].abs().max() > 1e-3
 
 
 class TestGrids:
@@ -379,14 +386,14 @@ class TestGrids:
     def test_a_smaller_one_works(self, relative, grid):
         model = build(relative_position=relative)
         batch = inputs(grid=grid)
-        assert model(**batch).shape == batch["x_BCTHW"].shape
+        assert denoise(model, **batch).shape == batch["x_BCTHW"].shape
 
     @pytest.mark.parametrize("grid", [(4, 4, 6), (3, 5, 6), (3, 4, 7)])
     def test_a_larger_one_needs_a_model_without_tables(self, grid):
         with pytest.raises(ValueError, match=re.escape(f"{grid} latent tokens exceeds the position tables' {GRID}")):
-            build()(**inputs(grid=grid))
+            denoise(build(), **inputs(grid=grid))
         for relative in ("bias", "rope", "none"):
-            out = build(absolute_position=False, relative_position=relative)(**inputs(grid=grid))
+            out = denoise(build(absolute_position=False, relative_position=relative), **inputs(grid=grid))
             assert out.shape[2:] == grid
 
     def test_patches_are_local(self):
@@ -395,7 +402,7 @@ class TestGrids:
         batch = inputs(1, grid=(2, 3, 5), patch=2)
         other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
         other["x_BCTHW"][0, 1, 1, 2, 7] += 1  # patch row 1, patch column 3
-        moved = (model(**other) - model(**batch)).abs().amax((0, 1)) > 0
+        moved = (denoise(model, **other) - denoise(model, **batch)).abs().amax((0, 1)) > 0
         expected = torch.zeros(2, 6, 10, dtype=torch.bool)
         expected[1, 2:4, 6:8] = True
         assert torch.equal(moved, expected)
@@ -431,12 +438,12 @@ class TestPatches:
 class TestPrecision:
     def test_bf16_compute_gives_fp32_output_and_gradients(self):
         model, batch = build(), inputs()
-        exact = model(**batch).detach()
+        exact = denoise(model, **batch).detach()
         model.dtype = torch.bfloat16
         tokens = []
         for block in model.blocks.values():
             block.register_forward_hook(lambda _, args, out: tokens.append((args[0].dtype, args[2].dtype, out.dtype)))
-        out = model(**batch)
+        out = denoise(model, **batch)
         out.square().mean().backward()
         assert out.dtype == torch.float32
         assert tokens == [(torch.bfloat16, torch.float32, torch.bfloat16)] * 4
@@ -449,16 +456,16 @@ class TestPrecision:
         model, batch = build().double(), inputs()
         model.dtype = torch.float64
         wide = {n: v.double() if v.is_floating_point() else v for n, v in batch.items()}
-        torch.testing.assert_close(model(**wide).float(), build()(**batch), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(denoise(model, **wide).float(), denoise(build(), **batch), rtol=1e-4, atol=1e-5)
 
 
 class TestSelfConditioning:
     def test_none_is_zeros(self):
         model, batch = build(), inputs()
         zeros = torch.zeros_like(batch["x_BCTHW"])
-        assert torch.equal(model(**batch), model(**batch, previous_BCTHW=zeros))
-        assert (model(**batch) - model(**batch, previous_BCTHW=zeros + 1)).abs().max() > 1e-3
+        assert torch.equal(denoise(model, **batch), denoise(model, **batch, previous_BCTHW=zeros))
+        assert (denoise(model, **batch) - denoise(model, **batch, previous_BCTHW=zeros + 1)).abs().max() > 1e-3
 
     def test_without_it_the_argument_has_no_effect(self):
         model, batch = build(self_conditioning=0.0), inputs()
-        assert torch.equal(model(**batch), model(**batch, previous_BCTHW=batch["x_BCTHW"]))
+        assert torch.equal(denoise(model, **batch), denoise(model, **batch, previous_BCTHW=batch["x_BCTHW"]))

@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from parallel import checkpoint
+from parallel import async_save, checkpoint
 from parallel.checkpoint import CheckpointError
 from vidit.config import Train
 from vidit.train.ema import Ema
@@ -214,15 +215,15 @@ def test_a_crash_in_mid_save_leaves_the_previous(
 
     with monkeypatch.context() as patch:
         if place == "tensors":
-            real = checkpoint.HuggingFaceStorageWriter.write_data
+            real = async_save.write
 
-            def half(self: object, *arguments: object) -> None:
-                real(self, *arguments)  # type: ignore[arg-type]
+            def half(*arguments: Any) -> None:
+                real(*arguments)
                 raise fault
 
-            patch.setattr(checkpoint.HuggingFaceStorageWriter, "write_data", half)
+            patch.setattr(async_save, "write", half)
         elif place == "manifest":
-            patch.setattr(checkpoint, "_write_manifest", fail)
+            patch.setattr(async_save, "write_manifest", fail)
         else:
             patch.setattr(Path, "rename", fail)
         with pytest.raises((CheckpointError, KeyboardInterrupt, MemoryError)) as caught:
@@ -246,7 +247,7 @@ KILLED = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from parallel import checkpoint
+from parallel import async_save, checkpoint
 tensors = {f"t{i}": torch.full((300, 300), float(i)) for i in range(40)}
 checkpoint.save(Path(sys.argv[1]), 1, tensors, {})
 print("saved", flush=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import RunConfig
+from vidit.model.windows import Grid
 from vidit.text.encoder import build_text_encoder
 from vidit.train.parallelize import build_dit, build_vae
 from vidit.vae.stored import adopt_vae
@@ -34,7 +35,7 @@ def loss_and_gradients(model: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]
     else:
         x, text = torch.randn(2, 4, 3, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
         frame = torch.full((2, 5), -1)
-        out = model["dit"](x, torch.tensor([100.0, 700.0]), text, frame, text.mean(1))
+        out = model["dit"](x, Grid(3, 4, 4), torch.tensor([100.0, 700.0]), text, frame, text.mean(1))
         loss = out.square().mean()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -142,11 +142,9 @@ def test_self_conditioning_is_keyed_by_row(configure: Configure) -> None:
 
     def chosen(rig: Rig, number: int) -> list[bool]:
         batch = rig.batch(number)
-        x = torch.ones(len(batch.rows), 4, 3, 8, 8)
+        inputs = rig.step.inputs(batch, "train")
         text = rig.step.text(rig.model, batch.tokens, len(batch.rows))
-        estimate = rig.step.self_condition(
-            rig.model, x, torch.full((len(batch.rows),), 0.5), text, None, batch.rows, "train"
-        )
+        estimate = rig.step.self_condition(rig.model, inputs, rig.step.video(batch, inputs), text)
         assert estimate is not None
         assert not estimate.requires_grad
         return [bool(row.any()) for row in estimate]

@@ -1,0 +1,99 @@
+"""A pool of worker processes for distributed tests: started once, a fresh process group for every task.
+
+Starting a process costs seconds, a gloo group over a file store milliseconds. A task is a function of a module
+that the workers can import and one picklable argument; it runs on ranks 0 .. world - 1 at once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 60
+START_S = 300
+
+
+class TaskError(RuntimeError):
+    """What the ranks raised, as text: {rank: traceback}."""
+
+    def __init__(self, failures: dict[int, str]):
+        super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+        self.failures = failures
+
+
+def serve(pipe: Connection, rank: int) -> None:
+    """The loop of one worker."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    pipe.send("ready")
+    while True:
+        task = pipe.recv()
+        faulthandler.dump_traceback_later(1.5 * TIMEOUT_S)  # where a rank waits, should it wait for ever
+        if task is None:
+            return
+        function, argument, store, world = task
+        try:
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+            )
+            try:
+                result = True, function(argument)
+            finally:
+                dist.destroy_process_group()
+        except Exception:
+            result = False, traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
+        pipe.send(result)
+
+
+class Pool:
+    """`pool.run(world, function, argument)` -> the result of each rank; TaskError if any of them raised."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.tasks = folder, 0
+        self.pipes: list[Connection] = []
+        self.processes: list[Any] = []
+
+    def run(self, world: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
+        self._grow(world)
+        self.tasks += 1
+        store = self.folder / f"store-{self.tasks}"
+        for pipe in self.pipes[:world]:
+            pipe.send((function, argument, store, world))
+        failures, results = {}, []
+        for rank, pipe in enumerate(self.pipes[:world]):
+            if not pipe.poll(2 * TIMEOUT_S):
+                self.close()
+                raise TaskError({rank: f"no answer after {2 * TIMEOUT_S} s; the pool was stopped"})
+            good, result = pipe.recv()
+            results.append(result)
+            if not good:
+                failures[rank] = result
+        if failures:
+            raise TaskError(failures)
+        return results
+
+    def _grow(self, world: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        while len(self.processes) < world:
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, len(self.processes)), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+            assert here.poll(START_S), f"a worker did not start in {START_S} s"
+            here.recv()
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.terminate()
+            process.join()
+        self.pipes, self.processes = [], []
