@@ -61,7 +61,8 @@ def run(context: Any, tmp_path: Path) -> Iterator[Any]:
             environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1",
                 "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "TORCHELASTIC_USE_AGENT_STORE": str(not by_rank_0), "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"rank-{rank}.json"),
+                "TORCHELASTIC_USE_AGENT_STORE": str(not by_rank_0),
+                "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"rank-{rank}.json"),
             }  # fmt: skip
             processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, FAULTY)))
             processes[-1].start()
