@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
@@ -53,13 +54,15 @@ class Case:
 def run(context: Any, tmp_path: Path) -> Iterator[Any]:
     processes: list[BaseProcess] = []
 
-    def start(fault: str) -> Case:
+    def start(fault: str, by_rank_0: bool = False) -> Case:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = free_port() if by_rank_0 else store.port
         for rank in range(WORLD):
             environment = {
                 "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "OMP_NUM_THREADS": "1",
-                "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
-                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"rank-{rank}.json"),
+                "LOCAL_WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                "TORCHELASTIC_USE_AGENT_STORE": str(not by_rank_0),
+                "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"rank-{rank}.json"),
             }  # fmt: skip
             processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, FAULTY)))
             processes[-1].start()
@@ -73,6 +76,12 @@ def run(context: Any, tmp_path: Path) -> Iterator[Any]:
     for process in processes:
         if process.is_alive():
             process.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_killed(run: Any) -> None:
@@ -118,6 +127,14 @@ def test_raises_alone(run: Any) -> None:
     for rank in range(WORLD):
         assert (case.report(rank).rank, case.report(rank).message) == (FAULTY, "the disk is gone")
     assert "OSError" in case.report(FAULTY).trace
+
+
+def test_raises_without_torchrun(run: Any) -> None:
+    """As SLURM starts ranks: rank 0 hosts the store, and keeps it until the others have read why."""
+    case = run("raise", by_rank_0=True)
+    assert case.codes == [1, 1, 1]
+    for rank in range(WORLD):
+        assert (case.report(rank).rank, case.report(rank).message) == (FAULTY, "the disk is gone")
 
 
 def test_not_finite(run: Any) -> None:
