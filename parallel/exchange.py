@@ -60,6 +60,15 @@ def _exchange(report: T, group: Group) -> list[T]:
     return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
 
+def first_fault(fault: str | None) -> str | None:
+    """The fault of the lowest rank that has one, which is named where there are several ranks; None without any."""
+    faults = exchange(fault)
+    for rank, text in enumerate(faults):
+        if text is not None:
+            return text if len(faults) == 1 else f"rank {rank}: {text}"
+    return None
+
+
 def in_order(told: list[list[T]]) -> list[T]:
     """What ranks tell of work that was dealt to them in rounds, as one list: round by round, rank by rank."""
     return [one for of_one_round in zip(*told, strict=True) for one in of_one_round]

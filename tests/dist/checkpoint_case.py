@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import async_save, checkpoint, matrices
 from parallel import local as local_parts
-from parallel.agreement import everyone
+from parallel.exchange import exchange
 from parallel.checkpoint import Saver
 from parallel.layout import Layout
 from parallel.local import Box, local, local_box
@@ -244,7 +244,7 @@ def cut_unevenly(job: Job) -> set[str]:
     found = set()
     for p in state.model.parameters():
         box, mine, entire = local_box(p), local(p), whole(p)
-        parts = everyone(box.sizes)
+        parts = [tuple(sizes) for sizes in exchange(box.sizes)]
         found |= {"empty"} if any(0 in sizes for sizes in parts) else set()
         if any(isinstance(placement, _StridedShard) for placement in p.placements):
             found |= {"strided, uneven"} if len(set(parts)) > 1 else {"strided"}

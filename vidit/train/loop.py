@@ -69,6 +69,10 @@ def train_loop(
             state.save(checkpoints, facts, c.keep_checkpoints, c.keep_every)
             saved_step = state.step
 
+    def leave() -> None:
+        save()
+        state.finish()
+
     try:
         if state.step:
             beat(state.step, "review")
@@ -87,7 +91,7 @@ def train_loop(
                 skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
                 skips.add(keys, skipped)
             except (ValueError, RuntimeError, OSError):
-                save()
+                leave()
                 raise
 
             beat(state.step + 1, "compute")
@@ -109,6 +113,7 @@ def train_loop(
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
                 bad = [r for r, batches_of in enumerate(told) if not math.isfinite(sum(sum(b[0]) for b in batches_of))]
                 where = f" (loss of data rank {' '.join(map(str, bad))})" if bad and len(told) > 1 else ""
+                state.finish()
                 raise NonFiniteError(
                     f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite{where}, no "
                     f"update made. Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or "
@@ -165,12 +170,11 @@ def train_loop(
             try:
                 review(state.step)
             except Exception:
-                save()
+                leave()
                 raise
             watch.lap("review")
     except StoppedError:
-        save()
-        state.finish()
+        leave()
         return False
     state.finish()
     return True

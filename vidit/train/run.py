@@ -64,6 +64,8 @@ def run(config: RunConfig) -> bool:
             return _train(task, state, splits, stop, held, ranks.heartbeat.beat)
         finally:
             start.step = state.step
+            if num_ranks() == 1:
+                state.saver.join()
 
 
 def _opened(config: RunConfig, splits: Splits) -> str:
