@@ -50,12 +50,12 @@ def _exchange(report: T, group: Group) -> list[T]:
     size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
     lengths = torch.empty(size, dtype=torch.int64)
-    dist.all_gather_into_tensor(lengths, torch.tensor([len(own)]), group=group)
+    dist.all_gather(list(lengths.view(size, 1)), torch.tensor([len(own)]), group=group)
     longest = int(lengths.max())
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(own)] = own
     told = torch.empty(size * longest, dtype=torch.uint8)
-    dist.all_gather_into_tensor(told, padded, group=group)
+    dist.all_gather(list(told.view(size, longest)), padded, group=group)
     rows = told.view(size, longest)
     return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
 
