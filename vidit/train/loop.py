@@ -31,7 +31,9 @@ Beat = Callable[[int, str], None]
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; the update was not made."""
+    """The loss or the gradient is not finite; the update was not made. `rank` had such a loss, where one had."""
+
+    rank: int | None = None
 
 
 def train_loop(
@@ -84,6 +86,7 @@ def train_loop(
             try:
                 with together():
                     batches = [next(data) for _ in range(resolved.accumulation)]
+                    beat(state.step + 1, "agreement")  # who waits here waits for one that is not here yet
                 watch.lap("data")
                 own_keys: list[Any] = [[batch.keys, batch.skipped] for batch in batches]
                 fetched = in_order(exchange(own_keys, rows))
@@ -101,7 +104,7 @@ def train_loop(
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
             told = exchange(own_losses, rows)
             results = in_order(told)
-            losses = [value for values, _, _ in results for value in values]
+            losses = flat(results)
             quantiles = [value for _, values, _ in results for value in values]
             parts = {k: sum(p[k] for _, _, p in results) / len(results) for k in results[0][2]}
             watch.lap("compute")
@@ -111,14 +114,15 @@ def train_loop(
             norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
-                bad = [r for r, batches_of in enumerate(told) if not math.isfinite(sum(sum(b[0]) for b in batches_of))]
-                where = f" (loss of data rank {' '.join(map(str, bad))})" if bad and len(told) > 1 else ""
                 state.finish()
-                raise NonFiniteError(
-                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite{where}, no "
-                    f"update made. Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or "
-                    "resume from an earlier checkpoint"
+                error = NonFiniteError(
+                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite, no update made. "
+                    f"Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or resume from "
+                    "an earlier checkpoint"
                 )
+                bad = [place for place, of_rank in enumerate(told) if not all(map(math.isfinite, flat(of_rank)))]
+                error.rank = task.rank_of(bad[0]) if bad else None
+                raise error
             clip_gradients(parameters, c.clip_norm, norm)
 
             rate = learning_rate(c, state.step)
@@ -178,3 +182,8 @@ def train_loop(
         return False
     state.finish()
     return True
+
+
+def flat(told: list[Any]) -> list[float]:
+    """The losses among what one data rank tells of its micro-batches."""
+    return [value for values, _, _ in told for value in values]

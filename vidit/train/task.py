@@ -52,6 +52,10 @@ class Task:
         """The stages of which this rank has some; None where each rank has all."""
         return self.mesh.pipeline if self.mesh and self.mesh.layout.pipeline > 1 else None
 
+    def rank_of(self, place: int) -> int:
+        """The first rank with the rows of data rank `place`."""
+        return place * self.mesh.layout.sequence * self.mesh.layout.tensor if self.mesh else 0
+
     def counted(self) -> AbstractContextManager[Communication | None]:
         """Counts what is sent inside, where the config asks for it."""
         if self.mesh is None or not self.config.parallel.count_communication:
