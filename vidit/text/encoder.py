@@ -122,7 +122,7 @@ def masked_mean(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """The encoder that the `text` section asks for.
 
-    dtype: of a pretrained encoder's weights and features; the byte encoder is trained and stays in fp32 (fp64 for fp64).
+    dtype: of a pretrained encoder's weights and features; the byte encoder is trained and is in fp32, or fp64 for that.
 
     Raises ValueError for settings that contradict each other, and for files that are missing or hold
     something else than `text.kind`.

@@ -1,0 +1,143 @@
+"""Whole runs, `vidit.train.run` on real ranks: any layout gives the losses of one process, and any resumes any other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_pool import Pool
+
+from parallel import checkpoint
+from vidit.config import RunConfig
+from vidit.train.metrics import read_metrics
+from vidit.train.run import run
+
+Configure = Callable[..., RunConfig]
+HALF, WHOLE = 5, 10
+TRAIN = {
+    "precision": "fp64", "global_batch": 4, "micro_batch": 1, "validate_every": WHOLE, "checkpoint_every": HALF,
+    "keep_checkpoints": 9, "learning_rate": 3e-3,
+}  # fmt: skip
+MODEL = {"self_conditioning": 0.5, "num_layers": 4, "cross_attention": "all"}
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {"zero": 0}),
+    "dp4": (4, {"zero": 0}),
+    "zero3 x2": (2, {}),
+    "zero3 x4": (4, {}),
+    "zero1 x2": (2, {"zero": 1}),
+    "hsdp 2x2": (4, {"replicate": 2}),
+    "tp4": (4, {"tensor": 4}),
+    "tp2 x pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "tp2 x sp2": (4, {"tensor": 2, "sequence": 2, "sequence_kind": "ring", "sharded_norms": True}),
+    "zero2 x tp2": (4, {"tensor": 2, "zero": 2}),
+    "sp4": (4, {"sequence": 4, "sequence_kind": "ulysses"}),
+    "sp2 window x pp2": (4, {"sequence": 2, "sequence_kind": "window", "pipeline": 2}),
+    "pp2 interleaved": (2, {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}),
+    "pp4": (4, {"pipeline": 4, "schedule": "zero_bubble"}),
+}
+PAIRS = [
+    ("dp4", "tp2 x pp2"), ("sp4", "one"), ("zero3 x2", "dp2"), ("one", "tp2 x sp2"), ("hsdp 2x2", "zero1 x2"),
+    ("zero2 x tp2", "sp2 window x pp2"), ("pp4", "zero3 x4"), ("tp4", "pp2 interleaved"), ("tp2 x pp2", "dp4"),
+]  # fmt: skip
+
+
+def start(config: RunConfig) -> bool:
+    """One rank of one start."""
+    with redirect_stdout(io.StringIO()):
+        return run(config)
+
+
+def losses(config: RunConfig) -> list[tuple[int, float, float, list[str]]]:
+    rows = [row for row in read_metrics(config.directory) if "loss" in row]
+    return [(row["step"], row["loss"], row["grad_norm"], row["keys"]) for row in rows]
+
+
+def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
+    manifest, stored = checkpoint.open_stored(checkpoint.folder_of(config.directory / "checkpoints", WHOLE))
+    return {name: stored.whole(name) for name in manifest["tensors"]}
+
+
+def assert_alike(found: RunConfig, expected: RunConfig, within: float = 1e-9) -> None:
+    """Losses, norms, the order of clips, validation; weights, averages and moments of the last checkpoint."""
+    ours, theirs = losses(found), losses(expected)
+    assert [(step, keys) for step, _, _, keys in ours] == [(step, keys) for step, _, _, keys in theirs]
+    for step, loss, norm, _ in ours:
+        assert loss == pytest.approx(theirs[step - 1][1], rel=within)
+        assert norm == pytest.approx(theirs[step - 1][2], rel=within)
+    last = [[row for row in read_metrics(c.directory) if "validation" in row][-1] for c in (found, expected)]
+    assert last[0]["step"] == last[1]["step"] == WHOLE
+    assert last[0]["validation"] == pytest.approx(last[1]["validation"], rel=within)
+    there, here = tensors(expected), tensors(found)
+    assert there.keys() == here.keys()
+    assert {"ema", "model", "exp_avg"} <= {name.partition(".")[0] for name in there}
+    for name, tensor in there.items():
+        assert torch.allclose(here[name], tensor, rtol=0, atol=1e-7 * float(tensor.abs().max()) + 1e-12), name
+
+
+@pytest.fixture(scope="module")
+def build(configure: Configure) -> Callable[..., RunConfig]:
+    def build(folder: Path, steps: int = WHOLE, layout: str = "one", **more: Any) -> RunConfig:
+        train = {**TRAIN, "steps": steps, **more}
+        return configure(folder, train=train, model=MODEL, sample={"prompts": ()}, parallel=LAYOUTS[layout][1])
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def whole(pool: Pool, build: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The run that one process makes without a stop."""
+    config = build(tmp_path_factory.mktemp("whole"))
+    assert pool.run(1, start, config) == [True]
+    return config
+
+
+@pytest.mark.parametrize(("first", "then"), PAIRS, ids=lambda name: name.replace(" ", ""))
+def test_resumed_on_another_layout(
+    pool: Pool, build: Callable[..., RunConfig], whole: RunConfig, tmp_path: Path, first: str, then: str
+) -> None:
+    for layout, steps in ((first, HALF), (then, WHOLE)):
+        assert all(pool.run(LAYOUTS[layout][0], start, build(tmp_path, steps, layout)))
+    assert_alike(build(tmp_path), whole)
+
+
+def test_every_layout_is_resumed_or_resumes() -> None:
+    assert {name for pair in PAIRS for name in pair} == set(LAYOUTS)
+    assert len(PAIRS) >= 8
+
+
+def test_muon_cached_latents_and_images(pool: Pool, configure: Configure, tmp_path: Path) -> None:
+    """What a run does besides: matrices made orthogonal, latents encoded by all ranks, rows of images, previews."""
+    found = []
+    for name in ("one", "zero2 x tp2"):
+        world, layout = LAYOUTS[name]
+        config = configure(
+            tmp_path / str(world), parallel=layout, data={"cache_latents": True, "image_rows": 1}, model=MODEL,
+            train={**TRAIN, "micro_batch": 2, "steps": WHOLE, "optimizer": "muon"},
+        )  # fmt: skip
+        assert all(pool.run(world, start, config))
+        assert len(list(config.directory.glob("samples/*/000.mp4"))) == 1
+        found.append(config)
+    # Muon's products are made in a narrower dtype, and which sums are rounded there depends on nothing but the matrix.
+    assert_alike(found[1], found[0], within=1e-6)
+    assert len(list((tmp_path / "4" / "latents").iterdir())) >= 1
+
+
+@pytest.mark.parametrize("layout", [{"zero": 3}, {"sequence": 2, "vae_context": True}], ids=["zero3", "context"])
+def test_vae(pool: Pool, configure: Configure, tmp_path: Path, layout: dict[str, Any]) -> None:
+    found = []
+    for world, parallel in ((1, {}), (2, layout)):
+        train = {"task": "vae", "steps": 4, "precision": "fp64", "global_batch": 4, "micro_batch": 1}
+        config = configure(tmp_path / str(world), train={**train, "validate_every": 4}, parallel=parallel)
+        assert all(pool.run(world, start, config))
+        found.append(config)
+    for (step, loss, norm, keys), expected in zip(losses(found[1]), losses(found[0]), strict=True):
+        assert (step, keys) == (expected[0], expected[3])
+        assert (loss, norm) == pytest.approx(expected[1:3], rel=1e-9)
+    files = [(config.directory / "vae" / "model.safetensors").stat().st_size for config in found]
+    assert files[0] == files[1]

@@ -1,0 +1,129 @@
+"""A layout against its model and batch: every fault with numbers and legal choices, and what `auto` becomes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from vidit.config import ConfigError, Data, Model, Parallel, RunConfig, Train, Vae
+from vidit.train.layout import layout_of, own_tokens, stages_of, with_layout
+
+
+def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
+    """24 layers of 16 heads on 5x16x16 tokens, W.A.L.T.'s windows in turn."""
+    train = {"global_batch": 64, "micro_batch": 1, "device": "cpu", **sections.pop("train", {})}
+    model = {"windows": ((1, 0, 0), (0, 8, 8)), "cross_keys": "text", **sections.pop("model", {})}
+    return RunConfig(
+        name="a", vae=Vae(weights="x"), data=Data(train="x"), model=Model(**model), train=Train(**train),
+        parallel=Parallel(**parallel), **sections,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("parallel", "ranks", "parts"),
+    [
+        ({"tensor": 3}, 3, ["16 heads", "parallel.tensor=3", "1 2 4 8 16"]),
+        ({"sequence": 5, "sequence_kind": "ulysses"}, 5, ["16 heads", "parallel.sequence=5", "1 2 4 8 16"]),
+        ({"sequence": 8, "tensor": 4, "sequence_kind": "ulysses"}, 32, ["4 heads (16 / tensor 4)", "=8", "1 2 4"]),
+        ({"sequence": 6, "sequence_kind": "window"}, 6, ["makes 5 windows", "parallel.sequence=6", "1 to 5"]),
+        ({"sequence": 4, "sequence_kind": "ulysses_ring", "ulysses": 3}, 4, ["parallel.ulysses=3", "1 2 4"]),
+        ({"pipeline": 32}, 32, ["32 stages", "24 blocks", "at most 24"]),
+        ({"pipeline": 4, "schedule": "interleaved"}, 4, ["stages_per_rank=1", "2 or more"]),
+        ({"pipeline": 4, "stages_per_rank": 2, "schedule": "interleaved", "vae_context": True, "sequence": 8}, 32,
+         ["5 latent frames", "8 ranks"]),
+        ({"sharded_norms": True, "tensor": 2, "sequence": 2, "sequence_kind": "window"}, 4, ["whole windows"]),
+        ({"cpu_offload": True}, 2, ["cpu_offload", "train.device=cpu"]),
+        ({"cpu_offload": True, "zero": 0}, 2, ["cpu_offload", "parallel.zero=0", "zero=1, 2 or 3"]),
+    ],
+    ids=lambda value: " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_faults(parallel: dict[str, Any], ranks: int, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_layout(config(parallel), ranks)
+    assert any(all(part in line for part in parts) for line in caught.value.faults), caught.value.faults
+
+
+def test_micro_batches_of_a_pipeline() -> None:
+    with pytest.raises(ConfigError, match="gets 2 micro-batches a step and needs at least 4"):
+        with_layout(config({"pipeline": 4}, train={"global_batch": 2}), 4)
+
+
+def test_all_faults_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_layout(config({"tensor": 3, "pipeline": 32}), 96)
+    assert len(caught.value.faults) == 2
+
+
+def test_a_group_that_does_not_fit_its_nodes() -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=16 does not divide the 8 ranks of a node"):
+        with_layout(config({"tensor": 16}), 16, 8)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "model", "ranks", "kind"),
+    [
+        ({"sequence": 4}, {}, 4, "ulysses"),  # 5 frames on 4 ranks: one has 1.6 times the mean
+        ({"sequence": 5}, {"windows": ((1, 0, 0),)}, 5, "window"),
+        ({"sequence": 4}, {"windows": ((1, 8, 8), (0, 8, 8))}, 4, "window"),
+        ({"sequence": 4}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 4, "ulysses"),
+        ({"sequence": 5}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 5, "ring"),
+        ({"sequence": 12}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 12, "ulysses_ring"),
+    ],
+)
+def test_auto(parallel: dict[str, Any], model: dict[str, Any], ranks: int, kind: str) -> None:
+    chosen = with_layout(config(parallel, model=model), ranks).parallel
+    assert chosen.sequence_kind == kind
+    assert chosen.ulysses == (4 if kind == "ulysses_ring" else 0)
+
+
+def test_the_rest_of_the_ranks_is_shard() -> None:
+    fixed = with_layout(config({"tensor": 2, "replicate": 2}), 16)
+    assert layout_of(fixed).degrees == (1, 2, 4, 1, 2)
+    assert with_layout(fixed, 16) == fixed
+    with pytest.raises(ConfigError, match="takes 16 ranks, but there are 8"):
+        with_layout(fixed, 8)
+
+
+def test_stages_cover_the_layers() -> None:
+    stages = stages_of(with_layout(config({"pipeline": 4}), 4))
+    assert [layer for stage in stages for layer in stage] == list(range(24))
+    assert len({len(stage) for stage in stages}) <= 2
+
+
+def test_tokens_of_a_rank() -> None:
+    grid = (5, 16, 16)
+    dealt = with_layout(config({"sequence": 4, "sequence_kind": "window"}), 4)
+    assert [[own_tokens(dealt, grid, layer, rank) for rank in range(4)] for layer in (0, 1)] in (
+        [[256, 256, 256, 512], [320] * 4], [[512, 256, 256, 256], [320] * 4],
+        [[256, 512, 256, 256], [320] * 4], [[256, 256, 512, 256], [320] * 4],
+    )  # fmt: skip
+    even = with_layout(config({"sequence": 3, "tensor": 2, "sequence_kind": "ring", "sharded_norms": True}), 6)
+    assert own_tokens(even, grid, 0, 2) == 214  # 1280 / 3 and that / 2, rounded up
+
+
+@pytest.mark.parametrize(
+    ("parallel", "parts"),
+    [
+        ({"tensor": 2}, ["parallel.tensor=2 does not apply to train.task=vae"]),
+        ({"pipeline": 2}, ["parallel.pipeline=2 does not apply to train.task=vae"]),
+        ({"sequence": 2}, ["divides nothing of a VAE without parallel.vae_context=true"]),
+        ({"sequence": 8, "vae_context": True}, ["5 latent frames"]),
+    ],
+)
+def test_a_vae(parallel: dict[str, Any], parts: list[str]) -> None:
+    c = RunConfig(
+        name="a", data=Data(train="x"), train=Train(task="vae", global_batch=8, micro_batch=1),
+        parallel=Parallel(**parallel),
+    )  # fmt: skip
+    ranks = c.parallel.ranks_per_row
+    with pytest.raises(ConfigError) as caught:
+        with_layout(c, ranks)
+    assert any(all(part in line for part in parts) for line in caught.value.faults), caught.value.faults
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, vidit.train.layout\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
