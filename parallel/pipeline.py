@@ -150,7 +150,7 @@ class Pipeline:
             entering = shapes.entering(number).empty("meta").requires_grad_(number > 0)
             leaving = shapes.leaving(number).empty("meta").requires_grad_()
             builder = self.weights.take if self.weights else None
-            stage = PipelineStage(
+            stage = _Stage(
                 module, number, len(self.ranks), self.device, entering, leaving, group=self.group, dw_builder=builder
             )
             stages.append(stage)
@@ -224,6 +224,13 @@ class Pipeline:
                     if work is not None:
                         work.wait()
                     yield x
+
+
+class _Stage(PipelineStage):
+    """torch 2.11 greets the rank of a neighbouring stage also where that is this rank (V), which gloo refuses."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
 
 def _not_yet(output: Tensor, number: int) -> Tensor:
