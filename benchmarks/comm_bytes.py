@@ -48,7 +48,7 @@ from vidit.model.dit import DiT
 from vidit.model.plan import Plan, sharding_plan
 from vidit.model.windows import Grid
 
-RANKS, ROWS, CHANNELS, TEXT, MICRO_BATCHES = 4, 2, 8, 16, 2
+RANKS, ROWS, CHANNELS, TEXT, MICRO_BATCHES = 4, 1, 8, 16, 2
 GRIDS = ((5, 16, 16), (17, 32, 32))  # latent frames, height, width: patches of one
 SIZE = 4  # bytes of fp32
 WINDOWS = ((1, 0, 0), (0, 8, 8))  # a latent frame; 8 x 8 over all frames
@@ -128,7 +128,7 @@ def _pair(one: Callable[..., float], **more: int) -> Callable[[Run], float]:
 def _combined(rows: int, tokens: int, width: int, size: int, ranks: int) -> float:
     """Ulysses among 2 neighbours, whose half of the heads goes around a ring of 2."""
     among = 8 * all_to_all_bytes(rows * share(tokens, ranks) * width * size, 2)
-    return among + ring_bytes(rows, tokens, width // 2, size, size, ranks // 2)
+    return among + ring_bytes(rows, tokens, width // 2, size, ranks // 2, size)
 
 
 def _windows(run: Run) -> float:
@@ -217,8 +217,8 @@ def on_ranks(runs: Sequence[Run], folder: Path) -> list[list[dict[str, Any]]]:
 def measure(kinds: Sequence[str], width: int, folder: Path) -> list[dict[str, Any]]:
     """One row for a kind and grid."""
     asked = [(kind, grid) for grid in GRIDS for kind in kinds]
-    runs = [Run(kind, grid, layers, width, "", 0) for kind, grid in asked for layers in (2, 4)]
-    answers = on_ranks(runs, folder)
+    formulas = [[KINDS[kind].formula(Run(kind, grid, 2, width, "", r)) for r in range(RANKS)] for kind, grid in asked]
+    answers = on_ranks([Run(kind, grid, layers, width, "", 0) for kind, grid in asked for layers in (2, 4)], folder)
     rows = []
     for place, (name, grid) in enumerate(asked):
         kind = KINDS[name]
@@ -227,8 +227,7 @@ def measure(kinds: Sequence[str], width: int, folder: Path) -> list[dict[str, An
         calls = four[0]["calls"] - (0 if kind.whole_model else two[0]["calls"])
         if kind.whole_model:
             sent, calls = [a["bytes"] for a in two], two[0]["calls"]
-        formulas = [kind.formula(Run(name, grid, 2, width, "", rank)) for rank in range(RANKS)]
-        mean, expected = sum(sent) / RANKS, sum(formulas) / RANKS
+        mean, expected = sum(sent) / RANKS, sum(formulas[place]) / RANKS
         rows.append(
             {
                 "kind": name, "latent": list(grid), "tokens": grid[0] * grid[1] * grid[2], "calls": calls,
@@ -237,15 +236,15 @@ def measure(kinds: Sequence[str], width: int, folder: Path) -> list[dict[str, An
             }
         )  # fmt: skip
     for row in rows:
-        ulysses = next(r["bytes"] for r in rows if r["kind"] == "ulysses" and r["latent"] == row["latent"])
-        row["of_ulysses"] = None if row["kind"].startswith("zero") else row["bytes"] / ulysses
+        ulysses = [r["bytes"] for r in rows if r["kind"] == "ulysses" and r["latent"] == row["latent"]]
+        row["of_ulysses"] = row["bytes"] / ulysses[0] if ulysses and not row["kind"].startswith("zero") else None
     return rows
 
 
 def table(rows: Sequence[dict[str, Any]], width: int) -> str:
     lines = [
         "# Bytes that each way of sharding sends", "",
-        f"`python -m benchmarks.comm_bytes`: {RANKS} ranks, {ROWS} rows, fp32, width {width} (bytes of tokens grow "
+        f"`python -m benchmarks.comm_bytes`: {RANKS} ranks, {ROWS} row, fp32, width {width} (bytes of tokens grow "
         "with it), forward and",
         "backward, mean over ranks; the rank that sends most beside it. A pair of blocks; ZeRO: a model of 2 blocks, "
         f"{MICRO_BATCHES} micro-batches.", "",

@@ -47,7 +47,7 @@ def ulysses_bytes(rows: int, tokens: int, width: int, size: int, ranks: int) -> 
     return 8 * all_to_all_bytes(rows * share(tokens, ranks) * width * size, ranks)
 
 
-def ring_bytes(rows: int, tokens: int, width: int, size: int, wide: int, ranks: int) -> float:
+def ring_bytes(rows: int, tokens: int, width: int, size: int, ranks: int, wide: int) -> float:
     """One core; gradients travel with `wide` bytes an element, and home in the end."""
     keys_and_values = 2 * rows * share(tokens, ranks) * width
     return 2 * (ranks - 1) * keys_and_values * size + ranks * keys_and_values * wide
