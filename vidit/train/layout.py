@@ -4,6 +4,7 @@ Arithmetic only, no torch and no process group, so that the command line can ref
 """
 
 from collections.abc import Iterator
+from importlib.metadata import version
 
 from parallel.dealing import rank_tokens
 from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_degree
@@ -80,6 +81,7 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
         yield from layout.head_faults(config.model.num_heads)
         yield from _sequence_faults(config, layout, ranks_per_node)
         yield from _pipeline_faults(config)
+        yield from _torch_faults(config)
         if p.vae_context and not config.data.cache_latents:
             yield from context_faults(resolve(config).latent_frames, p.sequence)
     if layout.data * layout.sequence == 1:
@@ -90,6 +92,17 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
         yield "parallel.cpu_offload=true has no effect with parallel.zero=0, which divides nothing; use zero=1, 2 or 3"
     if p.cpu_offload and config.train.device == "cpu":
         yield "parallel.cpu_offload=true has no effect on train.device=cpu, whose memory holds everything; leave it out"
+
+
+def _torch_faults(config: RunConfig) -> Iterator[str]:
+    c = config.train
+    major, minor = (int(part) for part in version("torch").split(".")[:2])
+    if config.parallel.tensor > 1 and c.compile and c.activation_checkpointing != "none" and (major, minor) < (2, 14):
+        yield (
+            f"parallel.tensor={config.parallel.tensor} with train.compile=true and train.activation_checkpointing="
+            f"{c.activation_checkpointing} does not run on torch {major}.{minor}, only from 2.14 on; each two of the "
+            "three do: leave one out"
+        )
 
 
 def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | None) -> Iterator[str]:

@@ -46,6 +46,14 @@ def test_faults(parallel: dict[str, Any], ranks: int, parts: list[str]) -> None:
     assert any(all(part in line for part in parts) for line in caught.value.faults), caught.value.faults
 
 
+def test_what_torch_does_not_run_together() -> None:
+    train = {"compile": True, "activation_checkpointing": "full"}
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=2 with train\.compile=true and .* leave one out"):
+        with_layout(config({"tensor": 2}, train=train), 2)
+    assert with_layout(config({"tensor": 2}, train={"compile": True}), 2)
+    assert with_layout(config({"sequence": 2}, train=train), 2)
+
+
 def test_micro_batches_of_a_pipeline() -> None:
     with pytest.raises(ConfigError, match="gets 2 micro-batches a step and needs at least 4"):
         with_layout(config({"pipeline": 4}, train={"global_batch": 2}), 4)
