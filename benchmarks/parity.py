@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,7 +38,8 @@ from vidit.text.encoder import build_text_encoder
 from vidit.train.layout import layout_of, with_layout
 from vidit.train.optim import build_optimizer
 from vidit.train.parallelize import build_dit
-from vidit.train.step import DitStep, Inputs, Video
+from vidit.train.precision import choose_dtype
+from vidit.train.step import DitStep
 from vidit.train.task import passes_of
 from vidit.vae.autoencoder import CausalVae
 
@@ -130,27 +131,12 @@ class Case:
                 "data": {"train": "unread", "num_frames": 9, "height": 20, "width": 12, "image_rows": 1},
                 "train": {
                     "global_batch": ROWS, "micro_batch": MICRO, "seed": 3, "learning_rate": 1e-3, "steps": STEPS,
-                    "device": "cpu", **self.row.train,
+                    "device": "cpu", "precision": self.dtype, **self.row.train,
                 },
                 "parallel": dict(self.row.parallel),
             }
         )  # fmt: skip
         return with_layout(c, self.row.ranks)
-
-
-class WideStep(DitStep):
-    """Times and latents in the dtype of the comparison, so that no narrower one hides an error."""
-
-    wide = torch.float64
-
-    def inputs(self, batch: Batch, purpose: str) -> Inputs:
-        own = super().inputs(batch, purpose)
-        return replace(own, t_B=own.t_B.to(self.wide))
-
-    def video(self, batch: Batch, inputs: Inputs) -> Video:
-        own = super().video(batch, inputs)
-        x, noise = own.x_BCTHW.to(self.wide), own.noise.to(self.wide)
-        return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
 
 
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -184,20 +170,19 @@ def batch(config: RunConfig, number: int) -> Batch:
 
 def train(case: Case) -> Result:
     """Five steps on this rank of the case's layout, or in one process."""
-    c, dtype, cpu = case.config, getattr(torch, case.dtype), torch.device("cpu")
+    c, cpu = case.config, torch.device("cpu")
+    dtype = choose_dtype(c.train.precision, cpu)
     mesh = None
     if num_ranks() > 1:
         ulysses = c.parallel.ulysses if c.parallel.sequence_kind == "ulysses_ring" else 0
         mesh = build_mesh(layout_of(c), "cpu", None, ulysses)
     vae = CausalVae(Vae(**VAE))
     initialise(vae, seed=1)
-    text = build_text_encoder(c.text, dtype).to(dtype)
-    text.dtype = dtype
+    text = build_text_encoder(c.text, dtype)
     model = build_dit(c, text, cpu, dtype, mesh)
     for name, parameter in model.named_parameters():
         fill(parameter, value(name, tuple(parameter.shape)).to(dtype))
-    step = WideStep(c, vae, text, cpu, num_validation=ROWS)
-    step.wide = dtype
+    step = DitStep(c, vae, text, cpu, num_validation=ROWS)
     passes = passes_of(c, model, step, mesh)
     with torch.no_grad():
         output = output_of(step, passes.evaluated, batch(c, 0))
@@ -256,7 +241,7 @@ def measure(names: Sequence[str], models: Sequence[str], folder: Path) -> list[d
             for name in names:
                 wanted = LAYOUTS[name]
                 entry: dict[str, Any] = {"model": model, "layout": name, "ranks": wanted.ranks}
-                for dtype in ("float64", "float32"):
+                for dtype in ("fp64", "fp32"):
                     alone = Case(model, dtype, row(1, layers=wanted.layers))
                     key = (model, dtype, wanted.layers)
                     case = Case(model, dtype, wanted)
@@ -283,7 +268,7 @@ def line(entry: Mapping[str, Any]) -> str:
     if "refused" in entry or "failed" in entry:
         why = entry.get("refused") or "FAILED: " + entry["failed"].strip().splitlines()[-1]
         return f"| {entry['model']} | {entry['layout']} | {entry['ranks']} | refused: {why.split(';')[0]} ||||||"
-    cells = [f"{entry[t][what]:.0e}" for t in ("float64", "float32") for what in ("forward", "gradient", "loss")]
+    cells = [f"{entry[t][what]:.0e}" for t in ("fp64", "fp32") for what in ("forward", "gradient", "loss")]
     return f"| {entry['model']} | {entry['layout']} | {entry['ranks']} | {' | '.join(cells)} |"
 
 
@@ -303,7 +288,7 @@ def main() -> None:
     worst = {
         dtype: {what: max((e[dtype][what] for e in rows if dtype in e), default=math.nan) for what in
                 ("forward", "gradient", "loss")}
-        for dtype in ("float64", "float32")
+        for dtype in ("fp64", "fp32")
     }  # fmt: skip
     print(json.dumps(worst))
     if not arguments.dry:

@@ -8,7 +8,7 @@ RUN/logs/torchrun.log. What a rank failed of is printed once, as `vidit: rank 2:
 
 Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call either a failure. So it gets neither:
 SIGTERM, SIGUSR1 and SIGINT to this process go from here to every rank, which save and leave as one process does,
-in the time that they need. A second SIGINT also ends the agent, and with it after 30 s every rank that still runs.
+in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do not.
 Ranks whose launcher or agent is killed ask themselves to stop.
 """
 
@@ -86,6 +86,9 @@ def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool
         _end_stragglers(ranks, forward, agent)
         if all(rank.is_done() for rank in ranks):
             return 0
+        if forward.insists:
+            sys.stderr.write("vidit: interrupted\n")
+            return 130
         failure = find_failure(folder, (logs / "torchrun.log").read_text(errors="replace"), agent.returncode)
     _tell(failure, logs, show_traceback)
     return failure.code
@@ -146,6 +149,11 @@ class Forward:
     def _take(self, number: int, _: FrameType | None) -> None:
         self.came.append(number)
 
+    @property
+    def insists(self) -> bool:
+        """Whether Ctrl-C came twice: the ranks leave at once, or are ended."""
+        return self.came.count(signal.SIGINT) > 1
+
     def to(self, ranks: Sequence[Rank], agent: "subprocess.Popen[bytes]") -> None:
         came = list(self.came)
         for rank in ranks:
@@ -153,7 +161,7 @@ class Forward:
                 for number in came[rank.num_sent :]:
                     _send(process, number)
                 rank.num_sent = len(came)
-        if came.count(signal.SIGINT) > 1:
+        if self.insists:
             with suppress(ProcessLookupError):
                 agent.terminate()
 
@@ -211,9 +219,6 @@ def _code(code: int) -> int:
 
 
 def _tell(failure: Failure, logs: Path, show_traceback: bool) -> None:
-    if failure.code == 130:
-        sys.stderr.write("vidit: interrupted\n")
-        return
     name = "rank-*" if failure.rank is None else f"rank-{failure.rank}"
     who = "" if failure.rank is None else f"rank {failure.rank}: "
     trace = failure.trace if show_traceback else ""

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.agreement import everyone, first_fault, rank, world
+from parallel.exchange import exchange, first_fault, num_ranks, own_rank
 from parallel.local import local
 from parallel.manifest import CheckpointError, folder_of, partial_of, prune, remove, sync, write_json, write_manifest
-from parallel.save_plan import SavePlan, held, make_plan, signature
+from parallel.save_plan import SavePlan, held, make_plan, signature, told_by_all
 from parallel.shard_file import content, header, total_bytes, views, write
 
 POLL_S = 0.02
@@ -58,7 +58,7 @@ class Saver:
         """
         self.finish()
         folder = folder_of(root, step)
-        fault = first_fault(_cleared(folder) if rank() == 0 else None)
+        fault = first_fault(_cleared(folder) if own_rank() == 0 else None)
         if fault is not None:
             raise CheckpointError(_cannot_save(folder, fault))
         plan = self._planned(tensors)
@@ -89,6 +89,11 @@ class Saver:
             job.abandoned.set()
             raise
 
+    def join(self) -> None:
+        """Wait for this rank's thread, whatever comes of the save: not collective, for a process that is alone."""
+        if self._job is not None:
+            self._job.thread.join()
+
     def _conclude(self, job: "_Job") -> None:
         written = job.written.wait(self.timeout_s)
         late = None if written else f"not written in {self.timeout_s:g} s"
@@ -100,18 +105,18 @@ class Saver:
         fault = fault or first_fault(job.fault())
         if fault is None:
             return
-        if rank() == 0:
+        if own_rank() == 0:
             shutil.rmtree(partial_of(job.folder), ignore_errors=True)
-        if world() == 1 and job.error is not None and not isinstance(job.error, OSError):
+        if num_ranks() == 1 and job.error is not None and not isinstance(job.error, OSError):
             raise job.error
         raise CheckpointError(_cannot_save(job.folder, fault)) from job.error
 
     def _planned(self, tensors: Mapping[str, Tensor]) -> SavePlan:
         """The plan of the last save where nothing has changed on any rank, else a new one."""
         found = signature(tensors)
-        same = all(everyone(self._plan is not None and found == self._signature))
+        same = all(exchange(self._plan is not None and found == self._signature))
         if self._plan is None or not same:
-            self._plan, self._signature = make_plan(everyone(held(tensors))), found
+            self._plan, self._signature = make_plan(told_by_all(held(tensors))), found
         return self._plan
 
     @torch.no_grad()
@@ -147,7 +152,7 @@ class _Job:
     ):
         self.folder, self.plan, self.facts = folder, plan, dict(facts)
         self.keep, self.keep_every, self.timeout_s = keep, keep_every, timeout_s
-        self.rank, self.world = rank(), world()
+        self.rank, self.world = own_rank(), num_ranks()
         self.parts = plan.parts[self.rank]
         self.buffer: Tensor | None = None
         self.events: list[Any] = []

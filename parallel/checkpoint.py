@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from parallel.agreement import everyone, first_fault, rank, world
 from parallel.async_save import Saver
-from parallel.local import local, local_box
+from parallel.exchange import exchange, first_fault, num_ranks, own_rank
+from parallel.local import as_box, local, local_box
 from parallel.manifest import CheckpointError, folder_of, prune, read_manifest, steps, verify, verify_file
 from parallel.save_plan import dtype_name
 from parallel.stored import Index, Stored, index_of
@@ -74,7 +74,7 @@ def _raise(fault: str | None, cause: Exception | None) -> None:
 
 def _verified(folder: Path, manifest: Mapping[str, Any]) -> Index:
     """What lies where, once every file has been checked by one of the ranks."""
-    own = list(manifest["files"].items())[rank() :: world()]
+    own = list(manifest["files"].items())[own_rank() :: num_ranks()]
     index: Index = {}
     fault = None
     try:
@@ -83,12 +83,12 @@ def _verified(folder: Path, manifest: Mapping[str, Any]) -> Index:
         index = index_of(folder, (name for name, _ in own))
     except CheckpointError as error:
         fault = str(error)
-    found = everyone((fault, index))
+    found: list[tuple[str | None, Any]] = exchange((fault, index))
     _raise(min((text for text, _ in found if text), default=None), None)
     whole: Index = {}
     for _, part in found:
         for name, places in part.items():
-            whole.setdefault(name, []).extend(places)
+            whole.setdefault(name, []).extend((file, as_box(box)) for file, box in places)
     return whole
 
 
@@ -97,7 +97,7 @@ def _check_fit(folder: Path, stored: Mapping[str, Any], tensors: Mapping[str, Te
     # As bits of one number: thousands of names from each of many ranks would be a long message.
     names = list(stored)
     asked = sum(1 << place for place, name in enumerate(names) if name in tensors)
-    replies = everyone((list(_misfits(stored, tensors)), asked))
+    replies = exchange((list(_misfits(stored, tensors)), asked))
     faults = list(dict.fromkeys(fault for found, _ in replies for fault in found))
     if prefix is not None:
         anywhere = 0

@@ -50,14 +50,23 @@ def _exchange(report: T, group: Group) -> list[T]:
     size = dist.get_world_size(group)
     own = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
     lengths = torch.empty(size, dtype=torch.int64)
-    dist.all_gather_into_tensor(lengths, torch.tensor([len(own)]), group=group)
+    dist.all_gather(list(lengths.view(size, 1)), torch.tensor([len(own)]), group=group)
     longest = int(lengths.max())
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: len(own)] = own
     told = torch.empty(size * longest, dtype=torch.uint8)
-    dist.all_gather_into_tensor(told, padded, group=group)
+    dist.all_gather(list(told.view(size, longest)), padded, group=group)
     rows = told.view(size, longest)
     return [json.loads(row[:n].numpy().tobytes()) for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+def first_fault(fault: str | None) -> str | None:
+    """The fault of the lowest rank that has one, which is named where there are several ranks; None without any."""
+    faults = exchange(fault)
+    for rank, text in enumerate(faults):
+        if text is not None:
+            return text if len(faults) == 1 else f"rank {rank}: {text}"
+    return None
 
 
 def in_order(told: list[list[T]]) -> list[T]:

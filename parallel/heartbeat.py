@@ -80,6 +80,11 @@ def is_lost(error: BaseException) -> bool:
     )
 
 
+def read_verdict(store: dist.Store) -> RankError:
+    """The verdict that some rank has declared."""
+    return RankError(*json.loads(store.get(VERDICT)))
+
+
 class Heartbeat:
     """The signs of life of this rank, and the verdict over all. With one rank it does nothing.
 
@@ -116,6 +121,8 @@ class Heartbeat:
     def stop(self) -> None:
         """The training thread is on its way out: nothing is left to watch."""
         self._over.set()
+        if self._thread.is_alive():
+            self._thread.join(LEAVE_S)
 
     def explain(self, error: BaseException) -> BaseException:
         """What to raise in place of an error: of a failed collective the verdict; others are told of this rank's own.
@@ -136,7 +143,7 @@ class Heartbeat:
 
     def verdict(self, store: dist.Store) -> RankError | None:
         """What has been found out, by whichever rank."""
-        return RankError(*json.loads(store.get(VERDICT))) if store.check([VERDICT]) else None
+        return read_verdict(store) if store.check([VERDICT]) else None
 
     def read(self, store: dist.Store) -> list[Beat]:
         """The last sign of life of every rank."""

@@ -1,5 +1,6 @@
 """This rank's own part of a tensor: the plain tensor, and where in the full one it lies."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -34,6 +35,12 @@ class Box(NamedTuple):
         """The index of this box in a tensor that holds `outer`."""
         starts = [own - first for own, first in zip(self.offsets, outer.offsets, strict=True)]
         return tuple(slice(start, start + size) for start, size in zip(starts, self.sizes, strict=True))
+
+
+def as_box(told: Sequence[Sequence[int]]) -> Box:
+    """A box as another rank has told of it."""
+    offsets, sizes = told
+    return Box(tuple(offsets), tuple(sizes))
 
 
 @torch.no_grad()

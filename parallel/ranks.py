@@ -6,6 +6,7 @@ Without them, or with a world of one, there is no process group and nothing of t
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.failure import RankError, report_of, write_report
-from parallel.heartbeat import Heartbeat
+from parallel.heartbeat import LEAVE_S, VERDICT, Heartbeat, read_verdict
 
 WORDS_S = 10.0  # a store that answers at all answers in this time
 MEET_S = 120.0  # for slow disks: importing torch is part of it
@@ -50,15 +51,21 @@ def start_ranks(device_type: str, timeout_s: float) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks(0, 1, 0, torch.device(device_type), None, Heartbeat(None, 0, 1, timeout_s))
         return
-    device = _take_device(device_type, rank, local_rank)
-    store = _meet(device, rank, world, timeout_s)
-    heartbeat = Heartbeat(store, rank, world, timeout_s, _end)
-    heartbeat.start()
+    patience_s = max(timeout_s, MEET_S)
+    store = _connect(rank, world, patience_s)
+    words = dist.PrefixStore("words", _connection(store))
+    heartbeat = Heartbeat(words, rank, world, timeout_s, _end)
     try:
-        yield Ranks(rank, world, local_rank, device, store, heartbeat)
+        device = _take_device(device_type, rank, local_rank)
+        wait_for_all(words, rank, world, patience_s)
+        heartbeat.start()
+        _make_group(store, device, rank, world, timeout_s)
+        yield Ranks(rank, world, local_rank, device, words, heartbeat)
     except BaseException as error:
         told = heartbeat.explain(error)
         heartbeat.stop()
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(LEAVE_S)  # the store ends with this process, and the others have yet to read the verdict
         if told is error:
             raise
         raise told from error
@@ -81,49 +88,51 @@ def _take_device(device_type: str, rank: int, local_rank: int) -> torch.device:
     return device
 
 
-def _meet(device: torch.device, rank: int, world: int, timeout_s: float) -> dist.Store:
-    """Make the process group; returns a connection to the store for words of our own."""
-    cuda = device.type == "cuda"
-    patience = timedelta(seconds=max(timeout_s, MEET_S))
+def _connect(rank: int, world: int, patience_s: float) -> dist.TCPStore:
+    """The store at MASTER_ADDR, which rank 0 hosts where torchrun does not."""
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-        words = dist.PrefixStore("words", _connection(store))
-        _wait_for_all(words, rank, world, patience)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
-            world_size=world, timeout=timedelta(seconds=timeout_s + (ABORT_S if cuda else 0)),
-            device_id=device if cuda else None,
-        )  # fmt: skip
-    except RankError:
-        raise
+        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience_s)))
     except (RuntimeError, ValueError) as error:
-        raise RankError(rank, f"cannot join the other {world - 1} ranks at {address}: {error}") from error
-    return words
-
-
-def _connection(store: dist.Store) -> dist.Store:
-    """A client of the same store that waits for nobody else's."""
+        raise RankError(rank, f"cannot reach the other {world - 1} ranks at {address}: {error}") from error
     assert isinstance(store, dist.TCPStore)
+    return store
+
+
+def _connection(store: dist.TCPStore) -> dist.Store:
+    """A client of the same store that waits for nobody else's."""
     return dist.TCPStore(
         store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=WORDS_S)
     )
 
 
-def _wait_for_all(words: dist.Store, rank: int, world: int, patience: timedelta) -> None:
-    """RankError, naming who did not come, where not all ranks do: they import for longer than a step may take."""
-    keys = [f"here/{other}" for other in range(world)]
-    words.set(keys[rank], "")
-    try:
-        words.wait(keys, patience)
-    except RuntimeError as error:
-        missing = [other for other, key in enumerate(keys) if not words.check([key])]
-        if not missing:
-            raise
-        raise RankError(
-            missing[0], f"has not begun after {patience.total_seconds():g} s; of {world} ranks these are missing: "
-            f"{' '.join(map(str, missing))}. See whether they were started, and what they say"
-        ) from error  # fmt: skip
+def wait_for_all(words: dist.Store, rank: int, world: int, patience_s: float) -> None:
+    """Return when all ranks have come; importing torch alone may take one longer than a step may take later.
+
+    RankError where one failed on its way, or naming those that did not come.
+    """
+    words.set(f"here/{rank}", "")
+    if words.add("here", 1) == world:
+        words.set("all here", "")
+    deadline = time.monotonic() + patience_s
+    while not words.check(["all here"]):
+        if words.check([VERDICT]):
+            raise read_verdict(words)
+        if time.monotonic() > deadline:
+            missing = [other for other in range(world) if not words.check([f"here/{other}"])]
+            raise RankError(
+                missing[0] if missing else None, f"has not begun after {patience_s:g} s; of {world} ranks these are "
+                f"missing: {' '.join(map(str, missing))}. See whether they were started, and what they say"
+            )  # fmt: skip
+        time.sleep(min(0.1 + world / 10_000, patience_s / 10))
+
+
+def _make_group(store: dist.TCPStore, device: torch.device, rank: int, world: int, timeout_s: float) -> None:
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world,
+        timeout=timedelta(seconds=timeout_s + (ABORT_S if cuda else 0)), device_id=device if cuda else None,
+    )  # fmt: skip
 
 
 def _end(verdict: RankError) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel.local import Box, local_box
+from parallel.exchange import exchange
+from parallel.local import Box, as_box, local_box
 from parallel.manifest import CheckpointError
 from parallel.shard_file import Part, in_file_order
 
@@ -59,6 +60,12 @@ def signature(tensors: Mapping[str, Tensor]) -> list[tuple[Any, ...]]:
 def held(tensors: Mapping[str, Tensor]) -> list[Held]:
     """What this rank holds of tensors given as plain ones or as DTensors."""
     return [Held(name, dtype_name(t.dtype), tuple(t.shape), local_box(t)) for name, t in tensors.items()]
+
+
+def told_by_all(own: list[Held]) -> list[list[Held]]:
+    """What each rank holds, by rank. Collective."""
+    told = exchange(own)
+    return [[Held(name, dtype, tuple(shape), as_box(box)) for name, dtype, shape, box in parts] for parts in told]
 
 
 def make_plan(of_ranks: Sequence[Sequence[Held]]) -> SavePlan:

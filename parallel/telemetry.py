@@ -93,7 +93,10 @@ def count_communication(axes: Mesh | Mapping[str, DeviceMesh]) -> Iterator[Commu
 
 
 def axis_names(axes: Mesh | Mapping[str, DeviceMesh]) -> dict[str, str]:
-    """Name of a process group -> axis. Of a `Mesh`: its five axes and `zero`, which shard and sequence divide."""
+    """Name of a process group -> axis. Of a `Mesh`: its root's axes and `sequence`, a factor of `zero`.
+
+    Axes of the same ranks may have one group, which is then called by both (`zero+sequence` where shard is 1).
+    """
     if isinstance(axes, Mesh):
         root = axes.root
         named = {name: root[name] for name in root.mesh_dim_names or ()}
@@ -104,7 +107,8 @@ def axis_names(axes: Mesh | Mapping[str, DeviceMesh]) -> dict[str, str]:
     for name, mesh in named.items():
         for dim in range(mesh.ndim):
             suffix = f".{(mesh.mesh_dim_names or range(mesh.ndim))[dim]}" if mesh.ndim > 1 else ""
-            names.setdefault(mesh.get_group(dim).group_name, name + suffix)
+            group = mesh.get_group(dim).group_name
+            names[group] = f"{names[group]}+{name}{suffix}" if group in names else name + suffix
     return names
 
 

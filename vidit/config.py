@@ -307,8 +307,10 @@ class Train(Section):
     final_learning_rate: float = Field(0.0, ge=0, description="the cosine's end, as a fraction of the peak")
     clip_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="compute dtype; master weights are fp32. auto = bf16 where the device has it, else fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = Field(
+        "auto",
+        description="compute dtype; master weights are fp32. auto = bf16 where the device has it, else fp32; fp64 is "
+        "for proofs, weights included",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none", description="what the backward pass runs again: nothing, all but matrix products and attention, all"
@@ -347,6 +349,9 @@ class Parallel(Section):
         1, description="stages of each pipeline rank, for interleaved; zero_bubble: 1 or 2"
     )
     vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
+    count_communication: bool = Field(
+        False, description="count calls and bytes of every collective in the second step, into speed.jsonl"
+    )
     timeout_s: float = Field(600.0, gt=0, description="how long ranks wait for one another before all stop")
 
     @property

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import itertools
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,9 +17,14 @@ import torch
 import torch.distributed as dist
 from dit_case import Case, average, batch, loss, on_meta, value, whole
 from torch import Tensor, nn
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import async_save, checkpoint, matrices
+from parallel import local as local_parts
+from parallel.exchange import exchange
+from parallel.checkpoint import Saver
 from parallel.layout import Layout
+from parallel.local import Box, local, local_box
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
 from parallel.shards import fill
@@ -25,6 +33,7 @@ from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero
 from vidit.config import Train
 from vidit.model.plan import sharding_plan
+from vidit.train import ema
 from vidit.train.ema import Ema
 from vidit.train.optim import build_optimizer
 from vidit.train.state import TrainState
@@ -149,7 +158,17 @@ def stages(folder: Path) -> tuple[str, list[str]]:
 
 
 def failing_save(job: Job) -> tuple[str, str, str]:
-    """The disk of rank 1 is full at step 2, in the background; what the ranks hear, when, and after the next save."""
+    """The disk of rank 1 is full at step 2, in the background; what the ranks hear, when, and after the next save.
+
+    The plan is made once.
+    """
+    with patch.object(async_save, "make_plan", wraps=async_save.make_plan) as planning:
+        heard = _failing_save(job)
+    assert planning.call_count == 1
+    return heard
+
+
+def _failing_save(job: Job) -> tuple[str, str, str]:
     state, mesh = build(job, 1)
     train(state, mesh, job, 1)
     state.save(job.folder, {}, keep=3)
@@ -183,3 +202,78 @@ def save_planted(job: Job) -> dict[str, Tensor]:
     """As `save`, but Muon takes each rank's part for the matrix."""
     with patch.object(matrices, "cuts", lambda like: []):
         return save(job)
+
+
+def mixed(plant: bool) -> float:
+    """AdamW and the average over plain parameters and two kinds of DTensors in one model: their largest error.
+
+    `plant`: the average of the divided model misses its updates.
+    """
+    torch.manual_seed(0)
+    alone = nn.ModuleDict({"zero": nn.Linear(5, 3), "tensor": nn.Linear(4, 6), "plain": nn.Linear(3, 2)}).double()
+    model = copy.deepcopy(alone)
+    mesh = build_mesh(Layout(shard=2, tensor=2), "cpu")
+    apply_tensor(model["tensor"], {"weight": "column", "bias": "column"}, {}, mesh.tensor, 2)
+    apply_zero(model["zero"], [], mesh.zero)
+    kinds = {type(p.data) for p in model.parameters()} | {
+        p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")
+    }
+    assert len(kinds) == 4, "plain, DTensor, two meshes"
+    pairs = [
+        (build_optimizer(Train(learning_rate=0.1, weight_decay=0.1), dict(m.named_parameters())), Ema(m, 0.5), m)
+        for m in (alone, model)
+    ]
+    for step in range(3):
+        for optimizer, average_, m in pairs:
+            for number, p in enumerate(m.parameters()):
+                grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(10 * step + number)).double()
+                p.grad = torch.zeros_like(p)
+                fill(p.grad, grad)
+            optimizer.step()
+            if not (plant and m is model):
+                average_.update(m, step)
+    (_, one, _), (_, other, _) = pairs
+    errors = [float((whole(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True)]
+    errors += [float((whole(other.averages[n]) - a).abs().max()) for n, a in one.averages.items()]
+    return max(errors)
+
+
+def cut_unevenly(job: Job) -> set[str]:
+    """What kinds of parts a layout has, over all ranks."""
+    state, _ = build(job, 1)
+    found = set()
+    for p in state.model.parameters():
+        box, mine, entire = local_box(p), local(p), whole(p)
+        parts = [tuple(sizes) for sizes in exchange(box.sizes)]
+        found |= {"empty"} if any(0 in sizes for sizes in parts) else set()
+        if any(isinstance(placement, _StridedShard) for placement in p.placements):
+            found |= {"strided, uneven"} if len(set(parts)) > 1 else {"strided"}
+        assert tuple(mine.shape) == box.sizes
+        own = entire[box.within(Box((0,) * p.ndim, tuple(p.shape)))]
+        assert not mine.numel() or torch.equal(mine, own)
+    return found
+
+
+def late_save(job: Job) -> tuple[str, str]:
+    """Rank 1 hangs while it writes."""
+    state, mesh = build(job, 1)
+    train(state, mesh, job, 1)
+    state.saver = Saver(background=True, timeout_s=0.5)
+    go = threading.Event()
+
+    def hang(*_: Any) -> None:
+        go.wait(30)
+        raise OSError(errno.EIO, "too late")
+
+    with patch.object(async_save, "write", hang) if dist.get_rank() == 1 else nullcontext():
+        first = outcome(lambda: state.save(job.folder, {}, keep=3))
+        second = outcome(state.finish)
+    go.set()
+    return first, second
+
+
+def gathered_average_planted(job: Job) -> bool:
+    """The same where nobody lets go of the gathered averages, when the weights are back."""
+    calls = itertools.count()
+    with patch.object(ema, "reshard", lambda module: None if next(calls) else local_parts.reshard(module)):
+        return gathered_average(job)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from launch.rank import own_place, rank_process
+from parallel.failure import RankError
 
 FAIL_AT, LAST, TIMEOUT_S = 5, 40, 4.0
 
@@ -29,45 +30,42 @@ def train(folder: Path, fault: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from parallel.agree import Agreement
+    from parallel.exchange import exchange, together
     from parallel.ranks import start_ranks
-    from vidit.train.stop import StopRequest
+    from vidit.train.stop import StoppedError, StopRequest
 
     with StopRequest() as stop, start_ranks("cpu", TIMEOUT_S) as ranks:
-        agree, weight = Agreement(ranks, ("data",)), torch.ones(4)
+        weight = torch.ones(4)
 
         def leave(step: int, why: str) -> None:
             (folder / f"rank-{ranks.rank}.end").write_text(json.dumps({"step": step, "why": why}))
 
         for step in range(1, LAST):
+            failing = fault if step == FAIL_AT else ""
             ranks.heartbeat.beat(step, "data")
-            error: BaseException | None = None
-            started = time.perf_counter()
-            if fault and step == FAIL_AT:
-                time.sleep(0.6)  # so that the signs of life have this step
-                try:
-                    fail(fault)
-                except LookupError as its:
-                    error = ValueError(str(its))
-            verdict = agree.step(True, stop.signal is not None, error, {"data": time.perf_counter() - started})
-            if verdict.error:
-                leave(step, "error")
-                raise verdict.error
-            if verdict.stop:
+            try:
+                stop.check()
+                with together():
+                    if failing:
+                        time.sleep(0.6)  # so that the signs of life have this step
+                    fail(failing)
+                    ranks.heartbeat.beat(step, "agreement")
+            except StoppedError:
                 leave(step, "stop")
                 return
-            if step == FAIL_AT:
-                (folder / f"rank-{ranks.rank}.slow").write_text(json.dumps([verdict.slowest_rank, verdict.mean_s]))
+            except (ValueError, RankError):
+                leave(step, "error")
+                raise
             ranks.heartbeat.beat(step, "update")
-            if fault == "miscounts" and step == FAIL_AT:
-                agree.calls += 1
-            if fault == "between" and step == FAIL_AT:
+            if failing == "between":
                 hang()
-            gradient = torch.full((4,), float("nan") if fault == "nan" and step == FAIL_AT else 1e-3)
+            if failing == "raise":
+                raise OSError("the disk is gone")
+            gradient = torch.full((4,), float("nan") if failing == "nan" else 1e-3)
             local = bool(gradient.isfinite().all())
             dist.all_reduce(gradient)
             if not gradient.isfinite().all():  # on every rank, so every rank asks
-                where = agree.step(local, False, None, {}).nonfinite_ranks
+                where = [rank for rank, finite in enumerate(exchange(local)) if not finite]
                 leave(step, "nan")
                 raise RuntimeError(f"step {step} is not finite on ranks {where}")
             weight -= gradient
@@ -80,10 +78,8 @@ def fail(fault: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang":
             hang()
-        case "raise":
-            raise OSError("the disk is gone")
         case "clip":
-            raise LookupError("clip 7 cannot be read")
+            raise ValueError("clip 7 cannot be read")
         case "signal":
             os.kill(os.getpid(), signal.SIGUSR1)
 

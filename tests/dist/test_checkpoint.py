@@ -180,3 +180,23 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all(pool: Pool, tmp_path: Path) 
 
 def test_averages_reach_gathered_weights(pool: Pool) -> None:
     assert all(run(pool, "gathered_average", LAYOUTS["zero2 gathered"]))
+    assert not any(run(pool, "gathered_average_planted", LAYOUTS["zero2 gathered"]))
+
+
+def test_a_rank_that_hangs_is_named(pool: Pool, tmp_path: Path) -> None:
+    replies = pool.run(2, checkpoint_case.late_save, Job({"shard": 2}, tmp_path, background=True))
+    assert replies[0] == replies[1]
+    assert replies[0][0] == "done"
+    assert "step-00000001: rank 1: not written in 0.5 s; free space" in replies[0][1]
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_plain_parameters_and_two_meshes_in_one_model(pool: Pool) -> None:
+    assert max(pool.run(4, checkpoint_case.mixed, False)) <= 1e-14
+    assert min(pool.run(4, checkpoint_case.mixed, True)) > 1e-3
+
+
+def test_the_layouts_cut_in_every_way(pool: Pool) -> None:
+    """Empty parts, and uneven ones below a cut of tensor parallelism, where torch's and our arithmetic agree."""
+    assert "empty" in run(pool, "cut_unevenly", LAYOUTS["zero4"])[0]
+    assert {"strided", "strided, uneven"} <= run(pool, "cut_unevenly", LAYOUTS["tp2 zero2"])[0]

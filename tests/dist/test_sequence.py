@@ -14,12 +14,13 @@ import torch
 from dit_case import EVEN, ODD, Case, errors, loss, on_meta, on_ranks, single, value
 from rank_pool import Pool, TaskError
 from test_layouts import LAYOUTS, MODELS, assert_equal
+from test_mesh import fake
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel import collectives, partial_attention, ring, sequence, window
 from parallel.dealing import switched_tokens
-from parallel.layout import Layout
+from parallel.layout import Layout, LayoutError
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
 from parallel.shards import fill
@@ -301,3 +302,23 @@ def test_deals_made_while_sampling_serve_training(pool: Pool) -> None:
 
 def test_grids_are_what_their_names_say() -> None:
     assert [t * h * w % 2 for t, h, w in (ODD, EVEN, DEEP, DEEP_EVEN)] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("rank", [0, 13, 300, 511])
+def test_neighbours_share_heads_and_rings_lead_across(rank: int) -> None:
+    """512 ranks, sequence groups of 4 (8 tensor ranks apart): inner pairs next to each other, rings 2 places apart."""
+    layout = Layout(2, 2, 4, 4, 8)
+    with fake(512, rank):
+        mesh = build_mesh(layout, "cpu", 8, ulysses=2)
+        assert mesh.ring is not None
+        assert mesh.ulysses is not None
+        group, inner, outer = (m.mesh.flatten().tolist() for m in (mesh.sequence, mesh.ulysses, mesh.ring))
+        place = mesh.sequence.get_local_rank()
+    assert rank == group[place]
+    assert inner == group[place // 2 * 2 :][:2]
+    assert outer == group[place % 2 :: 2]
+
+
+def test_a_degree_that_does_not_divide() -> None:
+    with fake(4, 0), pytest.raises(LayoutError, match=r"parallel\.ulysses=3 does not divide parallel\.sequence=4; use"):
+        build_mesh(Layout(sequence=4), "cpu", ulysses=3)

@@ -23,7 +23,6 @@ from parallel.sequence import apply_sequence
 from parallel.sharded_norms import apply_sharded_norms
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
-from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero
 from vidit.model.plan import Plan, sharding_plan
 from vidit.train.parallelize import recompute
@@ -44,7 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def sharded(model: Any, plan: Plan, mesh: Any, **change: Any) -> None:
     seams: dict[str, Any] = {
-        "cut": {"embed.tokens": {0: 1}}, "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
+        "cut": {n: dims for n, dims in plan.split.items() if n not in plan.positions}, "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
         "counted": plan.counted, "before": plan.before,
     }  # fmt: skip
     apply_sharded_norms(model, **(seams | change), mesh=mesh.tensor, sequence=mesh.sequence.size())
@@ -58,7 +57,7 @@ def on_ranks(case: Case) -> tuple[Result, dict[str, int]]:
         mesh, plan, model = build_mesh(layout, "cpu"), sharding_plan(c), on_meta(case)
         apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
         if layout.sequence > 1:
-            apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(model, plan, mesh, case.kind)
         sharded(model, plan, mesh)
         tokens: dict[str, int] = {}
         for name in ("blocks.0", "blocks.0.attn.query", "blocks.0.attn.core", "head", "head.project"):
@@ -121,6 +120,10 @@ def test_layouts(pool: Pool, layout: str, grid: Any, images: bool, checkpoint: b
 @pytest.mark.parametrize("model", [m for m in MODELS if m not in ("bias", "one block")])
 def test_models(pool: Pool, model: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS["tp4"], {}, ODD, checkpoint=True), model)[0])
+
+
+def test_around_a_ring(pool: Pool) -> None:
+    assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD, kind="ring"))[0])
 
 
 def test_compiled_blocks(pool: Pool) -> None:

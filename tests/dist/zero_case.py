@@ -23,7 +23,6 @@ from parallel.sequence import apply_sequence
 from parallel.shards import fill
 from parallel.telemetry import count_communication
 from parallel.tensor import apply_tensor
-from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import config
 from vidit.model.plan import sharding_plan
@@ -157,7 +156,7 @@ def on_ranks(t: Train) -> Outcome:
         if layout.tensor > 1:
             apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, case.config.num_heads)
         if layout.sequence > 1:
-            apply_sequence(dit, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(dit, plan, mesh, "ulysses")
         for block in dit.blocks.values():
             if t.checkpoint:
                 recompute(block)

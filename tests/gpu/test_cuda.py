@@ -1,22 +1,41 @@
-"""On a CUDA device: the numbers of the CPU, flash-attn's within bf16, and a resume that is bit-equal."""
+"""On a CUDA device: the numbers of the CPU, flash-attn's within bf16, whole runs, and a resume that is bit-equal."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from vidit.config import Model, RunConfig
+from vidit.config import Model, RunConfig, Vae
 from vidit.model.attention import attend, flash_available
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
 from vidit.model.windows import Grid
+from vidit.train.metrics import read_metrics
+from vidit.train.peak import peak_flops
 from vidit.train.run import run
+from vidit.vae.autoencoder import CausalVae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 GRID = (3, 5, 6)
+TINY_VAE = {
+    "latent_channels": 4, "patch": 2, "base_channels": 8, "multipliers": (1, 2), "num_res_blocks": (1, 1),
+    "decoder_res_blocks": (1, 1), "spatial_down": (True,), "temporal_down": (True,),
+}  # fmt: skip
+
+
+@pytest.fixture
+def whole_fp32() -> Iterator[None]:
+    """fp32 products without TF32."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
 
 
 def denoise(device: str, dtype: torch.dtype, backend: str = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -44,8 +63,7 @@ def denoise(device: str, dtype: torch.dtype, backend: str = "auto") -> tuple[tor
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
-def test_device_agrees_with_cpu(dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def test_device_agrees_with_cpu(dtype: torch.dtype, bound: float, whole_fp32: None) -> None:
     expected, expected_gradients = denoise("cpu", torch.float32)
     out, gradients = denoise("cuda", dtype)
     assert (out - expected).norm() <= bound * expected.norm()
@@ -63,9 +81,55 @@ def test_flash_agrees_with_sdpa() -> None:
     assert (flash - exact).norm() <= 1.5 * (sdpa - exact).norm()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_equal(precision: str, configure: Callable[..., RunConfig], tmp_path: Path) -> None:
-    train = {"device": "cuda", "precision": precision, "steps": 6, "checkpoint_every": 3}
+def test_vae_agrees_with_cpu(whole_fp32: None) -> None:
+    vae = CausalVae(Vae(**TINY_VAE))
+    initialise(vae, 0)
+    x = torch.randn(2, 3, 5, 16, 24, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        z = vae.encode(x).mean
+        expected = (z, vae.decode(z))
+        vae.to("cuda")
+        found = (vae.encode(x.cuda()).mean, vae.decode(z.cuda()))
+    for one, other in zip(found, expected, strict=True):
+        assert (one.cpu() - other).norm() <= 1e-5 * other.norm()
+
+
+def test_peak_is_that_of_the_matrix_units() -> None:
+    cuda = torch.device("cuda")
+    assert peak_flops(cuda, torch.bfloat16) > 2 * peak_flops(cuda, torch.float32)
+
+
+def test_run_to_the_end(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """With cached latents, validation, recomputation and samples."""
+    train = {"device": "cuda", "steps": 4, "activation_checkpointing": True}
+    config = configure(tmp_path / "run", train=train, data={"cache_latents": True})
+    assert run(config)
+    rows = read_metrics(config.directory)
+    assert any("validation" in row for row in rows)
+    assert list((config.directory / "samples").rglob("*.mp4"))
+
+
+@pytest.mark.parametrize("task", ["dit", "vae"])
+def test_compiled_losses_are_those_of_the_eager_run(
+    task: str, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """One kind of block and one shape: compilation takes most of the time."""
+    model = {"model": {"num_layers": 1, "windows": ((1, 0, 0),)}, "sample": {"prompts": ()}} if task == "dit" else {}
+    losses = []
+    for on in (False, True):
+        train = {"task": task, "device": "cuda", "steps": 4, "compile": on, "activation_checkpointing": on}
+        config = configure(tmp_path / str(on), train=train, data={"num_validation": 0}, **model)
+        assert run(config)
+        losses.append([row["loss"] for row in read_metrics(config.directory) if "loss" in row])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+def test_resume_is_bit_equal(
+    precision: str, optimizer: str, configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    train = {"device": "cuda", "precision": precision, "optimizer": optimizer, "steps": 6, "checkpoint_every": 3}
     whole = configure(tmp_path / "whole", train=train, sample={"prompts": ()})
     assert run(whole)
     parted = configure(tmp_path / "parted", train={**train, "steps": 3}, sample={"prompts": ()})

@@ -27,8 +27,14 @@ from launch.rank import own_place, rank_process
 folder, fault, place = Path(sys.argv[1]), sys.argv[2], own_place()
 with rank_process(place, folder / "logs"):
     came = []
+
+    def take(number, _):
+        came.append(signal.Signals(number).name)
+        if came.count("SIGINT") > 1:
+            raise KeyboardInterrupt
+
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda number, _: came.append(signal.Signals(number).name))
+        signal.signal(number, take)
     (folder / f"pid-{place.rank}").write_text(f"{os.getpid()} {os.getppid()}")
     print(f"out of {place.rank} of {place.world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
     print(f"err of {place.rank}", file=sys.stderr, flush=True)
@@ -39,7 +45,7 @@ with rank_process(place, folder / "logs"):
     if place.rank == 1 and fault == "exit":
         os._exit(7)
     deadline = time.monotonic() + 100
-    while fault and not came and time.monotonic() < deadline:
+    while fault and (fault == 'busy' or not came) and time.monotonic() < deadline:
         time.sleep(0.02)
     (folder / f"left-{place.rank}").write_text(" ".join(came))
 """
@@ -154,6 +160,17 @@ def test_a_signal_before_the_ranks_begin(launch: Callable[[str], Launch]) -> Non
     one.process.send_signal(signal.SIGUSR1)
     assert one.end()[0] == 0
     assert one.left() == ["SIGUSR1", "SIGUSR1"]
+
+
+def test_ctrl_c_twice(launch: Callable[[str], Launch]) -> None:
+    """The second one does not wait for what the first one asked for."""
+    one = launch("busy")
+    one.begun()
+    for _ in range(2):
+        one.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    code, _, err = one.end()
+    assert (code, err) == (130, "err of 0\nvidit: interrupted\n")
 
 
 def test_usr1_to_every_process(launch: Callable[[str], Launch]) -> None:

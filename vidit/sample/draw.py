@@ -36,7 +36,7 @@ def draw(
     for start in range(0, len(prompts), s.micro_batch):
         chunk = list(prompts[start : start + s.micro_batch])
         numbers = list(range(start, start + len(chunk)))
-        noise = keys.normal(shape, seed, "sample", numbers).to(step.device)
+        noise = keys.normal(shape, seed, "sample", numbers).to(step.device, step.dtype)
         condition = _conditions(step, text, chunk)
         empty = _conditions(step, text, [""] * len(chunk))
         denoise = guided(_Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
@@ -66,5 +66,5 @@ class _Denoiser:
         output = self.step.denoise(self.model, x, t_B, text, None, self.previous)
         x_hat = self.step.objective.denoised(output, x, t_B)
         if self.step.config.model.self_conditioning:
-            self.previous = x_hat.float()
+            self.previous = x_hat.to(self.step.dtype)
         return x_hat

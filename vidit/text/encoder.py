@@ -122,7 +122,7 @@ def masked_mean(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncoder:
     """The encoder that the `text` section asks for.
 
-    dtype: of a pretrained encoder's weights and features; the byte encoder is trained and stays in fp32.
+    dtype: of a pretrained encoder's weights and features; the byte encoder is trained and stays in fp32 (fp64 for fp64).
 
     Raises ValueError for settings that contradict each other, and for files that are missing or hold
     something else than `text.kind`.
@@ -133,7 +133,8 @@ def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncod
         for name, value in (("path", c.path), ("revision", c.revision)):
             if value is not None:
                 raise ValueError(f"text.{name}={value!r} has no effect with text.kind=bytes; unset it")
-        return ByteTextEncoder(c.width, c.num_layers, c.num_heads, c.max_tokens, c.hash_buckets)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return ByteTextEncoder(c.width, c.num_layers, c.num_heads, c.max_tokens, c.hash_buckets, dtype=wide)
 
     from vidit.text.pretrained import PretrainedTextEncoder
 

@@ -8,7 +8,9 @@ has seen.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from parallel.exchange import exchange, in_order, together
@@ -22,9 +24,16 @@ from vidit.train.state import TrainState
 from vidit.train.stop import StoppedError, StopRequest
 from vidit.train.task import Task
 
+COUNTED = 1  # which step of a start is counted with parallel.count_communication: the first one also sets things up
+
+
+Beat = Callable[[int, str], None]
+
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not finite; the update was not made."""
+    """The loss or the gradient is not finite; the update was not made. `rank` had such a loss, where one had."""
+
+    rank: int | None = None
 
 
 def train_loop(
@@ -37,38 +46,47 @@ def train_loop(
     checkpoints: Path,
     facts: dict[str, Any],
     peak_flops: float | None,
+    beat: Beat,
 ) -> bool:
     """Train `state` to `train.steps`, in place. True when done, False when a signal asked to leave.
 
     Every way out but an error of a step itself leaves a checkpoint of the step before. `review` looks at a step that is
     complete, validation and samples: it comes after the save, a failure in it loses nothing, and a resume
     begins with that of the step it resumes from. Raises NonFiniteError before a bad update, naming the clips of
-    the batch, and SkipLimitError.
+    the batch, and SkipLimitError. `beat` is told of each section that begins.
     """
     config, rows = task.config, task.rows
     c, resolved = config.train, resolve(config)
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(config.data.max_skipped, reporter)
     watch, window = Stopwatch(), 0
-    saved_step = state.step
+    saved_step = first_step = state.step
     state.model.train()
 
     def save() -> None:
         nonlocal saved_step
         if state.step > saved_step:
+            beat(state.step, "save")
             reporter.sync()
             state.save(checkpoints, facts, c.keep_checkpoints, c.keep_every)
             saved_step = state.step
 
+    def leave() -> None:
+        save()
+        state.finish()
+
     try:
         if state.step:
+            beat(state.step, "review")
             review(state.step)
         watch.lap("review")
         while state.step < c.steps:
             stop.check()
+            beat(state.step + 1, "data")
             try:
                 with together():
                     batches = [next(data) for _ in range(resolved.accumulation)]
+                    beat(state.step + 1, "agreement")  # who waits here waits for one that is not here yet
                 watch.lap("data")
                 own_keys: list[Any] = [[batch.keys, batch.skipped] for batch in batches]
                 fetched = in_order(exchange(own_keys, rows))
@@ -76,29 +94,35 @@ def train_loop(
                 skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
                 skips.add(keys, skipped)
             except (ValueError, RuntimeError, OSError):
-                save()
+                leave()
                 raise
 
+            beat(state.step + 1, "compute")
+            counting = ExitStack()
+            counted = counting.enter_context(task.counted()) if state.step == first_step + COUNTED else None
             own = task.passes.forward_backward(batches)
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
             told = exchange(own_losses, rows)
             results = in_order(told)
-            losses = [value for values, _, _ in results for value in values]
+            losses = flat(results)
             quantiles = [value for _, values, _ in results for value in values]
             parts = {k: sum(p[k] for _, _, p in results) / len(results) for k in results[0][2]}
             watch.lap("compute")
 
+            beat(state.step + 1, "update")
             loss = sum(losses) / len(losses)
             norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
-                bad = [r for r, batches_of in enumerate(told) if not math.isfinite(sum(sum(b[0]) for b in batches_of))]
-                where = f" (loss of data rank {' '.join(map(str, bad))})" if bad and len(told) > 1 else ""
-                raise NonFiniteError(
-                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite{where}, no "
-                    f"update made. Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or "
-                    "resume from an earlier checkpoint"
+                state.finish()
+                error = NonFiniteError(
+                    f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite, no update made. "
+                    f"Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or resume from "
+                    "an earlier checkpoint"
                 )
+                bad = [place for place, of_rank in enumerate(told) if not all(map(math.isfinite, flat(of_rank)))]
+                error.rank = task.rank_of(bad[0]) if bad else None
+                raise error
             clip_gradients(parameters, c.clip_norm, norm)
 
             rate = learning_rate(c, state.step)
@@ -109,6 +133,9 @@ def train_loop(
             state.step += 1
             state.clips += c.global_batch
             window += 1
+            counting.close()
+            if counted is not None:
+                reporter.speed({"step": state.step, "communication": counted.as_dict()})
             watch.lap("update")
 
             record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
@@ -116,14 +143,19 @@ def train_loop(
             reporter.record({**record, **parts, "keys": keys, **lost})
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:
-                spent, window = watch.take(window), 0
+                steps, window = window, 0
+                spent = watch.take(steps)
                 sections = {f"{name}_s": spent.get(name, 0.0) for name in ("data", "compute", "update", "log")}
                 seconds = sum(sections.values())
                 speed = {"clips_per_s": c.global_batch / seconds, "data_wait": sections["data_s"] / seconds}
                 speed["tokens_per_s"] = speed["clips_per_s"] * resolved.tokens_per_clip
                 if task.flops_per_step and peak_flops:
                     speed["mfu"] = task.flops_per_step / seconds / (peak_flops * resolved.num_ranks)
-                reporter.speed({"step": state.step, "step_s": seconds, **sections, **speed})
+                busy = exchange(watch.busy_s() / steps)
+                row = {"step": state.step, "step_s": seconds, **sections, **speed}
+                if len(busy) > 1:
+                    row |= {"slowest_rank": busy.index(max(busy)), "busy_s": max(busy), "mean_busy_s": fmean(busy)}
+                reporter.speed(row)
                 scalars = {"train/loss": loss, "train/grad_norm": norm_value, "train/lr": rate, **speed}
                 reporter.scalars(state.step, scalars)
                 if any(quantiles):
@@ -138,15 +170,20 @@ def train_loop(
 
             if last or state.step % c.checkpoint_every == 0:
                 save()
+            beat(state.step, "review")
             try:
                 review(state.step)
             except Exception:
-                save()
+                leave()
                 raise
             watch.lap("review")
     except StoppedError:
-        save()
-        state.finish()
+        leave()
         return False
     state.finish()
     return True
+
+
+def flat(told: list[Any]) -> list[float]:
+    """The losses among what one data rank tells of its micro-batches."""
+    return [value for values, _, _ in told for value in values]

@@ -155,13 +155,18 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._last, self._busy = time.perf_counter(), time.process_time()
 
     def lap(self, section: str) -> None:
         """Charge the time since the last lap to a section."""
         now = time.perf_counter()
         self._spent[section] = self._spent.get(section, 0.0) + now - self._last
         self._last = now
+
+    def busy_s(self) -> float:
+        """CPU seconds of this process since the last call: who waits for other ranks has fewer."""
+        before, self._busy = self._busy, time.process_time()
+        return self._busy - before
 
     def take(self, steps: int) -> dict[str, float]:
         """Seconds a step by section, over the `steps` since the last call."""

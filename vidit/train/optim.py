@@ -1,4 +1,4 @@
-"""The optimizer, its schedule, and the gradient norm.
+"""The optimizer and its schedule.
 
 AdamW (1711.05101) for everything, or Muon for the matrices of the layers and AdamW for the rest, at one rate.
 Parameters may be plain or divided over ranks, on several meshes in one model; moments are divided as they are.
@@ -7,7 +7,7 @@ Parameters may be plain or divided over ranks, on several meshes in one model; m
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,15 +110,3 @@ def learning_rate(c: Train, step: int) -> float:
     done = max(0, step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
     low = c.final_learning_rate
     return c.learning_rate * warm * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-
-
-@torch.no_grad()
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The 2-norm of all gradients together, fp32."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale every gradient so that the norm is at most `max_norm` (1211.5063)."""
-    torch.nn.utils.clip_grads_with_norm_(list(parameters), max_norm, norm)

@@ -27,8 +27,10 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def choose_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype:
+def choose_dtype(precision: Literal["auto", "fp32", "bf16", "fp64"], device: torch.device) -> torch.dtype:
     """The compute dtype: what is asked for, or bf16 where it is native and fp32 elsewhere."""
+    if precision == "fp64":
+        return torch.float64
     if precision == "auto":
         return torch.bfloat16 if has_bf16(device) else torch.float32
     if precision == "bf16" and not has_bf16(device):

@@ -19,7 +19,7 @@ from vidit.train.fingerprint import digest
 from vidit.train.latents import LatentCache
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
-from vidit.train.loop import train_loop
+from vidit.train.loop import Beat, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
@@ -42,7 +42,7 @@ def run(config: RunConfig) -> bool:
     Every rank of a run calls this; where there are several, the first keeps the run directory.
     """
     device = choose_device(config.train.device)
-    with start_ranks(device.type, config.parallel.timeout_s), ExitStack() as stack:
+    with start_ranks(device.type, config.parallel.timeout_s) as ranks, ExitStack() as stack:
         stack.enter_context(full_disk_explained(config.directory))
         with together():
             config = with_layout(adopt_vae(find_vae(config), num_ranks()), num_ranks(), ranks_per_node())
@@ -54,12 +54,18 @@ def run(config: RunConfig) -> bool:
         start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
         task = build_task(config, device, len(splits[1].refs))
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
-        state = TrainState(task.model, optimizer, Ema(task.model, config.train.ema_decay))
+        average = Ema(task.model, config.train.ema_decay)
+        wait_s = config.parallel.timeout_s / 2
+        state = TrainState(
+            task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
+        )
         held = state.load(Path(newest)) if newest else {}
         try:
-            return _train(task, state, splits, stop, held)
+            return _train(task, state, splits, stop, held, ranks.heartbeat.beat)
         finally:
             start.step = state.step
+            if num_ranks() == 1:
+                state.saver.join()
 
 
 def _opened(config: RunConfig, splits: Splits) -> str:
@@ -68,7 +74,7 @@ def _opened(config: RunConfig, splits: Splits) -> str:
     return str(newest) if newest else ""
 
 
-def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, held: dict[str, Any]) -> bool:
+def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, held: dict[str, Any], beat: Beat) -> bool:
     """Train from the state; `held` are the facts of the checkpoint that it came from."""
     config, run_dir = task.config, task.config.directory
     from_first(lambda: rewind(run_dir, state.step))
@@ -77,7 +83,7 @@ def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, hel
         if state.step:
             reporter.say(f"resumed {run_dir} at step {state.step}")
         try:
-            done = _reach_the_end(task, state, splits, stop, reporter, held)
+            done = _reach_the_end(task, state, splits, stop, reporter, held, beat)
         except StoppedError:
             done = False
         by = stop.signal.name if stop.signal else "a signal to another rank"
@@ -87,7 +93,13 @@ def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, hel
 
 
 def _reach_the_end(
-    task: Task, state: TrainState, splits: Splits, stop: StopRequest, reporter: Reporter, held: dict[str, Any]
+    task: Task,
+    state: TrainState,
+    splits: Splits,
+    stop: StopRequest,
+    reporter: Reporter,
+    held: dict[str, Any],
+    beat: Beat,
 ) -> bool:
     config, device = task.config, next(task.model.parameters()).device
     run_dir = config.directory
@@ -106,7 +118,7 @@ def _reach_the_end(
     facts = {**described, "data": fingerprints(splits), "order": order}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.flops_per_step else None
     review = Review(task, state, validation, num_batches, reporter, stop)
-    done = train_loop(task, state, data, review, reporter, stop, run_dir / "checkpoints", facts, peak)
+    done = train_loop(task, state, data, review, reporter, stop, run_dir / "checkpoints", facts, peak, beat)
     if done and config.train.task == "vae":
         num = min(NUM_CLIPS, len(dataset.refs))
         reporter.say(f"latent mean and std over {num} training clips")

@@ -115,6 +115,7 @@ class DitStep:
         num_validation: int | None = None,
     ):
         self.config, self.vae, self.device = config, vae, device
+        self.dtype = torch.float64 if config.train.precision == "fp64" else torch.float32  # of latents and times
         self.num_validation = config.data.num_validation if num_validation is None else num_validation
         self.frozen_text = None if text.trainable else text
         self.objective: Objective = build_objective(config.diffusion)
@@ -138,7 +139,7 @@ class DitStep:
         if batch.images is not None:
             image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
         quantile_B = self.quantiles(rows, purpose)
-        t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, torch.float32)
+        t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, self.dtype)
         if share := self.config.model.self_conditioning:
             chosen_B = self._chosen(purpose, rows, share)
             estimated = purpose != "train" or bool(self._chosen(purpose, self._round_of(rows), share).any())
@@ -155,9 +156,9 @@ class DitStep:
 
     def video(self, batch: Batch, inputs: Inputs) -> Video:
         """The clips of a batch, and what the denoiser is given of them."""
-        x = self.latents(batch)
+        x = self.latents(batch).to(self.dtype)
         seed, purpose = self.config.train.seed, f"{inputs.purpose}/noise"
-        noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device)
+        noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device, self.dtype)
         return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
 
     def loss(self, output: Tensor, inputs: Inputs, video: Video) -> Losses:
@@ -238,7 +239,7 @@ class DitStep:
     def estimate(self, first: Tensor, inputs: Inputs, video: Video) -> Tensor:
         """x_hat of the output of a first pass, zeros for rows that are not chosen: what the second is given."""
         assert inputs.chosen_B is not None
-        estimate = self.objective.denoised(first, video.x_t, inputs.t_B).float()
+        estimate = self.objective.denoised(first, video.x_t, inputs.t_B).to(self.dtype)
         return estimate * inputs.chosen_B.to(self.device, estimate.dtype)[:, None, None, None, None]
 
 

@@ -1,6 +1,7 @@
 """What `train.task` decides: the model, the step function, and what needs the text or the frozen VAE."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.exchange import from_first, num_ranks
 from parallel.mesh import Mesh, build_mesh, ranks_per_node
+from parallel.telemetry import Communication, count_communication
 from parallel.zero import zero_micro_batch
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, training_flops
@@ -49,6 +51,16 @@ class Task:
     def pipeline(self) -> DeviceMesh | None:
         """The stages of which this rank has some; None where each rank has all."""
         return self.mesh.pipeline if self.mesh and self.mesh.layout.pipeline > 1 else None
+
+    def rank_of(self, place: int) -> int:
+        """The first rank with the rows of data rank `place`."""
+        return place * self.mesh.layout.sequence * self.mesh.layout.tensor if self.mesh else 0
+
+    def counted(self) -> AbstractContextManager[Communication | None]:
+        """Counts what is sent inside, where the config asks for it."""
+        if self.mesh is None or not self.config.parallel.count_communication:
+            return nullcontext()
+        return count_communication(self.mesh)
 
     @property
     def data_place(self) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from parallel import checkpoint
 from parallel.checkpoint import CheckpointError
 from parallel.stored import Stored
+from vidit.cli import main
 from vidit.config import RunConfig
 from vidit.export.weights import export_weights
 from vidit.text.encoder import build_text_encoder
@@ -93,6 +94,17 @@ def test_one_tensor_in_memory_at_a_time(run_dir: Path, tmp_path: Path, monkeypat
     export_weights(run_dir, tmp_path / "out")
     assert len(alive) > 20
     assert most <= 1, "the one that is being written"
+
+
+def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert main(["export", str(run_dir), "--out", out, "--weights", "model", "--dtype", "bf16", "--step", "2"]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"{out}/config.json", f"{out}/model.safetensors"]
+    kept = tensors_of(run_dir, 2)
+    found = load_file(f"{out}/model.safetensors")
+    assert all(torch.equal(tensor, kept[f"model.{name}"].bfloat16()) for name, tensor in found.items())
+    assert main(["export", str(run_dir), "--out", out]) == 1
+    assert "not empty; give --out a new folder" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_said(run_dir: Path, tmp_path: Path) -> None:

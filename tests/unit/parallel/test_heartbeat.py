@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +9,7 @@ import torch.distributed as dist
 from parallel.agree import Agreement
 from parallel.failure import RankError
 from parallel.heartbeat import Beat, Heartbeat, diagnose, is_lost
-from parallel.ranks import Ranks, _wait_for_all
+from parallel.ranks import Ranks, wait_for_all
 
 
 def beats(*places: tuple[int, int, str], sent: int = 1) -> list[Beat]:
@@ -122,7 +120,22 @@ def test_who_did_not_come() -> None:
     store = dist.HashStore()
     store.set("here/0", "")
     with pytest.raises(RankError, match=r"rank 2: has not begun after 0\.2 s; of 4 ranks these are missing: 2 3"):
-        _wait_for_all(store, 1, 4, timedelta(seconds=0.2))
+        wait_for_all(store, 1, 4, 0.2)
+
+
+def test_who_failed_on_the_way() -> None:
+    """Nobody waits for a rank that has found no device."""
+    store = dist.HashStore()
+    Heartbeat(store, 3, 4, 60.0).explain(RankError(3, "is number 3 on its machine, which has 2 CUDA devices"))
+    with pytest.raises(RankError, match="rank 3: is number 3 on its machine, which has 2 CUDA devices"):
+        wait_for_all(store, 1, 4, 60.0)
+
+
+def test_all_come() -> None:
+    store = dist.HashStore()
+    store.set("here/0", "")
+    store.add("here", 1)
+    wait_for_all(store, 1, 2, 0.2)
 
 
 def test_one_rank_agrees_with_itself() -> None:

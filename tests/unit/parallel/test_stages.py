@@ -90,7 +90,12 @@ def test_stages_that_fit(schedule: Schedule, each: int) -> None:
 @pytest.mark.parametrize(
     ("schedule", "each", "number", "message"),
     [
-        ("1f1b", 1, 3, r"pipeline=4 gets 3 micro-batches .* at least 4, .* use one of 4 5 6 7 8 9, .* of one of 8 10 12 14"),
+        (
+            "1f1b",
+            1,
+            3,
+            r"pipeline=4 gets 3 micro-batches .* at least 4, .* use one of 4 5 6 7 8 9, .* of one of 8 10 12 14",
+        ),
         ("interleaved", 2, 9, r"gets 9 micro-batches .* = 2 of them; use one of 5 6 7 8 10 12, .* of one of 10 12 14"),
         ("zero_bubble", 1, 13, r"gets 13 micro-batches .* = 3 of them"),
     ],

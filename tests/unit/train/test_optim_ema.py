@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from parallel.gradients import clip_gradients, gradient_norm
 from vidit.config import Model, Train
 from vidit.model.dit import DiT
 from vidit.train import optim, precision
 from vidit.train.ema import Ema
 from vidit.train.muon import Muon
-from vidit.train.optim import build_optimizer, clip_gradients, gradient_norm, learning_rate
+from vidit.train.optim import build_optimizer, learning_rate
 from vidit.train.precision import choose_device, choose_dtype
 
 
