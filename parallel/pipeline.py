@@ -145,7 +145,7 @@ class Pipeline:
             stage.clear_runtime_states()
 
     def _build(self, shapes: Shapes, num: int) -> tuple[Any, list[PipelineStage]]:
-        stages = []
+        stages: list[PipelineStage] = []
         for number, module in sorted(self.stages.items()):
             entering = shapes.entering(number).empty("meta").requires_grad_(number > 0)
             leaving = shapes.leaving(number).empty("meta").requires_grad_()

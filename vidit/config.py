@@ -345,7 +345,9 @@ class Parallel(Section):
     cpu_offload: bool = Field(False, description="parameters and optimizer state stay in host memory")
     reduce_dtype: Literal["fp32", "bf16"] = Field("fp32", description="in which gradients are summed over ranks")
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
-    stages_per_rank: Positive = Field(1, description="stages of each pipeline rank, for interleaved")
+    stages_per_rank: Positive = Field(
+        1, description="stages of each pipeline rank, for interleaved; zero_bubble: 1 or 2"
+    )
     vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
     count_communication: bool = Field(
         False, description="count calls and bytes of every collective in the second step, into speed.jsonl"

@@ -60,8 +60,8 @@ RULES = (
          "parallel.sequence_kind=ulysses_ring"),
     Rule(("parallel.sharded_norms",), lambda c: c.parallel.tensor > 1, "parallel.tensor above 1"),
     Rule(("parallel.schedule",), lambda c: c.parallel.pipeline > 1, "parallel.pipeline above 1"),
-    Rule(("parallel.stages_per_rank",), lambda c: c.parallel.schedule == "interleaved",
-         "parallel.schedule=interleaved"),
+    Rule(("parallel.stages_per_rank",), lambda c: c.parallel.schedule in ("interleaved", "zero_bubble"),
+         "parallel.schedule=interleaved or zero_bubble"),
     Rule(("train.sample_every",), lambda c: bool(c.sample.prompts), "sample.prompts"),
     Rule(("sample.guidance_rescale",), lambda c: c.sample.guidance != 1, "a sample.guidance other than 1"),
 )  # fmt: skip

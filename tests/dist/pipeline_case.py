@@ -18,10 +18,9 @@ from parallel import pipeline as pipeline_module
 from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.sequence import apply_sequence, share
+from parallel.sequence import apply_sequence
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
-from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
 from vidit.config import RunConfig, Vae
@@ -35,8 +34,9 @@ from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train import pipeline as train_pipeline
 from vidit.train.ema import Ema
+from vidit.train.layout import own_tokens, stages_of
 from vidit.train.passes import Passes, PlainPasses
-from vidit.train.pipeline import PipelinePasses, cut_by_cost, own_stages
+from vidit.train.pipeline import PipelinePasses, own_stages
 from vidit.train.recompute import recompute
 from vidit.train.step import DitStep, Inputs, Losses, Video
 from vidit.vae.autoencoder import CausalVae
@@ -65,17 +65,22 @@ class Case:
     trained_text: bool = True
     checkpoint: bool = False
     zero: Any = 3
+    kind: Any = "ulysses"
     stages: tuple[range, ...] = ()
     plant: str = ""
 
     @property
     def config(self) -> RunConfig:
+        layout = {"pipeline": 1, "shard": 1, **self.layout}
+        pipeline = {"schedule": self.schedule, "stages_per_rank": self.stages_per_rank} if self.layout else {}
+        sequence = {"sequence_kind": self.kind} if "sequence" in self.layout else {}
         return RunConfig.model_validate(
             {
                 "name": "pipe", "vae": {"weights": "unread", **VAE}, "model": {**MODEL, **self.model},
                 "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
                 "data": {"train": "unread", "num_frames": 5, "height": 20, "width": 12, "image_rows": int(self.images)},
                 "train": {"global_batch": ROWS * self.micro_batches, "micro_batch": ROWS, "seed": SEED},
+                "parallel": {**layout, **pipeline, **sequence},
                 "sample": {"num_steps": 2, "guidance": 2.0},
             }
         )  # fmt: skip
@@ -218,16 +223,14 @@ def on_ranks(case: Case) -> Result:
     with planted(case.plant):
         layout, c = Layout(**case.layout), case.config
         mesh, text, dit = build_mesh(layout, "cpu"), encoder(case), on_meta(case)
-        grid = resolve(c).grid
-        num_stages = layout.pipeline * case.stages_per_rank
-        stages = list(case.stages) or cut_by_cost(c.model, grid, c.vae.latent_channels, c.text.max_tokens, num_stages)
-        own = own_stages(num_stages, case.schedule, mesh.pipeline)
+        stages = list(case.stages) or stages_of(c)
+        own = own_stages(len(stages), case.schedule, mesh.pipeline)
         keep_stages(dit, [stages[number] for number in own])
         plan = plan_of_stages(sharding_plan(c.model), dit)
         if layout.tensor > 1:
             apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, c.model.num_heads)
         if layout.sequence > 1:
-            apply_sequence(dit, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(dit, plan, mesh, case.kind)
         for block in dit.blocks.values():
             if case.checkpoint:
                 recompute(block)
@@ -237,13 +240,13 @@ def on_ranks(case: Case) -> Result:
         filled(model)
         step = stepper(case, text)
 
-        def own_tokens(grid: tuple[int, int, int], layer: int) -> int:
-            return share(grid[0] * grid[1] * grid[2], layout.sequence)
+        def held(grid: tuple[int, int, int], layer: int) -> int:
+            return own_tokens(c, grid, layer, mesh.sequence.get_local_rank())
 
         def around(last: bool) -> Any:
             return zero_micro_batch(model, last, overlap=False)
 
-        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, own_tokens, around)
+        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, held, around)
         own_num = case.micro_batches // layout.data
         numbers = range(mesh.data_rank * own_num, (mesh.data_rank + 1) * own_num)
         batches = [batch(case, number) for number in numbers]

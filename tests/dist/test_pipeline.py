@@ -72,6 +72,11 @@ def test_with_another_axis(pool: Pool, axis: str, schedule: str, checkpoint: boo
     assert_equal(measured(pool, Case({"pipeline": 2, axis: 2}, kind, stages, checkpoint=checkpoint)))
 
 
+def test_windows_dealt_to_ranks(pool: Pool) -> None:
+    """Ranks hold different numbers of tokens, and other ones behind every stage."""
+    assert_equal(measured(pool, Case({"pipeline": 2, "sequence": 2}, "interleaved", 2, kind="window")))
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_levels_of_zero(pool: Pool, level: int) -> None:
     """Weight gradients that come after the hooks of the backward pass are reduced too."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from vidit.model.dit import DiT
+from vidit.model.dit import DiT, Tokens
 from vidit.model.plan import Plan
 
 SHARED = ("embed.conditioning", "embed.text")
@@ -84,7 +84,7 @@ def _limit(dit: DiT, kept: set[str], first: bool, last: bool) -> None:
     if not first:
         dit.embed.patch = Passed()
         dit.embed.position = None
-        dit.embed.tokens = Passed()
+        dit.embed.tokens = Tokens()  # without the hooks that divide them
     if not last:
         dit.head = Passed()
 

@@ -1,4 +1,4 @@
-"""The DiT as a pipeline: how it is cut, and the passes of a training step through its stages.
+"""The DiT as a pipeline: the passes of a training step, and of one without gradient, through its stages.
 
 Each rank makes what its stages need from the batch itself: every stage the times and the text, the first the noisy
 latents, the last the clean ones for the loss. Between stages only tokens travel. The losses of the rows, and the
@@ -15,12 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.deferred import WeightGradients
 from parallel.pipeline import Pipeline, Shape, Shapes, sum_shared
-from parallel.stages import Schedule, cut, rank_of_stage
-from vidit.config import Model
+from parallel.stages import Schedule, rank_of_stage
 from vidit.data.loader import Batch
 from vidit.dtypes import wide
 from vidit.model.dit import DiT
-from vidit.model.flops import block_flops, embed_flops, head_flops
 from vidit.model.linear import Linear
 from vidit.model.stage import shared_parameters, view_of_stage
 from vidit.model.windows import Grid
@@ -34,12 +32,6 @@ OwnTokens = Callable[[tuple[int, int, int], int], int]
 def whole_rows(grid: tuple[int, int, int], layer: int) -> int:
     """Of a rank that holds every token."""
     return grid[0] * grid[1] * grid[2]
-
-
-def cut_by_cost(c: Model, grid: tuple[int, int, int], channels: int, text_tokens: int, num_stages: int) -> list[range]:
-    """The layers of every stage, by forward FLOPs. ValueError where there are more stages than blocks."""
-    costs = [block_flops(c, layer, grid, text_tokens) for layer in range(c.num_layers)]
-    return cut(costs, num_stages, embed_flops(c, grid, channels), head_flops(c, grid, channels))
 
 
 def own_stages(num_stages: int, schedule: Schedule, mesh: DeviceMesh) -> list[int]:
