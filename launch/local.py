@@ -50,18 +50,20 @@ def render(
 ) -> Rendered:  # fmt: skip
     """How `num_ranks` ranks of `command` are started: what follows `python` for one process, a script or -m module.
 
-    `folder` is where this launch and its ranks leave word for each other. Each rank gets its share of the cores,
-    unless the environment says how many threads it is to use. Pure.
+    `folder` is where this launch and its ranks leave word for each other. Each rank gets its share of the cores; how
+    many threads and which warnings of c10d there are is left to the environment where it says so. Pure.
     """
     argv = (
         python, "-m", "torch.distributed.run",
         "--standalone", "--local-addr=127.0.0.1", "--nnodes=1", f"--nproc-per-node={num_ranks}", "--max-restarts=0",
         f"--log-dir={folder / 'torch'}", *command,
     )  # fmt: skip
-    added = {FOLDER: str(folder)}
-    if "OMP_NUM_THREADS" not in environment:
-        added["OMP_NUM_THREADS"] = str(max(1, num_cores // num_ranks))
-    return Rendered(argv, added)
+    wanted = {
+        FOLDER: str(folder),
+        "OMP_NUM_THREADS": str(max(1, num_cores // num_ranks)),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # what c10d warns of when a rank dies says less than the error does
+    }
+    return Rendered(argv, {name: value for name, value in wanted.items() if name == FOLDER or name not in environment})
 
 
 def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool = False) -> int:

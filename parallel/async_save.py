@@ -73,6 +73,11 @@ class Saver:
             self._buffer = None
         return folder
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread is at work."""
+        return self._job is not None and self._job.thread.is_alive()
+
     def finish(self) -> None:
         """Wait for the save in flight, if there is one. Raises as `save` does."""
         job, self._job = self._job, None

@@ -3,19 +3,20 @@
 A module that maps (B, C, T, H, W) to (B, C', T', H', W') gets and gives the whole on every rank; in between each
 rank holds its part of the time, or of the rows. Pointwise layers do not notice. Of the others
 
-| divided over | what is changed           | how                                                                   |
-|--------------|---------------------------|-----------------------------------------------------------------------|
-| time         | what starts the video     | on later ranks: the `past` last frames of the previous rank instead   |
-| rows         | convolutions wider than 1 | their padding is the neighbours' rows, and zeros at the picture's ends |
+| divided over | what is changed           | how                                                            |
+|--------------|---------------------------|----------------------------------------------------------------|
+| time         | what treats a first frame | later ranks: the previous rank's last frames in front, no drop |
+| rows         | convolutions wider than 1 | padding is the neighbours' rows, zeros at the picture's edges  |
 
 Both can be applied to one module, each on its own mesh. The gradient rule is that of `parallel/sequence.py`: every
 parameter's gradient is the mean over the ranks. A video of one frame is not divided over time: every rank does all
 of it, which gives the same mean.
 
-What time expects of a module that starts the video: it is called with x alone, `past` says how many frames of what
-came before it takes where x does not start the video, and `image_frames` how many frames arrive there of a
-video of one frame. That number tells such a video from a part, which has at least 2 latent frames: so nothing
-is remembered between calls, and a backward pass may run a forward anew in any order.
+What time expects of the modules that treat the first frame: a front is called as (x) and gives the frames to go in
+front of x; `past` says how many it takes of what came before where x does not start the video. A drop is called as
+(x) and drops `count` frames. A front sees 1 frame, and a drop 1 + `count`, of a video of one frame only, because a
+part has at least 2 latent frames. So nothing is remembered between calls, and a backward pass may run a
+forward anew in any order.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,13 +40,16 @@ Strides = Mapping[str, tuple[int, int]]
 class Plan(Protocol):
     """Where an autoencoder is divided, as patterns of names (`parallel/names.py`).
 
-    fronts: modules that start the video.
+    fronts: modules that give the frames in front of a part.
+    drops: modules that drop frames where the video starts.
     convolutions: those that look at neighbouring rows.
     time, rows: module -> (frames or rows for each latent one) of its input and of its output.
     """
 
     @property
     def fronts(self) -> Sequence[str]: ...
+    @property
+    def drops(self) -> Sequence[str]: ...
     @property
     def convolutions(self) -> Sequence[str]: ...
     @property
@@ -61,10 +65,8 @@ def apply_context(module: nn.Module, plan: Plan, mesh: DeviceMesh, over: Over = 
     raises LayoutError where the ranks cannot divide the video (`parallel.parts.context_faults`, `row_faults`).
     """
     if over == "time":
-        for name, found in modules(module, plan.fronts).items():
-            _require(name, found, "past", "image_frames")
-            owner, _, own_name = name.rpartition(".")
-            setattr(module.get_submodule(owner), own_name, _Front(found, mesh))
+        _replace(module, plan.fronts, "past", _Front, mesh)
+        _replace(module, plan.drops, "count", _Drop, mesh)
     else:
         for name, found in modules(module, plan.convolutions).items():
             _require(name, found, "kernel_size", "stride", "padding")
@@ -73,6 +75,19 @@ def apply_context(module: nn.Module, plan: Plan, mesh: DeviceMesh, over: Over = 
     for pattern, (inside, outside) in strides.items():
         for found in modules(module, [pattern]).values():
             found.forward = _Divided(found.forward, mesh, over, inside, outside)
+
+
+def _replace(
+    module: nn.Module,
+    patterns: Sequence[str],
+    attribute: str,
+    wrap: Callable[[nn.Module, DeviceMesh], nn.Module],
+    mesh: DeviceMesh,
+) -> None:
+    for name, found in modules(module, patterns).items():
+        _require(name, found, attribute)
+        owner, _, own_name = name.rpartition(".")
+        setattr(module.get_submodule(owner), own_name, wrap(found, mesh))
 
 
 def _require(name: str, module: nn.Module, *attributes: str) -> None:
@@ -120,23 +135,29 @@ def _pad(x: Tensor, dim: int, front: int, back: int) -> Tensor:
 
 
 class _Front(nn.Module):
-    """On the first rank what `inner` does; on the others the previous rank's last frames, where it takes any."""
+    """The frames in front of x: those of `inner` on the first rank, on the others the previous rank's last ones."""
 
     def __init__(self, inner: nn.Module, mesh: DeviceMesh):
         super().__init__()
-        self.inner, self.mesh = inner, mesh
-        self.past, self.image_frames = int(cast(Any, inner).past), int(cast(Any, inner).image_frames)
-        self.first = mesh.get_local_rank() == 0
+        self.inner, self.mesh, self.past = inner, mesh, int(cast(Any, inner).past)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] == self.image_frames:
+        if x.shape[2] == 1:
             return cast(Tensor, self.inner(x))
-        front = None
-        if self.past:
-            x, front, _ = halo(x, 2, self.past, 0, self.mesh)
-        if self.first:
-            return cast(Tensor, self.inner(x))
-        return x if front is None else torch.cat((front, x), dim=2)
+        front = halo(x, 2, self.past, 0, self.mesh).front if self.past else x[:, :, :0]
+        return torch.cat((front, self.inner(x)), dim=2) if self.mesh.get_local_rank() == 0 else front
+
+
+class _Drop(nn.Module):
+    """What `inner` does on the first rank; the others keep all frames."""
+
+    def __init__(self, inner: nn.Module, mesh: DeviceMesh):
+        super().__init__()
+        self.inner, self.mesh, self.count = inner, mesh, int(cast(Any, inner).count)
+
+    def forward(self, x: Tensor) -> Tensor:
+        starts = self.mesh.get_local_rank() == 0 or x.shape[2] == 1 + self.count
+        return cast(Tensor, self.inner(x)) if starts else x
 
 
 def _give_rows(convolution: nn.Conv3d, mesh: DeviceMesh) -> None:
@@ -155,7 +176,8 @@ class _Rows:
         self.before, self.after, self.mesh = before, after, mesh
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Tensor:
-        x, above, below = halo(args[0], 3, self.before, self.after, self.mesh)
+        (x,) = args
+        above, below = halo(x, 3, self.before, self.after, self.mesh)
         zero = torch.zeros_like(x[:, :, :, :1])
         zeros_above = [zero] * (self.before - above.shape[3])
         zeros_below = [zero] * (self.after - below.shape[3])

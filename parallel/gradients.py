@@ -59,9 +59,9 @@ def _divided(grad: Tensor, shared: bool) -> tuple[Key, Tensor]:
     return (grad.device_mesh, dims, shared), grad.to_local()
 
 
-def _sum_of_squares(own: Sequence[Tensor]) -> Tensor:
+def _sum_of_squares(own: list[Tensor]) -> Tensor:
     norms = torch._foreach_norm(own, 2, dtype=torch.promote_types(own[0].dtype, torch.float32))
-    return torch.stack(list(norms)).square().sum()
+    return torch.stack(norms).square().sum()
 
 
 def _sum_over_groups(squares: dict[Key, Tensor]) -> None:

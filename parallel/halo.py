@@ -6,7 +6,7 @@ backward pass their gradients go back the same way and are added to that of the 
 It keeps the gradient rule of `parallel/sequence.py`: the map is linear and its backward the exact transpose, so
 between `split` and `gather` nothing needs another scale.
 
-    rank r - 1 | . . . a b |        rank r | c d . . e |        rank r + 1 | f . . . . |
+    rank r - 1 | . . . a b |     rank r | c d . . e |     rank r + 1 | f . . . . |
     halo(before=2, after=1) on rank r: front = a b, back = f
 """
 
@@ -20,73 +20,65 @@ from parallel.collectives import group_name
 
 
 class Edges(NamedTuple):
-    """A part, what the previous rank holds in front of it and the next behind it; empty where there is no such rank."""
+    """What the previous rank holds in front of this rank's part and the next behind it; 0 entries where none is."""
 
-    x: Tensor
     front: Tensor
     back: Tensor
 
 
-class _Line(NamedTuple):
-    """This rank's place among `size` ranks in a row."""
-
-    rank: int
-    size: int
-    group: str
-
-    @property
-    def last(self) -> bool:
-        return self.rank + 1 == self.size
-
-    def swap(self, to_previous: Tensor, to_next: Tensor, from_previous: int, from_next: int) -> tuple[Tensor, Tensor]:
-        """Entries of dim 0 to both neighbours, and theirs. At an end of the row nothing comes or goes."""
-        if self.rank == 0:
-            to_previous, from_previous = to_previous[:0], 0
-        if self.last:
-            to_next, from_next = to_next[:0], 0
-        sent, received = [0] * self.size, [0] * self.size
-        if self.rank > 0:
-            sent[self.rank - 1], received[self.rank - 1] = len(to_previous), from_previous
-        if not self.last:
-            sent[self.rank + 1], received[self.rank + 1] = len(to_next), from_next
-        both = torch.cat((to_previous, to_next)).contiguous()
-        moved = torch.ops._c10d_functional.all_to_all_single(both, received, sent, self.group)
-        front, back = torch.ops._c10d_functional.wait_tensor(moved).split((from_previous, from_next))
-        return front, back
+def _swap(
+    to_previous: Tensor, to_next: Tensor, counts: tuple[int, int], line: tuple[int, int, str]
+) -> tuple[Tensor, Tensor]:
+    """Entries of dim 0 to both neighbours, and `counts` of theirs; all counts at an end of the line are 0."""
+    rank, size, group = line
+    sent, received = [0] * size, [0] * size
+    for neighbour, entries, count in ((rank - 1, to_previous, counts[0]), (rank + 1, to_next, counts[1])):
+        if 0 <= neighbour < size:
+            sent[neighbour], received[neighbour] = entries.shape[0], count
+    both = torch.cat((to_previous, to_next)).contiguous()
+    moved = torch.ops._c10d_functional.wait_tensor(
+        torch.ops._c10d_functional.all_to_all_single(both, received, sent, group)
+    )
+    front, back = moved.split(counts)
+    return front, back
 
 
-class _Halo(torch.autograd.Function):
+class _Swap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dim: int, before: int, after: int, line: tuple[int, int, str]
-    ) -> tuple[Tensor, ...]:
-        ctx.dim, ctx.before, ctx.after, ctx.line = dim, before, after, line
-        first = x.movedim(dim, 0)
-        front, back = _Line(*line).swap(first[:after], first[len(first) - before :], before, after)
-        return x.view_as(x), front.movedim(0, dim).contiguous(), back.movedim(0, dim).contiguous()
+        ctx: Any, to_previous: Tensor, to_next: Tensor, counts: tuple[int, int], line: tuple[int, int, str]
+    ) -> tuple[Tensor, Tensor]:
+        ctx.counts, ctx.line = (to_previous.shape[0], to_next.shape[0]), line
+        front, back = _swap(to_previous, to_next, counts, line)
+        return front.clone(), back.clone()  # outputs of one Function may not share memory
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, front: Tensor, back: Tensor) -> tuple[Tensor, None, None, None, None]:
-        dim, line = ctx.dim, _Line(*ctx.line)
-        head, tail = line.swap(front.movedim(dim, 0), back.movedim(dim, 0), ctx.after, ctx.before)
-        total = grad.clone()
-        total.narrow(dim, 0, len(head)).add_(head.movedim(0, dim))
-        total.narrow(dim, total.shape[dim] - len(tail), len(tail)).add_(tail.movedim(0, dim))
-        return total, None, None, None, None
+    def backward(ctx: Any, front: Tensor, back: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_swap(front, back, ctx.counts, ctx.line), None, None
 
 
 def halo(x: Tensor, dim: int, before: int, after: int, mesh: DeviceMesh) -> Edges:
     """The neighbours' edges of `dim`: `before` entries of the previous rank's end, `after` of the next rank's start.
 
-    Every rank of the one dim of `mesh` calls it with the same numbers, and so does its backward pass: use the
-    returned `x` and not the one passed in. On the first rank `front` has 0 entries, on the last one `back`.
+    Every rank of the one dim of `mesh` calls it with the same numbers and puts both results to use, empty ones
+    too: so that every rank's backward pass, and every compiled graph, holds the exchange.
 
     Raises RuntimeError where this rank holds less than it has to send.
     """
+    rank, size = mesh.get_local_rank(), mesh.size()
     if x.shape[dim] < max(before, after):
         raise RuntimeError(
-            f"rank {mesh.get_local_rank()} of {mesh.size()} holds {x.shape[dim]} entries of dim {dim}, but its "
-            f"neighbours need {max(before, after)}: an edge comes from one rank only; divide over fewer ranks"
+            f"rank {rank} of {size} holds {x.shape[dim]} entries of dim {dim}, but its neighbours need "
+            f"{max(before, after)}: an edge comes from one rank only; divide over fewer ranks"
         )
-    line = (mesh.get_local_rank(), mesh.size(), group_name(mesh))
-    return Edges(*_Halo.apply(x, dim, before, after, line))  # type: ignore[no-untyped-call]
+    first = x.movedim(dim, 0)
+    to_previous = first[: after if rank > 0 else 0]
+    to_next = first[x.shape[dim] - (before if rank + 1 < size else 0) :]
+    counts = before if rank > 0 else 0, after if rank + 1 < size else 0
+    front, back = _apply(to_previous, to_next, counts, (rank, size, group_name(mesh)))
+    return Edges(front.movedim(0, dim), back.movedim(0, dim))
+
+
+def _apply(*args: Any) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor] = _Swap.apply(*args)  # type: ignore[no-untyped-call]
+    return out

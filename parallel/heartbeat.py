@@ -1,6 +1,6 @@
 """Signs of life of every rank, and from them the answer to the question who is at fault when all wait.
 
-Each rank keeps where it is (step, section) in memory; a thread of its own writes that to the store about once a
+Each rank keeps where it is (step, section) in memory; a thread of its own writes that to the store a few times a
 second, so the training thread never waits for it. A collective that fails or times out says only that somebody is
 missing. The survivors then read all signs of life twice: a rank that wrote nothing in between is dead, stopped or
 cut off; else the one that is furthest behind is where the others wait for it. The first verdict goes to the store
@@ -12,20 +12,23 @@ longer than the timeout while others wait elsewhere: NCCL tells Python of no tim
 import faulthandler
 import json
 import os
+import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from parallel.failure import RankError
+from parallel.failure import RankError, report_of
 
 VERDICT = "verdict"
+SILENCE_S = 3.0  # a thread that has not come to write in this time is not there
 LEAVE_S = 5.0  # what the training thread has to come to the verdict by itself
-LOUD = ("gloo", "nccl", "processgroup", "connection closed by peer", "connection reset by peer")
+# What gloo, which has no type of error of its own, says when another rank does not answer.
+LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "pair closure", "connection refused")
 
 
 class Beat(NamedTuple):
@@ -42,31 +45,38 @@ class Beat(NamedTuple):
         return f"section {self.section} of step {self.step}"
 
 
-def diagnose(before: Sequence[Beat], after: Sequence[Beat]) -> tuple[int | None, str]:
-    """The rank at fault and what to say of it, from two readings of every rank; None where no rank is behind."""
+def diagnose(before: Sequence[Beat], after: Sequence[Beat], hanging_s: float) -> tuple[int | None, str]:
+    """The rank at fault and what to say of it, from two readings of every rank; None where none can be named.
+
+    Only a rank that has been in its section for `hanging_s` may be blamed for being behind.
+    """
     silent = [rank for rank, beat in enumerate(after) if beat.sent == before[rank].sent]
     if silent:
         rank = min(silent, key=lambda r: after[r][:2])
-        rest = f"; so do ranks {' '.join(map(str, silent))}" if len(silent) > 1 else ""
+        rest = f"; the same is true of ranks {_words(r for r in silent if r != rank)}" if len(silent) > 1 else ""
         return rank, f"gives no sign of life, it was last in {after[rank].place}: dead, stopped or cut off{rest}"
     places = [beat[:2] for beat in after]
     late = [rank for rank, place in enumerate(places) if place == min(places)]
     beat = after[late[0]]
-    if len(late) == len(after):
-        longest = max(b.age_s for b in after)
-        return None, (
-            f"all ranks have been in {beat.place} for {longest:.0f} s, none is behind: some of them wait in "
-            "collectives that the others do not call, or the network between them is gone"
-        )
-    waiting = after[max(range(len(after)), key=lambda r: places[r])]
-    more = f", like ranks {' '.join(map(str, late[1:]))}" if len(late) > 1 else ""
-    return late[0], f"has been in {beat.place} for {beat.age_s:.0f} s{more}; the others wait in {waiting.place}"
+    if len(late) < len(after) and beat.age_s >= hanging_s:
+        waiting = after[max(range(len(after)), key=lambda r: places[r])]
+        more = f", like ranks {_words(late[1:])}" if len(late) > 1 else ""
+        return late[0], f"has been in {beat.place} for {beat.age_s:.0f} s{more}; the others wait in {waiting.place}"
+    longest = max(b.age_s for b in after)
+    return None, (
+        f"all ranks live and none hangs behind the others; the furthest back is in {beat.place}, the longest "
+        f"in a section {longest:.0f} s: not all of them call the same collectives, or the network between them is gone"
+    )
 
 
-def is_collective(error: BaseException) -> bool:
-    """Whether an error comes from torch.distributed, and so perhaps from another rank: gloo has no type of its own."""
+def _words(ranks: Iterable[int]) -> str:
+    return " ".join(map(str, ranks))
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of torch.distributed says that another rank does not answer, whatever the reason is there."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOUD)
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
     )
 
 
@@ -82,7 +92,7 @@ class Heartbeat:
         end: Callable[[RankError], None] | None = None,
     ):  # fmt: skip
         self.store, self.rank, self.world, self.timeout_s, self.end = store, rank, world, timeout_s, end
-        self.interval_s = min(1.0, timeout_s / 10)
+        self.interval_s = min(max(0.25, world / 2048), timeout_s / 10)  # the store takes some thousand words a second
         self._step, self._number, self._section, self._since, self._sent = 0, 0, "start", time.monotonic(), 0
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tend, name="heartbeat", daemon=True)
@@ -93,7 +103,12 @@ class Heartbeat:
             self._number = self._number + 1 if step == self._step else 0
             self._step, self._section, self._since = step, section, time.monotonic()
 
+    def next(self, section: str) -> None:
+        """This rank begins another section of the same step."""
+        self.beat(self._step, section)
+
     def start(self) -> None:
+        """Begin to write."""
         if self.store is not None:
             self._send(self.store)
             self._thread.start()
@@ -105,17 +120,17 @@ class Heartbeat:
     def explain(self, error: BaseException) -> BaseException:
         """What to raise in place of an error: of a failed collective the verdict; others are told of this rank's own.
 
-        Takes two intervals where a verdict must be found.
+        Takes up to SILENCE_S where a verdict must be found.
         """
         if self.store is None:
             return error
         try:
-            if is_collective(error):
-                return self.verdict(self.store) or self._inquire(self.store) or error
-            text = error.message if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
-            self._declare(self.store, getattr(error, "rank", self.rank), text)
+            if is_lost(error):
+                return self.verdict(self.store) or self._inquire(self.store, str(error))
+            report = report_of(error, self.rank)
+            self._declare(self.store, report.rank, report.message)
         except RuntimeError as lost:
-            if is_collective(error):
+            if is_lost(error):
                 return RankError(None, f"{error}; and the store, which would know why, is gone too: {lost}")
         return error
 
@@ -137,13 +152,19 @@ class Heartbeat:
         """The first to declare decides."""
         return RankError(*json.loads(store.compare_set(VERDICT, "", json.dumps([rank, message]))))
 
-    def _inquire(self, store: dist.Store, only_if_behind: bool = False) -> RankError | None:
-        before = self.read(store)
-        time.sleep(2.5 * self.interval_s)
-        rank, message = diagnose(before, self.read(store))
-        if only_if_behind and rank is None:
-            return None
-        return self._declare(store, rank, message)
+    def _inquire(self, store: dist.Store, error: str) -> RankError:
+        rank, message = self._ask(store)
+        said = re.sub(r"^\[\S*\] ", "", error.strip())  # without the place in gloo's source
+        return self._declare(store, rank, f"{message} ({said})")
+
+    def _ask(self, store: dist.Store) -> tuple[int | None, str]:
+        """Read twice, until every rank has written again or is silent, and judge."""
+        before = after = self.read(store)
+        deadline = time.monotonic() + max(SILENCE_S, 3 * self.interval_s)
+        while any(b.sent == a.sent for b, a in zip(before, after, strict=True)) and time.monotonic() < deadline:
+            time.sleep(self.interval_s)
+            after = self.read(store)
+        return diagnose(before, after, self.timeout_s / 2)
 
     def _tend(self) -> None:
         """The thread."""
@@ -164,7 +185,9 @@ class Heartbeat:
     def _suspect(self) -> None:
         assert self.store is not None
         with suppress(RuntimeError):
-            self._inquire(self.store, only_if_behind=True)
+            rank, message = self._ask(self.store)
+            if rank is not None:
+                self._declare(self.store, rank, message)
 
     def _obey(self, verdict: RankError) -> None:
         """Show where this rank is if it is at fault, and end it if its training thread does not leave."""

@@ -51,11 +51,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of one micro-batch: what enters the first stage, what stages hand on, what leaves the last."""
+    """Of one micro-batch on this rank: what enters the first stage, what each stage but the last hands on, the output.
+
+    Ranks of one stage may hold different numbers of tokens, and one rank different ones after different stages.
+    """
 
     first: Shape
-    between: Shape
+    between: tuple[Shape, ...]
     last: Shape
+
+    def entering(self, stage: int) -> Shape:
+        return self.between[stage - 1] if stage else self.first
+
+    def leaving(self, stage: int) -> Shape:
+        return self.between[stage] if stage < len(self.between) else self.last
 
 
 class Pipeline:
@@ -138,9 +147,8 @@ class Pipeline:
     def _build(self, shapes: Shapes, num: int) -> tuple[Any, list[PipelineStage]]:
         stages = []
         for number, module in sorted(self.stages.items()):
-            last = number == len(self.ranks) - 1
-            entering = shapes.between.empty("meta").requires_grad_() if number else shapes.first.empty("meta")
-            leaving = (shapes.last if last else shapes.between).empty("meta").requires_grad_()
+            entering = shapes.entering(number).empty("meta").requires_grad_(number > 0)
+            leaving = shapes.leaving(number).empty("meta").requires_grad_()
             builder = self.weights.take if self.weights else None
             stage = PipelineStage(
                 module, number, len(self.ranks), self.device, entering, leaving, group=self.group, dw_builder=builder
@@ -165,7 +173,7 @@ class Pipeline:
         handed: list[Tensor] = []
         sends: list[tuple[dist.Work | None, Tensor]] = []
         for number, module in sorted(self.stages.items()):
-            entering = self._entering(number, inputs, handed, shapes.between)
+            entering = self._entering(number, inputs, handed, shapes.entering(number))
             handed = []
             for micro_batch, x in zip(micro_batches, entering, strict=True):
                 out = module(x, **micro_batch)

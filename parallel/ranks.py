@@ -19,6 +19,7 @@ from parallel.failure import RankError, report_of, write_report
 from parallel.heartbeat import Heartbeat
 
 WORDS_S = 10.0  # a store that answers at all answers in this time
+MEET_S = 120.0  # for slow disks: importing torch is part of it
 ABORT_S = 30.0  # NCCL ends the process at its timeout: the verdict comes before
 
 
@@ -41,7 +42,8 @@ def start_ranks(device_type: str, timeout_s: float) -> Iterator[Ranks]:
     A failed or timed-out collective becomes a RankError that names the rank at fault; an error of this rank itself
     is raised as it is, after the others were told. The process group is then left as it is, for to close it would
     wait for ranks that are gone: end the process with os._exit (`launch.rank.rank_process` does).
-    Raises RuntimeError where the ranks do not meet within `timeout_s`, or the machine has no device for this one.
+    Raises RankError where not all ranks come within `timeout_s` (at least MEET_S), or the machine has no device for
+    this one.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -82,24 +84,46 @@ def _take_device(device_type: str, rank: int, local_rank: int) -> torch.device:
 def _meet(device: torch.device, rank: int, world: int, timeout_s: float) -> dist.Store:
     """Make the process group; returns a connection to the store for words of our own."""
     cuda = device.type == "cuda"
-    timeout = timedelta(seconds=timeout_s + (ABORT_S if cuda else 0))
+    patience = timedelta(seconds=max(timeout_s, MEET_S))
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+        words = dist.PrefixStore("words", _connection(store))
+        _wait_for_all(words, rank, world, patience)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout,
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank,
+            world_size=world, timeout=timedelta(seconds=timeout_s + (ABORT_S if cuda else 0)),
             device_id=device if cuda else None,
         )  # fmt: skip
-        words = dist.TCPStore(
-            store.host, store.port, world, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=WORDS_S)
-        )
+    except RankError:
+        raise
     except (RuntimeError, ValueError) as error:
+        raise RankError(rank, f"cannot join the other {world - 1} ranks at {address}: {error}") from error
+    return words
+
+
+def _connection(store: dist.Store) -> dist.Store:
+    """A client of the same store that waits for nobody else's."""
+    assert isinstance(store, dist.TCPStore)
+    return dist.TCPStore(
+        store.host, store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=WORDS_S)
+    )
+
+
+def _wait_for_all(words: dist.Store, rank: int, world: int, patience: timedelta) -> None:
+    """RankError, naming who did not come, where not all ranks do: they import for longer than a step may take."""
+    keys = [f"here/{other}" for other in range(world)]
+    words.set(keys[rank], "")
+    try:
+        words.wait(keys, patience)
+    except RuntimeError as error:
+        missing = [other for other, key in enumerate(keys) if not words.check([key])]
+        if not missing:
+            raise
         raise RankError(
-            rank, f"did not meet the other {world - 1} ranks at {address} within {timeout_s:g} s ({error}); see "
-            "whether all of them were started and reach that address"
+            missing[0], f"has not begun after {patience.total_seconds():g} s; of {world} ranks these are missing: "
+            f"{' '.join(map(str, missing))}. See whether they were started, and what they say"
         ) from error  # fmt: skip
-    return dist.PrefixStore("words", words)
 
 
 def _end(verdict: RankError) -> None:

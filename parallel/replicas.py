@@ -63,7 +63,7 @@ class Replicas:
             self.buckets = buckets([p for p in self.module.parameters() if p.requires_grad], self.bucket_bytes)
             for bucket in self.buckets:
                 for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._arrived(bucket))
+                    parameter.register_post_accumulate_grad_hook(self._arrived(bucket))  # type: ignore[no-untyped-call]
         return self.buckets
 
     def _arrived(self, bucket: _Bucket) -> Any:
@@ -113,7 +113,7 @@ class Replicas:
 
     def _write(self, parameters: list[nn.Parameter], sent: Tensor) -> None:
         locals_ = [_local(p) for p in parameters]
-        *parts, has = sent.split([*(p.numel() for p in locals_), len(parameters)])
+        *parts, has = torch.split(sent, [*(p.numel() for p in locals_), len(parameters)])
         if any(p.grad is None for p in parameters):
             for parameter, count in zip(parameters, has.tolist(), strict=True):
                 if parameter.grad is None and count:

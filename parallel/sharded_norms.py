@@ -1,4 +1,4 @@
-"""Sequence-sharded norms: between the tensor regions every tensor rank works on its own tokens (2205.05198, section 4.2).
+"""Sequence-sharded norms: between tensor regions every tensor rank works on its own tokens (2205.05198, section 4.2).
 
 Plain tensor parallelism keeps the residual stream whole on every rank: norms, modulation and residual adds are done
 n times over, and their activations take as much memory as on one device. Here the tokens are cut over the tensor
@@ -21,14 +21,14 @@ not see it; one that works token by token keeps it, and the output layer's is cu
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from parallel.collectives import _all_gather, _reduce_scatter, enter_tensor, gather, group_name
+from parallel.collectives import _all_gather, _apply, _reduce_scatter, enter_tensor, gather, group_name
 from parallel.names import PlanError, modules
 from parallel.shares import num_tokens, pad_to, share
 from parallel.tensor import Entrance, Exit, read_summed
@@ -41,6 +41,7 @@ def apply_sharded_norms(
     regions: Mapping[str, tuple[int, ...]],
     whole: Mapping[str, int],
     counted: str,
+    before: Sequence[str],
     mesh: DeviceMesh,
     sequence: int = 1,
 ) -> None:
@@ -53,14 +54,15 @@ def apply_sharded_norms(
         vectors: modules whose outputs, one for each row, act on tokens.
         regions: as for `apply_tensor`; argument 0 of each holds the tokens, the others stay whole.
         whole: pattern -> dim of its output that is made whole; its own parameters meet tokens.
-        counted: the module around `whole` whose arguments hold the grid.
+        counted: the module around `whole` whose arguments hold the grid; not read without a `whole`.
+        before: modules that are done when the tokens are cut, on whole inputs.
         sequence: ranks that share the tokens of a row, each of them ceil(tokens / sequence).
 
     Raises PlanError where a pattern fits no module, or a parameter would meet tokens without a rule.
     """
     seams = _Seams(mesh, sequence)
     outputs = modules(module, whole)
-    _check(module, [*modules(module, cut), *modules(module, vectors), *modules(module, regions), *outputs])
+    _check(module, [*modules(module, [*before, *vectors, *regions]), *outputs])
     for pattern, dims in cut.items():
         for found in modules(module, [pattern]).values():
             found.register_forward_hook(_Cut(dims, seams))
@@ -85,8 +87,8 @@ def _check(module: nn.Module, ruled: Sequence[str]) -> None:
         inside = any(name.startswith(f"{owner}.") for owner in ruled)
         if not inside and all(isinstance(p, Replicate) for p in parameter.placements):
             raise PlanError(
-                f"parameter {name} is in none of the {len(ruled)} modules that are cut, regions, vectors or made whole, so "
-                "its gradient would be of this rank's tokens only: name its module in one of them"
+                f"parameter {name} is in none of the {len(ruled)} modules that are before the cut, regions, vectors or "
+                "made whole, so its gradient would be of this rank's tokens only: name its module in one of them"
             )
 
 
@@ -96,8 +98,8 @@ def _turn(name: str, region: nn.Module, seams: "_Seams") -> None:
     exits = [hook for part in region.modules() for hook in part._forward_hooks.values() if isinstance(hook, Exit)]
     if not entrances or not exits:
         raise PlanError(
-            f"module {name} has {len(entrances)} entrances and {len(exits)} exits of a tensor region; it needs 1 of each: "
-            "call apply_tensor with the same regions before"
+            f"module {name} has {len(entrances)} entrances and {len(exits)} exits of a tensor region; it needs 1 of "
+            "each: call apply_tensor with the same regions before"
         )
     for entrance in entrances:
         entrance.tokens = seams.gather
@@ -122,7 +124,7 @@ class _Seams:
 
     def scatter(self, partial_BSD: Tensor) -> Tensor:
         tokens = share(partial_BSD.shape[1], self.size) * self.size
-        return cast(Tensor, _Scatter.apply(pad_to(partial_BSD, 1, tokens), 1, self.size, self.group))
+        return _apply(_Scatter, pad_to(partial_BSD, 1, tokens), 1, self.size, self.group)
 
     def sum_gradients(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """A forward hook. Vectors of one shape enter as one tensor: one all-reduce for all of them."""
@@ -146,7 +148,7 @@ class _Cut:
     def _own(self, x: Tensor, dim: int) -> Tensor:
         s = self.seams
         padded = pad_to(x, dim, share(x.shape[dim], s.size) * s.size)
-        return cast(Tensor, _CutTokens.apply(padded, dim, s.rank, s.size, s.group))
+        return _apply(_CutTokens, padded, dim, s.rank, s.size, s.group)
 
 
 class _Whole:
@@ -160,7 +162,7 @@ class _Whole:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         s = self.seams
-        x = cast(Tensor, _WholeTokens.apply(output, self.dim, s.rank, s.size, s.group))
+        x = _apply(_WholeTokens, output, self.dim, s.rank, s.size, s.group)
         return x.narrow(self.dim, 0, self.tokens)
 
 
@@ -201,4 +203,5 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_gather(grad, ctx.dim, ctx.size, ctx.group), None, None, None
+        # Contiguous: what pads and trims it gives other strides in a compiled graph than outside of one.
+        return _all_gather(grad, ctx.dim, ctx.size, ctx.group).contiguous(), None, None, None

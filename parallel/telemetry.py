@@ -108,9 +108,9 @@ def axis_names(axes: Mesh | Mapping[str, DeviceMesh]) -> dict[str, str]:
     return names
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, names: Mapping[str, str], counted: Communication):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names, self.counted = dict(names), counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,13 +118,12 @@ class _Counting(TorchDispatchMode):
             return NotImplemented  # its own collectives come here next
         kwargs = kwargs or {}
         if getattr(func, "namespace", "") in ("c10d", "_c10d_functional"):
-            name = func._schema.name.partition("::")[2]
-            if name not in _SILENT:
-                self._count(name, func._schema, args, kwargs)
+            given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+            if not given.keys().isdisjoint(("process_group", "group_name")):  # waiting and wrapping name no group
+                self._count(func._schema.name.partition("::")[2], given)
         return func(*args, **kwargs)
 
-    def _count(self, name: str, schema: Any, args: Any, kwargs: Any) -> None:
-        given = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    def _count(self, name: str, given: Mapping[str, Any]) -> None:
         group = _group_of(given)
         axis = self.names.get(group[0])
         if axis is None:
@@ -146,7 +145,7 @@ def _group_of(given: Mapping[str, Any]) -> Group:
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
-    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[no-any-return, arg-type]
+    return torch._C._distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _size(x: Any) -> int:
@@ -204,8 +203,6 @@ def _peers(given: Mapping[str, Any], group: Group) -> float:
     return float(sum(_size(x) for x, op in zip(given["tensors"], given["op_list"], strict=True) if op == "isend"))
 
 
-# Operators that move nothing.
-_SILENT = {"wait_tensor", "check_for_nan"}
 _RULES: dict[str, tuple[str, Rule]] = {
     **dict.fromkeys(("allreduce_", "allreduce_coalesced_", "all_reduce", "all_reduce_"), ("all_reduce", _ring(2))),
     **dict.fromkeys(("all_reduce_coalesced", "all_reduce_coalesced_"), ("all_reduce", _ring(2))),

@@ -3,12 +3,12 @@
 A sequence rank holds other tokens of the same rows, and every parameter's gradient is the mean over data and
 sequence ranks, so both are one axis here. Parameters that tensor parallelism has divided are divided further.
 
-| level | between steps a rank holds    | gathers a micro-batch      | sums gradients       | gradients held between     |
-|-------|-------------------------------|----------------------------|----------------------|----------------------------|
-| 0     | everything                    | never                      | once a step          | whole                      |
-| 1     | 1/n of weights and moments    | once a step                | once a step          | whole                      |
-| 2     | 1/n of weights and moments    | once                       | every micro-batch    | 1/n                        |
-| 3     | 1/n of weights and moments    | twice, one unit at a time  | every micro-batch    | 1/n                        |
+| level | held between steps         | weights gathered          | gradients summed  | gradients held meanwhile |
+|-------|----------------------------|---------------------------|-------------------|--------------------------|
+| 0     | everything                 | never                     | once a step       | whole                    |
+| 1     | 1/n of weights and moments | once a step               | once a step       | whole                    |
+| 2     | 1/n of weights and moments | once a micro-batch        | every micro-batch | 1/n                      |
+| 3     | 1/n of weights and moments | twice, block by block     | every micro-batch | 1/n                      |
 
 With replicas (2 dims, HSDP) the shards' gradients are summed over replicas once a step on every level.
 Weights are gathered in their own dtype. FSDP2 casts a unit as one, and a block holds fp32 islands (modulation,
@@ -93,8 +93,8 @@ def apply_zero(
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for block in found:
-        shard = fully_shard(block, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy, offload_policy=offload)
-        zero.units.append(cast(FSDPModule, shard))
+        fully_shard(block, mesh=mesh, reshard_after_forward=level == 3, mp_policy=policy, offload_policy=offload)
+        zero.units.append(cast(FSDPModule, block))
     for root in zero.roots:
         if isinstance(root, FSDPModule):
             continue
@@ -193,4 +193,3 @@ def _set_flags(root: FSDPModule, zero: Zero, last: bool) -> None:
         root.set_reshard_after_backward(last)
     elif zero.replicated:
         root.set_requires_all_reduce(last)
-

@@ -1,4 +1,4 @@
-"""A training step of the real DiT in fp64 through a pipeline and in one process: losses, gradients, norm, validation."""
+"""A training step of the real DiT in fp64, through a pipeline and in one process: all that the two must share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,11 +18,11 @@ from parallel import pipeline as pipeline_module
 from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.sequence import apply_sequence
+from parallel.sequence import apply_sequence, share
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
-from parallel.zero import apply_zero
+from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
 from vidit.config import RunConfig, Vae
 from vidit.data.loader import Batch, Clips
@@ -32,11 +31,13 @@ from vidit.model.init import initialise
 from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
+from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train import pipeline as train_pipeline
-from vidit.train.parallelize import recompute
+from vidit.train.ema import Ema
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.pipeline import PipelinePasses, cut_by_cost, own_stages
+from vidit.train.recompute import recompute
 from vidit.train.step import DitStep, Inputs, Losses, Video
 from vidit.vae.autoencoder import CausalVae
 
@@ -63,6 +64,7 @@ class Case:
     images: bool = True
     trained_text: bool = True
     checkpoint: bool = False
+    zero: Any = 3
     stages: tuple[range, ...] = ()
     plant: str = ""
 
@@ -74,6 +76,7 @@ class Case:
                 "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
                 "data": {"train": "unread", "num_frames": 5, "height": 20, "width": 12, "image_rows": int(self.images)},
                 "train": {"global_batch": ROWS * self.micro_batches, "micro_batch": ROWS, "seed": SEED},
+                "sample": {"num_steps": 2, "guidance": 2.0},
             }
         )  # fmt: skip
 
@@ -83,10 +86,11 @@ class FrozenText(TextEncoder):
 
     trainable = False
 
-    def __init__(self, width: int, max_tokens: int):
+    def __init__(self, text: TextEncoder):
         super().__init__()
-        self.width, self.max_tokens = width, max_tokens
-        self.table = nn.Parameter(value("frozen", (64, width)), requires_grad=False)
+        self.width, self.max_tokens = text.width, text.max_tokens
+        self.tokenizer = text.tokenizer
+        self.table = nn.Parameter(value("frozen", (64, text.width)), requires_grad=False)
 
     def forward(self, tokens: TextTokens) -> TextFeatures:
         features = self.table[tokens.ids[:, :, 0] % 64] * tokens.mask_BL.unsqueeze(-1)
@@ -109,11 +113,12 @@ class WideStep(DitStep):
 def value(name: str, shape: tuple[int, ...]) -> Tensor:
     """A full parameter, fp64; no path is closed by a zero."""
     noise = torch.from_numpy(keys.generator(1, "value", name).standard_normal(shape, np.float64))
-    return 1 + 0.2 * noise if "norm" in name and "weight" in name else noise / max(3, shape[-1]) ** 0.5
+    full = 1 + 0.2 * noise if "norm" in name and "weight" in name else noise / max(3, shape[-1]) ** 0.5
+    return full.float().double()  # an average is kept in fp32, and exchanging it must change nothing
 
 
 def batch(case: Case, number: int, rows: int = ROWS) -> Batch:
-    """Micro-batch `number` of the step, or of a validation with other rows: the last one images, where there are any."""
+    """Micro-batch `number` of the step, or of a validation with other rows; the last row images, if there are any."""
     frames, height, width = resolve(case.config).grid
     g = torch.Generator().manual_seed(number)
     clips = rows - int(case.images)
@@ -135,7 +140,7 @@ def tokenizer(case: Case) -> Any:
 def encoder(case: Case) -> TextEncoder:
     text = build_text_encoder(case.config.text).double()
     text.dtype = torch.float64
-    return text if case.trained_text else FrozenText(text.width, text.max_tokens)
+    return text if case.trained_text else FrozenText(text)
 
 
 def on_meta(case: Case) -> DiT:
@@ -163,16 +168,22 @@ def filled(model: nn.ModuleDict) -> nn.ModuleDict:
 
 @dataclass
 class Result:
-    """Row losses of each micro-batch by its number, gradients by name, their norm, row losses of a validation, names."""
+    """Row losses of each micro-batch by its number, gradients by name, their norm, names of the state dict.
+
+    `validation` and `sample` are row losses and a video (T, H, W, 3) of averaged weights.
+    """
 
     losses: dict[int, Tensor]
     grads: dict[str, Tensor]
     norm: float
     validation: Tensor
+    sample: Tensor
     names: list[str]
 
 
-def measure(passes: Passes, step: DitStep, model: nn.ModuleDict, batches: list[Batch], held: Batch, mesh: Any) -> Result:
+def measure(
+    case: Case, passes: Passes, step: DitStep, model: nn.ModuleDict, text: TextEncoder, batches: list[Batch], mesh: Any
+) -> Result:
     """Two steps' worth of passes, of which the second counts: what a schedule keeps must not leak into it."""
     for _ in range(2):
         model.zero_grad(set_to_none=True)
@@ -183,12 +194,16 @@ def measure(passes: Passes, step: DitStep, model: nn.ModuleDict, batches: list[B
         for name, p in model.named_parameters()
         if p.grad is not None
     }
-    with torch.no_grad():
-        validation = step(passes.evaluated, held, "validation").rows_B
+    ema = Ema(model, 0.9)
+    for average in ema.averages.values():
+        average.mul_(1.25)
+    with ema.applied(model), torch.no_grad():
+        validation = step(passes.evaluated, batch(case, 1, rows=2), "validation").rows_B
+        (sample,) = draw(case.config, step, passes.evaluated, text, ["a red circle"], seed=4)
     again = passes.forward_backward(batches)
     assert all(torch.equal(a.rows_B, b.rows_B) for a, b in zip(losses, again, strict=True)), "after a validation"
     by_number = {own.rows[0] // ROWS: found.rows_B for own, found in zip(batches, losses, strict=True)}
-    return Result(by_number, grads, float(norm), validation, list(model.state_dict()))
+    return Result(by_number, grads, float(norm), validation, sample, list(model.state_dict()))
 
 
 def single(case: Case) -> Result:
@@ -196,7 +211,7 @@ def single(case: Case) -> Result:
     model = filled(nn.ModuleDict({"dit": on_meta(case), **({"text": text} if text.trainable else {})}))
     step = stepper(case, text)
     batches = [batch(case, number) for number in range(case.micro_batches)]
-    return measure(PlainPasses(model, step), step, model, batches, batch(case, 1, rows=2), None)
+    return measure(case, PlainPasses(model, step), step, model, text, batches, None)
 
 
 def on_ranks(case: Case) -> Result:
@@ -217,32 +232,41 @@ def on_ranks(case: Case) -> Result:
             if case.checkpoint:
                 recompute(block)
         model = nn.ModuleDict({"dit": dit, **({"text": text} if text.trainable else {})})
-        if layout.shard * layout.sequence > 1:
-            apply_zero(dit, [plan.blocks], mesh.zero)
-            if text.trainable:
-                apply_zero(text, [], mesh.zero)
+        if mesh.zero.size() > 1:
+            apply_zero(model, [f"dit.{plan.blocks}"], mesh.zero, case.zero)
         filled(model)
         step = stepper(case, text)
-        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, (layout.sequence,))
-        share = case.micro_batches // layout.data
-        numbers = range(mesh.data_rank * share, (mesh.data_rank + 1) * share)
+
+        def own_tokens(grid: tuple[int, int, int], layer: int) -> int:
+            return share(grid[0] * grid[1] * grid[2], layout.sequence)
+
+        def around(last: bool) -> Any:
+            return zero_micro_batch(model, last, overlap=False)
+
+        passes = PipelinePasses(model, step, stages, mesh.pipeline, case.schedule, own_tokens, around)
+        own_num = case.micro_batches // layout.data
+        numbers = range(mesh.data_rank * own_num, (mesh.data_rank + 1) * own_num)
         batches = [batch(case, number) for number in numbers]
-        return measure(passes, step, model, batches, batch(case, 1, rows=2), mesh.pipeline)
+        return measure(case, passes, step, model, text, batches, mesh.pipeline)
 
 
 def errors(reference: Result, results: list[Result]) -> dict[str, float]:
     """Largest relative errors over all ranks. Gradients below 1e-6 of the largest count as that."""
-    worst = dict.fromkeys(("loss", "gradient", "norm", "validation", "replica"), 0.0)
+    worst = dict.fromkeys(("loss", "gradient", "norm", "validation", "sample", "replica"), 0.0)
     floor = 1e-6 * max(float(g.norm()) for g in reference.grads.values())
     seen: dict[str, Tensor] = {}
     for r in results:
         for number, found in r.losses.items():
             worst["loss"] = max(worst["loss"], relative(found, reference.losses[number]))
         worst["validation"] = max(worst["validation"], relative(r.validation, reference.validation))
+        difference = (r.sample.int() - reference.sample.int()).abs().max()
+        worst["sample"] = max(worst["sample"], float(difference))
         worst["norm"] = max(worst["norm"], abs(r.norm / reference.norm - 1))
         for name, g in r.grads.items():
             expected = reference.grads[name]
-            worst["gradient"] = max(worst["gradient"], float((g - expected).norm()) / max(floor, float(expected.norm())))
+            worst["gradient"] = max(
+                worst["gradient"], float((g - expected).norm()) / max(floor, float(expected.norm()))
+            )
             if name in seen:
                 worst["replica"] = max(worst["replica"], float((g - seen[name]).abs().max()))
             seen[name] = g
@@ -277,9 +301,12 @@ def _never(pipeline: Any, *rest: Any) -> list[Tensor]:
     return [out * 0 for out in right_forward(pipeline, *rest)]
 
 
-def _half(waiting: Any) -> Any:
-    run = right_take(waiting)
-    return run if len(waiting.waiting) else (lambda: None)
+def _forgetful(weights: Any) -> Any:
+    """The first product of every other backward pass gets no weight gradient."""
+    weights.calls = getattr(weights, "calls", 0) + 1
+    if weights.calls % 2:
+        del weights.waiting[0]
+    return right_take(weights)
 
 
 right_passes, right_norm = PipelinePasses.forward_backward, gradient_norm
@@ -290,7 +317,7 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "loss not divided by micro-batches": (PipelinePasses, "forward_backward", _undivided),
     "shared counted twice in the norm": (sys.modules[__name__], "gradient_norm", _counted_twice),
     "estimate does not arrive": (pipeline_module.Pipeline, "forward", _never),
-    "weight gradients forgotten": (train_pipeline.WeightGradients, "take", _half),
+    "weight gradients forgotten": (train_pipeline.WeightGradients, "take", _forgetful),
 }
 
 
@@ -301,4 +328,3 @@ def planted(name: str) -> Iterator[None]:
             owner, attribute, bug = PLANTS[name]
             stack.enter_context(patch.object(owner, attribute, bug))
         yield
-

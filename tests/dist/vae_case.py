@@ -147,33 +147,28 @@ def errors(reference: Result, results: list[Result]) -> dict[str, float]:
     return worst
 
 
-def _not_sent_back(ctx: Any, grad: Tensor, front: Tensor, back: Tensor) -> tuple[Any, ...]:
-    return grad, None, None, None, None
+def _not_sent_back(ctx: Any, front: Tensor, back: Tensor) -> tuple[Any, ...]:
+    return *(torch.zeros_like(x) for x in right_swap(front, back, ctx.counts, ctx.line)), None, None
 
 
 def _one_frame_off(x: Tensor, dim: int, before: int, after: int, mesh: Any) -> halo.Edges:
-    """The frames before the last one: what a strided convolution gets where its stride is forgotten."""
-    edges = right_halo(x, dim, before + 1, after, mesh) if dim == 2 and x.shape[dim] > before else None
-    if edges is None:
-        return right_halo(x, dim, before, after, mesh)
+    """The frames before the last one, where there are as many."""
+    before_it = before + (dim == 2 and x.shape[dim] > before)
+    edges = right_halo(x, dim, before_it, after, mesh)
     return edges._replace(front=edges.front[:, :, :before])
 
 
 def _repeats(front: context._Front, x: Tensor) -> Tensor:
     """Every part starts like a video: later ones repeat their own first frame in place of what they receive."""
     out = right_front(front, x)
-    if front.first or x.shape[2] == front.image_frames:
-        return out
-    received = out[:, :, : front.past]
-    return torch.cat((x[:, :, :1].expand_as(received) + 0 * received, x), dim=2)
+    received = x.shape[2] > 1 and front.mesh.get_local_rank() > 0
+    return x[:, :, :1].expand_as(out) + 0 * out if received else out
 
 
-def _up_drops(front: context._Front, x: Tensor) -> Tensor:
-    """`Up` drops a frame on every rank, and the next layer's part is filled up behind."""
-    out = right_front(front, x)
-    if front.first or front.past or front.image_frames == 1:
-        return out
-    return torch.cat((out[:, :, 1:], out[:, :, -1:]), dim=2)
+def _up_drops(drop: context._Drop, x: Tensor) -> Tensor:
+    """A frame is dropped on every rank, and the length made up behind."""
+    out = right_drop(drop, x)
+    return out if out is not x else torch.cat((x[:, :, drop.count :], x[:, :, x.shape[2] - drop.count :]), dim=2)
 
 
 def _unscaled(x: Tensor, dim: int, mesh: Any) -> Tensor:
@@ -197,12 +192,13 @@ def _rows_of_zeros(hook: context._Rows, module: Any, args: tuple[Any, ...]) -> T
     return torch.nn.functional.pad(args[0], (0, 0, hook.before, hook.after))
 
 
-right_halo, right_front, right_split = halo.halo, context._Front.forward, context.split
+right_swap, right_halo, right_split = halo._swap, halo.halo, context.split
+right_front, right_drop = context._Front.forward, context._Drop.forward
 PLANTS: dict[str, tuple[Any, str, Any]] = {
     "halo one frame off": (context, "halo", _one_frame_off),
     "repeats on later ranks": (context._Front, "forward", _repeats),
-    "up drops on later ranks": (context._Front, "forward", _up_drops),
-    "halo's gradient not sent back": (halo._Halo, "backward", staticmethod(_not_sent_back)),
+    "up drops on later ranks": (context._Drop, "forward", _up_drops),
+    "halo's gradient not sent back": (halo._Swap, "backward", staticmethod(_not_sent_back)),
     "split gradient not averaged": (context, "split", _unscaled),
     "rows padded inside the picture": (context._Rows, "__call__", _rows_of_zeros),
 }

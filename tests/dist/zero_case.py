@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from dit_case import ODD, TEXT, Case, batch, on_meta, value, whole
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel import zero
 from parallel.gradients import clip_gradients, gradient_norm
@@ -24,7 +25,10 @@ from parallel.telemetry import count_communication
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero, zero_micro_batch
+from vidit import config
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
+from vidit.train.optim import build_optimizer
 from vidit.train.parallelize import recompute
 
 ROWS = 4
@@ -76,32 +80,38 @@ def build(case: Case) -> nn.ModuleDict:
 def losses(model: nn.ModuleDict, rows: dict[str, Tensor | None]) -> Tensor:
     """Mean over the rows, after a first pass without gradient whose output conditions the second."""
     inputs = dict(rows)
-    target, text = inputs.pop("target"), inputs.pop("text_BLE")
+    x, target, text = (inputs.pop(name) for name in ("x_BCTHW", "target", "text_BLE"))
+    assert x is not None
     assert target is not None
+    grid = Grid(*x.shape[2:], inputs.pop("image_B"))
     features = model["text"](text)
     inputs |= {"text_BLE": features.features_BLE, "pooled_BE": features.pooled_BE}
     with torch.no_grad():
-        inputs["previous_BCTHW"] = model["dit"](**inputs)
-    out = model["dit"](**inputs)
+        inputs["previous_BCTHW"] = model["dit"](x, grid, **inputs)
+    out = model["dit"](x, grid, **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean()
 
 
 @dataclass
 class Outcome:
-    """Gradients and norm of the first step, parameters and loss after the last, what the first step sent."""
+    """Gradients and norm of the first step, parameters and loss after the last, what the first step sent.
+
+    `shards` says whether, after a validation, every parameter under the module's names is divided.
+    """
 
     grads: dict[str, Tensor]
     norm: float
     parameters: dict[str, Tensor]
     validation: float
-    rows: slice
     sent: dict[str, Any]
+    shards: bool
 
 
 def steps(model: nn.ModuleDict, t: Train, data_rank: int, data: int, axes: Any = None) -> Outcome:
     """The loop, the same on ranks and in one process."""
     own = ROWS // (data * t.accumulation)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
+    c = config.Train(learning_rate=1e-2, eps=1e-6, weight_decay=0.1)
+    optimizer = build_optimizer(c, dict(model.named_parameters()))
     grads: dict[str, Tensor] = {}
     sent: dict[str, Any] = {}
     first_norm = 0.0
@@ -120,13 +130,14 @@ def steps(model: nn.ModuleDict, t: Train, data_rank: int, data: int, axes: Any =
             first_norm = float(norm)
         clip_gradients(model.parameters(), 0.5, norm)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     size = ROWS // data
     rows = {k: None if x is None else x[data_rank * size : (data_rank + 1) * size] for k, x in batch(t.case).items()}
     with torch.no_grad():
         validation = float(losses(model, rows))
     parameters = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
-    return Outcome(grads, first_norm, parameters, validation, slice(0), sent)
+    shards = all(isinstance(p, DTensor) and any(x.is_shard() for x in p.placements) for p in model.parameters())
+    return Outcome(grads, first_norm, parameters, validation, sent, shards)
 
 
 def single(t: Train) -> Outcome:

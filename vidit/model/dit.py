@@ -38,6 +38,13 @@ class Conditioning(nn.Module):
         return torch.cat((c_BD[:, None], shared), dim=1)
 
 
+class Tokens(nn.Module):
+    """The place where the video tokens of a row are all there for the first time: x_BSD, unchanged."""
+
+    def forward(self, x_BSD: Tensor, grid: Grid) -> Tensor:
+        return x_BSD
+
+
 class Embed(nn.Module):
     """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype.
 
@@ -50,7 +57,7 @@ class Embed(nn.Module):
         self.conditioning = Conditioning(c, text_width)
         self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
         self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
-        self.tokens = nn.Identity()
+        self.tokens = Tokens()
 
     def forward(
         self,
@@ -68,7 +75,7 @@ class Embed(nn.Module):
             tokens = tokens + self.position(grid)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
         text = TextContext(features, text_frame_BL)
-        return self.tokens(tokens.to(dtype)), text, self.conditioning(time_B, pooled_BE)
+        return self.tokens(tokens.to(dtype), grid), text, self.conditioning(time_B, pooled_BE)
 
 
 class DiT(nn.Module):

@@ -27,6 +27,8 @@ class Plan:
     windows: attention window of every block, in order; a pipeline stage knows from it what came before.
     positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block
         that holds them.
+    vectors: modules whose outputs are one vector a row, which acts on every video token.
+    before: modules that are done when the tokens are cut.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -38,6 +40,8 @@ class Plan:
     cores: tuple[str, ...]
     windows: dict[str, Window]
     positions: dict[str, int]
+    vectors: tuple[str, ...]
+    before: tuple[str, ...]
     blocks: str = "blocks.*"
 
 
@@ -64,6 +68,8 @@ def sharding_plan(c: Model) -> Plan:
         cores=tuple(cores),
         windows={f"blocks.{layer}": window_of(c, layer) for layer in range(c.num_layers)},
         positions={"positions": 3},
+        vectors=("blocks.*.modulation", "head.modulation"),
+        before=("embed",),
     )
 
 

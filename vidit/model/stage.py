@@ -63,6 +63,7 @@ def plan_of_stages(plan: Plan, dit: DiT) -> Plan:
         split=_fitting(plan.split, modules) if not isinstance(dit.embed.patch, Passed) else _later(plan.split),
         gather=_fitting(plan.gather, modules),
         cores=tuple(_fitting(dict.fromkeys(plan.cores), modules)),
+        vectors=tuple(_fitting(dict.fromkeys(plan.vectors), modules)),
     )
 
 
@@ -83,7 +84,7 @@ def _limit(dit: DiT, kept: set[str], first: bool, last: bool) -> None:
     if not first:
         dit.embed.patch = Passed()
         dit.embed.position = None
-        dit.embed.tokens = nn.Identity()
+        dit.embed.tokens = Passed()
     if not last:
         dit.head = Passed()
 

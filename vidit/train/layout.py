@@ -5,6 +5,7 @@ Arithmetic only, no torch and no process group, so that the command line can ref
 
 from collections.abc import Iterator
 
+from parallel.dealing import rank_tokens
 from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_degree
 from parallel.layout import Layout
 from parallel.parts import context_faults
@@ -30,8 +31,7 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
     if p.sequence_kind == "auto" and layout.sequence > 1 and m.num_heads % layout.tensor == 0:
-        # Where the tokens between blocks must be alike on all ranks, windows are not dealt.
-        windows = [] if p.sharded_norms or layout.pipeline > 1 else _windows(fixed)
+        windows = [] if p.sharded_norms else _windows(fixed)
         changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, [resolve(fixed).grid], ranks_per_node)
     if changes.get("sequence_kind", p.sequence_kind) == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
@@ -54,6 +54,16 @@ def stages_of(config: RunConfig) -> list[range]:
     costs = [block_flops(c, layer, r.grid, text) for layer in range(c.num_layers)]
     ends = embed_flops(c, r.grid, channels), head_flops(c, r.grid, channels)
     return cut(costs, p.pipeline * p.stages_per_rank, *ends)
+
+
+def own_tokens(config: RunConfig, grid: Window, layer: int, sequence_rank: int) -> int:
+    """How many tokens of a row a rank holds behind a block."""
+    p, tokens = config.parallel, grid[0] * grid[1] * grid[2]
+    if p.sequence > 1 and p.sequence_kind == "window":
+        return rank_tokens(window_of(config.model, layer), grid, p.sequence)[sequence_rank]
+    for ranks in (p.sequence, p.tensor if p.sharded_norms else 1):
+        tokens = -(-tokens // ranks)
+    return tokens
 
 
 def _windows(config: RunConfig) -> list[Window]:
@@ -88,13 +98,11 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         return
     kind, grid = kind_of(config), resolve(config).grid
     yield from sequence_faults(kind, layout, m.num_heads, _windows(config), [grid], p.ulysses, ranks_per_node)
-    if kind == "window":
-        for name, on in (("sharded_norms=true", p.sharded_norms), (f"pipeline={p.pipeline}", p.pipeline > 1)):
-            if on:
-                yield (
-                    f"parallel.{name} needs equally many tokens on every rank, which parallel.sequence_kind=window "
-                    "does not give: it deals whole windows; use ulysses, ring or ulysses_ring"
-                )
+    if kind == "window" and p.sharded_norms:
+        yield (
+            "parallel.sharded_norms=true needs equally many tokens on every rank, which parallel.sequence_kind=window "
+            "does not give: it deals whole windows; use ulysses, ring or ulysses_ring"
+        )
 
 
 def _pipeline_faults(config: RunConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ AdamW (1711.05101) for everything, or Muon for the matrices of the layers and Ad
 Parameters may be plain or divided over ranks, on several meshes in one model; moments are divided as they are.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from parallel.local import local
 from vidit.config import Train
@@ -83,11 +85,12 @@ def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimiz
     hidden = [p for name, p in trainable.items() if c.optimizer == "muon" and p.ndim == 2 and _HIDDEN.search(name)]
     taken = {id(p) for p in hidden}
     others = [p for p in trainable.values() if id(p) not in taken]
-    groups = [
-        {"params": [p for p in others if p.ndim > 1], "weight_decay": c.weight_decay},
-        {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    # A fused update takes one kind of tensors: tensor parallelism divides the denoiser, and the text encoder not.
+    for divided, decay in itertools.product((False, True), (True, False)):
+        own = [p for p in others if isinstance(p, DTensor) == divided and (p.ndim > 1) == decay]
+        if own:
+            groups.append({"params": own, "weight_decay": c.weight_decay if decay else 0.0})
     members: list[torch.optim.Optimizer] = []
     if groups:
         members.append(AdamW(groups, lr=c.learning_rate, betas=c.betas, eps=c.eps, fused=True))

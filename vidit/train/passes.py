@@ -37,7 +37,7 @@ class Passes(Protocol):
         ...
 
     def forward_backward(self, batches: Sequence[Batch]) -> list[Losses]:
-        """Gradients of one optimizer step, of parameters that have none yet; the losses of each micro-batch, detached."""
+        """Give parameters that have none the gradients of one optimizer step; the losses of each micro-batch."""
         ...
 
 

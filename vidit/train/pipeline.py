@@ -5,7 +5,7 @@ latents, the last the clean ones for the loss. Between stages only tokens travel
 estimate of a self-conditioning pass, come from the last stage and are known on every rank of the pipeline.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.deferred import WeightGradients
 from parallel.pipeline import Pipeline, Shape, Shapes, sum_shared
-from parallel.shares import share
 from parallel.stages import Schedule, cut, rank_of_stage
 from vidit.config import Model
 from vidit.data.loader import Batch
@@ -28,6 +27,13 @@ from vidit.model.windows import Grid
 from vidit.text.encoder import TextTokens
 from vidit.train.passes import Around, nothing_around
 from vidit.train.step import DitStep, Inputs, Losses, TextInputs, Video
+
+OwnTokens = Callable[[tuple[int, int, int], int], int]
+
+
+def whole_rows(grid: tuple[int, int, int], layer: int) -> int:
+    """Of a rank that holds every token."""
+    return grid[0] * grid[1] * grid[2]
 
 
 def cut_by_cost(c: Model, grid: tuple[int, int, int], channels: int, text_tokens: int, num_stages: int) -> list[range]:
@@ -50,7 +56,7 @@ class PipelinePasses:
             {"text"} where that is trained too.
         stages: the layers of every stage of the pipeline.
         mesh: the pipeline (1 dim).
-        token_shares: over how many ranks, one after the other, the tokens between blocks are divided.
+        own_tokens: (grid in tokens, layer) -> how many of a row's tokens this rank holds behind that block.
         around: entered once around all passes of a step, with True.
         timeout: of a process group that is made here.
     """
@@ -62,12 +68,12 @@ class PipelinePasses:
         stages: Sequence[range],
         mesh: DeviceMesh,
         schedule: Schedule,
-        token_shares: Sequence[int] = (),
+        own_tokens: OwnTokens = whole_rows,
         around: Around = nothing_around,
         timeout: timedelta | None = None,
     ):
         self.model, self.step, self.mesh, self.around = model, step, mesh, around
-        self.token_shares = token_shares
+        self.stages, self.own_tokens = stages, own_tokens
         self.dit: DiT = model["dit"]  # type: ignore[assignment]
         weights = None
         if schedule == "zero_bubble":
@@ -144,7 +150,7 @@ class PipelinePasses:
     ) -> list[Tensor | None]:
         """What the first stage is given of a first pass; None stands for zeros, and elsewhere for nothing."""
         estimates: list[Tensor | None] = [None] * len(inputs)
-        chosen = [i for i, own in enumerate(inputs) if own.chosen_B is not None and own.chosen_B.any()]
+        chosen = [i for i, own in enumerate(inputs) if own.estimated]
         if not chosen:
             return estimates
         outputs = self.pipeline.forward([entering[i] for i in chosen], [micro_batches[i] for i in chosen], shapes)
@@ -155,13 +161,12 @@ class PipelinePasses:
         return estimates
 
     def _shapes(self, rows: int, latent: tuple[int, ...]) -> Shapes:
-        c, dtype = self.step.config, self.dit.dtype
-        tokens = latent[1] * (latent[2] // c.model.patch) * (latent[3] // c.model.patch)
-        for size in self.token_shares:
-            tokens = share(tokens, size)
+        c, dtype = self.step.config.model, self.dit.dtype
+        grid = (latent[1], latent[2] // c.patch, latent[3] // c.patch)
+        tokens = [self.own_tokens(grid, layers[-1]) for layers in self.stages[:-1]]
         return Shapes(
             Shape((rows, *latent), torch.float32),
-            Shape((rows, tokens, c.model.width), dtype),
+            tuple(Shape((rows, number, c.width), dtype) for number in tokens),
             Shape((rows, *latent), wide(dtype)),
         )
 
@@ -186,7 +191,7 @@ class _Stage(nn.Module):
     ) -> Tensor:
         own = self.step.text(self.beside, tokens, num_clips) if text is None else text
         out: Tensor = self.dit(x, grid, time_B, own.features_BLE, own.frame_BL, own.pooled_BE, previous)
-        return out
+        return out.contiguous()  # as a stage must promise of what it hands on
 
 
 class _PipelinedDit(nn.Module):

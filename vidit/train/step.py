@@ -4,6 +4,7 @@ Noise, timesteps and strata are keyed by the row's number in the run (`vidit.key
 depend on ranks, accumulation, workers or on what was resumed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +52,8 @@ class TextInputs:
 class Inputs:
     """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
 
-    `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is.
+    `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
+    whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
 
     rows: list[int]
@@ -60,6 +62,7 @@ class Inputs:
     t_B: Tensor
     image_B: Tensor | None
     chosen_B: Tensor | None
+    estimated: bool
 
 
 @dataclass
@@ -119,7 +122,7 @@ class DitStep:
         self.shift = shift_for(
             config.diffusion, r.grid[1] * r.grid[2], r.latent_frames, d.height, d.width, d.num_frames
         )
-        self.images_per_row, self.tokens = r.latent_frames, r.grid
+        self.images_per_row, self.tokens, self.data_ranks = r.latent_frames, r.grid, r.data_ranks
         self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
@@ -131,14 +134,24 @@ class DitStep:
 
     def inputs(self, batch: Batch, purpose: str) -> Inputs:
         """What the numbers of a batch's rows decide, without a look at its clips."""
-        rows, image_B, chosen_B = batch.rows, None, None
+        rows, image_B, chosen_B, estimated = batch.rows, None, None, False
         if batch.images is not None:
             image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
         quantile_B = self.quantiles(rows, purpose)
         t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, torch.float32)
         if share := self.config.model.self_conditioning:
-            chosen_B = keys.uniform(self.config.train.seed, f"{purpose}/self_condition", rows) < share
-        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B)
+            chosen_B = self._chosen(purpose, rows, share)
+            estimated = purpose != "train" or bool(self._chosen(purpose, self._round_of(rows), share).any())
+        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated)
+
+    def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
+        return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
+
+    def _round_of(self, rows: Sequence[int]) -> range:
+        """The rows of all data ranks in this round of micro-batches: ranks that gather weights must go together."""
+        size = len(rows) * self.data_ranks
+        first = rows[0] // size * size
+        return range(first, first + size)
 
     def video(self, batch: Batch, inputs: Inputs) -> Video:
         """The clips of a batch, and what the denoiser is given of them."""
@@ -215,7 +228,7 @@ class DitStep:
         """The estimate of a first pass, for a keyed share of the rows, without gradient (W.A.L.T.; 2208.04202)."""
         if inputs.chosen_B is None:
             return None
-        if not inputs.chosen_B.any():
+        if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
             first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)

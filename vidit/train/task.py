@@ -17,7 +17,7 @@ from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import resolve
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
-from vidit.train.layout import layout_of, stages_of
+from vidit.train.layout import layout_of, own_tokens, stages_of
 from vidit.train.parallelize import build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.pipeline import PipelinePasses
@@ -78,7 +78,7 @@ def build_task(config: RunConfig, device: torch.device, num_validation: int | No
     if config.train.task == "vae":
         vae_step = VaeStep(config, device)
         model = build_vae(config, device, dtype, mesh)
-        return Task(config, model, vae_step, _passes(config, model, vae_step, mesh), None, None, mesh)
+        return Task(config, model, vae_step, passes_of(config, model, vae_step, mesh), None, None, mesh)
     kept = from_first(lambda: str(keep_vae(config).vae.weights))
     config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": kept})})
     return dit_task(config, load_vae(Path(kept), device, dtype), device, dtype, mesh, num_validation)
@@ -100,18 +100,18 @@ def dit_task(
         text.to(device)
     flops = forward_flops(config.model, resolve(config).grid, config.vae.latent_channels, text.width, text.max_tokens)
     step = DitStep(config, vae, text, device, num_validation)
-    return Task(config, model, step, _passes(config, model, step, mesh), text, flops, mesh)
+    return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)
 
 
-def _passes(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | None) -> Passes:
+def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | None) -> Passes:
     """How a step of this layout is made."""
     p = config.parallel
     if mesh is None or p.pipeline == 1:
         return PlainPasses(model, step, lambda last: zero_micro_batch(model, last))
     assert isinstance(step, DitStep)
-    shares = [p.sequence] if p.sequence > 1 else []
-    shares += [p.tensor] if p.sharded_norms else []
+    sequence_rank = mesh.sequence.get_local_rank()
     return PipelinePasses(
-        model, step, stages_of(config), mesh.pipeline, p.schedule, shares,
+        model, step, stages_of(config), mesh.pipeline, p.schedule,
+        lambda grid, layer: own_tokens(config, grid, layer, sequence_rank),
         lambda last: zero_micro_batch(model, last, overlap=False), timedelta(seconds=p.timeout_s),
     )  # fmt: skip

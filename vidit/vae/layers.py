@@ -6,8 +6,8 @@ and an image is a video of one frame. Like the model's linear layer, a convoluti
 its input.
 
 What the first frame is special for stands in two modules without parameters, `Front` and `DropFirst`; all else
-treats every frame alike. A part of a video that does not hold its first frame needs others in their place: with
-the last `past` frames of what came before in front of it, every layer gives what the whole video gives.
+treats every frame alike. In a part of a video that does not begin with its first frame others stand in their
+places: with the last `past` frames of what came before in front of it, every layer gives what the whole gives.
 """
 
 import torch
@@ -19,27 +19,25 @@ from vidit.dtypes import widen
 
 
 class Front(nn.Module):
-    """Repeats the first frame: (B, C, T, H, W) -> (B, C, repeats + T, H, W).
+    """The frames that go in front of x: its first one, repeated. (B, C, T, H, W) -> (B, C, repeats, H, W).
 
-    Attributes:
-        past: how many frames of what came before a later part needs instead: (B, C, past + T, H, W).
-        image_frames: frames that arrive here of a video of one frame.
+    `past`: how many frames of what came before a later part takes in their place, (B, C, past, H, W).
     """
 
     def __init__(self, repeats: int, past: int):
         super().__init__()
-        self.repeats, self.past, self.image_frames = repeats, past, 1
+        self.repeats, self.past = repeats, past
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat((x[:, :, :1].expand(-1, -1, self.repeats, -1, -1), x), dim=2) if self.repeats else x
+        return x[:, :, :1].expand(-1, -1, self.repeats, -1, -1)
 
 
 class DropFirst(nn.Module):
-    """Drops frames in front: (B, C, T, H, W) -> (B, C, T - count, H, W); a later part keeps all (see `Front`)."""
+    """Drops `count` frames in front: (B, C, T, H, W) -> (B, C, T - count, H, W). A later part keeps all of its."""
 
     def __init__(self, count: int):
         super().__init__()
-        self.count, self.past, self.image_frames = count, 0, 1 + count
+        self.count = count
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :, self.count :]
@@ -50,12 +48,15 @@ class CausalConv3d(nn.Conv3d):
 
     def __init__(self, channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
         super().__init__(channels, out_channels, kernel, stride=stride, padding=(0, kernel // 2, kernel // 2))
-        self.front = Front(kernel - 1, past=kernel - stride[0])
+        if kernel > 1:
+            self.front = Front(kernel - 1, past=kernel - stride[0])
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel_size[0] > 1:
+            x = torch.cat((self.front(x), x), dim=2)
         assert self.bias is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.conv3d(self.front(x), weight, bias, self.stride, self.padding)
+        return F.conv3d(x, weight, bias, self.stride, self.padding)
 
 
 class ChannelNorm(nn.Module):
@@ -102,7 +103,8 @@ class Down(nn.Module):
         self.pair = Front(self.t - 1, past=0)
 
     def forward(self, x: Tensor) -> Tensor:
-        depth = rearrange(self.pair(x), "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.t, p=self.s, q=self.s)
+        pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
+        depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.t, p=self.s, q=self.s)
         return self.conv(x) + depth.unflatten(1, (self.out_channels, -1)).mean(2)
 
 

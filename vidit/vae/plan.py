@@ -12,12 +12,14 @@ from vidit.config import Vae
 class ContextPlan:
     """Where the VAE of one config is divided.
 
-    fronts: modules that do something special where the video starts.
+    fronts: modules that give the frames in front of a part; what the first frame is repeated for.
+    drops: modules that drop frames where the video starts.
     convolutions: those that look at neighbouring frames and rows.
     time, rows: module -> frames or rows for each latent one, of its input and of its output.
     """
 
     fronts: tuple[str, ...]
+    drops: tuple[str, ...]
     convolutions: tuple[str, ...]
     time: dict[str, tuple[int, int]]
     rows: dict[str, tuple[int, int]]
@@ -29,12 +31,11 @@ def context_plan(c: Vae) -> ContextPlan:
     blocks = [part for part, n in (("encoder", c.num_res_blocks), ("decoder", c.decoder_res_blocks)) if any(n)]
     convolutions = ["encoder.first", "decoder.first", "decoder.last"]
     convolutions += [f"{part}.layers.*.{conv}" for part in blocks for conv in ("conv1", "conv2")]
-    starts = []
-    if len(c.multipliers) > 1:
-        convolutions.append("encoder.layers.*.conv")
-        starts = ["encoder.layers.*.pair", "decoder.layers.*.drop"]
+    joints = len(c.multipliers) > 1
+    convolutions += ["encoder.layers.*.conv"] * joints
     return ContextPlan(
-        fronts=(*(f"{name}.front" for name in convolutions), *starts),
+        fronts=(*(f"{name}.front" for name in convolutions), *["encoder.layers.*.pair"] * joints),
+        drops=("decoder.layers.*.drop",) * joints,
         convolutions=tuple(convolutions),
         time={"encoder": (t, 1), "decoder": (1, t)},
         rows={"encoder": (s, 1), "decoder": (1, s)},

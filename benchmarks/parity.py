@@ -1,0 +1,316 @@
+"""Is a step of training the same on every layout as in one process?
+
+    python -m benchmarks.parity [--layouts tp2 "sp4 ring"] [--models walt full]
+
+For a W.A.L.T. denoiser and one with full attention, and for every layout: the denoiser's output, the gradient of every
+parameter, and the losses of five steps of AdamW, on ranks (gloo, one machine) and in one process, in fp64 and in fp32.
+Clips and rows of images, an odd number of tokens, a trained text encoder and self-conditioning take part. Errors
+are relative to the norm of what one process computes; a gradient below 1e-6 of the largest one counts as that. Prints
+a table and writes it and a JSON file to benchmarks/results/.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.rank_pool import Pool, TaskError
+from benchmarks.record import RESULTS, write_result
+from parallel.exchange import exchange, in_order, num_ranks
+from parallel.gradients import clip_gradients, gradient_norm
+from parallel.mesh import build_mesh
+from parallel.shards import fill
+from vidit import keys
+from vidit.config import ConfigError, RunConfig, Vae
+from vidit.data.loader import Batch, Clips
+from vidit.model.init import initialise
+from vidit.resolve import resolve
+from vidit.text.encoder import build_text_encoder
+from vidit.train.layout import layout_of, with_layout
+from vidit.train.optim import build_optimizer
+from vidit.train.parallelize import build_dit
+from vidit.train.step import DitStep, Inputs, Video
+from vidit.train.task import passes_of
+from vidit.vae.autoencoder import CausalVae
+
+STEPS, ROWS, MICRO = 5, 8, 2
+VAE = {
+    "latent_channels": 4, "patch": 2, "base_channels": 8, "multipliers": (1, 2), "num_res_blocks": (0, 1),
+    "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
+}  # fmt: skip
+SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "num_layers": 8, "attention_backend": "sdpa"}
+MODELS: dict[str, dict[str, Any]] = {
+    "walt": {"windows": ((1, 0, 0), (0, 2, 2)), "self_conditioning": 0.5, "pooled_text": True},
+    "full": {
+        "windows": ((0, 0, 0),), "relative_position": "rope", "cross_attention": "all", "cross_keys": "text",
+        "image_attention": "frame", "self_conditioning": 0.0, "adaln_rank": 0, "absolute_position": False,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what `parallel` and `train` say, and how many ranks that takes."""
+
+    ranks: int
+    parallel: Mapping[str, Any]
+    train: Mapping[str, Any]
+    layers: int = 8
+
+
+def row(ranks: int, train: Mapping[str, Any] | None = None, layers: int = 8, **parallel: Any) -> Row:
+    return Row(ranks, parallel, train or {}, layers)
+
+
+def _layouts() -> dict[str, Row]:
+    full, chosen = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
+    compiled = {"compile": True}
+    found = {f"tp{n}": row(n, tensor=n) for n in (2, 4)}
+    found |= {f"tp{n} sharded norms": row(n, tensor=n, sharded_norms=True) for n in (2, 4)}
+    for kind in ("ulysses", "ring", "window"):
+        found |= {f"sp{n} {kind}": row(n, sequence=n, sequence_kind=kind) for n in (2, 4)}
+    found["sp4 ulysses_ring"] = row(4, sequence=4, sequence_kind="ulysses_ring", ulysses=2)
+    for name, own in (("gpipe", {}), ("1f1b", {}), ("interleaved", {"stages_per_rank": 2}), ("zero_bubble", {})):
+        found |= {f"pp{n} {name}": row(n, pipeline=n, schedule=name, **own) for n in (2, 4)}
+    found["pp2 zero_bubble V"] = row(2, pipeline=2, schedule="zero_bubble", stages_per_rank=2)
+    found |= {f"zero{level} x2": row(2, zero=level) for level in (0, 1, 2, 3)}
+    found |= {
+        "zero3 x4": row(4),
+        "hsdp 2x2": row(4, replicate=2),
+        "tp2 x sp2": row(4, tensor=2, sequence=2, sequence_kind="ulysses"),
+        "tp2 x sp2 window": row(4, tensor=2, sequence=2, sequence_kind="window"),
+        "tp2 x pp2": row(4, tensor=2, pipeline=2),
+        "sp2 x pp2": row(4, sequence=2, pipeline=2, sequence_kind="ulysses"),
+        "dp2 x tp2": row(4, tensor=2, zero=0),
+        "zero3 x tp2": row(4, tensor=2),
+        "zero3 x pp2": row(4, pipeline=2),
+        "dp2 x sp2": row(4, sequence=2, sequence_kind="ulysses", zero=0),
+        "zero3 x sp2 ring": row(4, sequence=2, sequence_kind="ring"),
+        "tp2 x sp2 x dp2": row(8, tensor=2, sequence=2, replicate=2, sequence_kind="ulysses"),
+        "zero3 x2, recomputed": row(2, full),
+        "tp2 x sp2, recomputed": row(4, full, tensor=2, sequence=2, sequence_kind="ulysses"),
+        "sp2 window, recomputed": row(2, full, sequence=2, sequence_kind="window"),
+        "sp2 ring, recomputed": row(2, full, sequence=2, sequence_kind="ring"),
+        "pp2 1f1b, recomputed": row(2, full, pipeline=2),
+        "zero3 x2, partly recomputed": row(2, chosen),
+        "one process, compiled": row(1, compiled, 2),
+        "zero3 x2, compiled": row(2, compiled, 2),
+        "tp2, compiled": row(2, compiled, 2, tensor=2),
+        "sp2 ulysses, compiled": row(2, compiled, 2, sequence=2, sequence_kind="ulysses"),
+        "sp2 window, compiled": row(2, compiled, 2, sequence=2, sequence_kind="window"),
+    }
+    return found
+
+
+LAYOUTS = _layouts()
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    dtype: str
+    row: Row
+
+    @property
+    def config(self) -> RunConfig:
+        c = RunConfig.model_validate(
+            {
+                "name": "parity", "vae": {"weights": "unread", **VAE},
+                "model": {**SMALL, **MODELS[self.model], "num_layers": self.row.layers},
+                "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
+                "data": {"train": "unread", "num_frames": 9, "height": 20, "width": 12, "image_rows": 1},
+                "train": {
+                    "global_batch": ROWS, "micro_batch": MICRO, "seed": 3, "learning_rate": 1e-3, "steps": STEPS,
+                    "device": "cpu", **self.row.train,
+                },
+                "parallel": dict(self.row.parallel),
+            }
+        )  # fmt: skip
+        return with_layout(c, self.row.ranks)
+
+
+class WideStep(DitStep):
+    """Times and latents in the dtype of the comparison, so that no narrower one hides an error."""
+
+    wide = torch.float64
+
+    def inputs(self, batch: Batch, purpose: str) -> Inputs:
+        own = super().inputs(batch, purpose)
+        return replace(own, t_B=own.t_B.to(self.wide))
+
+    def video(self, batch: Batch, inputs: Inputs) -> Video:
+        own = super().video(batch, inputs)
+        x, noise = own.x_BCTHW.to(self.wide), own.noise.to(self.wide)
+        return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
+
+
+def value(name: str, shape: tuple[int, ...]) -> Tensor:
+    """A full parameter, fp64, keyed by its name; what begins at zero in a run would hide what lies behind it."""
+    noise = torch.from_numpy(keys.generator(1, "value", name).standard_normal(shape, np.float64))
+    return 1 + 0.2 * noise if "norm" in name and "weight" in name else noise / max(3, shape[-1]) ** 0.5
+
+
+@dataclass
+class Result:
+    """Output on the rows of one batch, gradients of the first step by name, losses of all steps."""
+
+    output: Tensor
+    gradients: dict[str, Tensor]
+    losses: list[float]
+
+
+def batch(config: RunConfig, number: int) -> Batch:
+    """Micro-batch `number` of the run: a clip and a row of images."""
+    frames, height, width = resolve(config).grid
+    g = torch.Generator().manual_seed(number)
+
+    def latents(n: int, t: int) -> Clips:
+        return Clips([f"{number}/{i}" for i in range(n)], latents=torch.randn(n, 4, t, height, width, generator=g))
+
+    tokenizer = build_text_encoder(config.text).tokenizer
+    captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(MICRO - 1 + frames)]
+    rows = list(range(number * MICRO, (number + 1) * MICRO))
+    return Batch(rows, latents(MICRO - 1, frames), latents(frames, 1), tokenizer(captions))
+
+
+def train(case: Case) -> Result:
+    """Five steps on this rank of the case's layout, or in one process."""
+    c, dtype, cpu = case.config, getattr(torch, case.dtype), torch.device("cpu")
+    mesh = None
+    if num_ranks() > 1:
+        ulysses = c.parallel.ulysses if c.parallel.sequence_kind == "ulysses_ring" else 0
+        mesh = build_mesh(layout_of(c), "cpu", None, ulysses)
+    vae = CausalVae(Vae(**VAE))
+    initialise(vae, seed=1)
+    text = build_text_encoder(c.text, dtype).to(dtype)
+    text.dtype = dtype
+    model = build_dit(c, text, cpu, dtype, mesh)
+    for name, parameter in model.named_parameters():
+        fill(parameter, value(name, tuple(parameter.shape)).to(dtype))
+    step = WideStep(c, vae, text, cpu, num_validation=ROWS)
+    step.wide = dtype
+    passes = passes_of(c, model, step, mesh)
+    with torch.no_grad():
+        output = output_of(step, passes.evaluated, batch(c, 0))
+    optimizer = build_optimizer(c.train, dict(model.named_parameters()))
+    gradients: dict[str, Tensor] = {}
+    losses = []
+    data_rank, data_ranks = (mesh.data_rank, mesh.layout.data) if mesh else (0, 1)
+    count = ROWS // MICRO
+    for number in range(STEPS):
+        places = range(number * count + data_rank, (number + 1) * count, data_ranks)
+        results = passes.forward_backward([batch(c, place) for place in places])
+        told = exchange([r.rows_B.tolist() for r in results], mesh.rows if mesh else (None,))
+        losses.append(sum(map(sum, in_order(told))) / ROWS)
+        if number == 0:
+            grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            gradients = {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in grads.items()}
+        pipeline = mesh.pipeline if mesh and mesh.layout.pipeline > 1 else None
+        norm = gradient_norm(model.parameters(), pipeline, passes.shared)
+        clip_gradients(model.parameters(), 1.0, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return Result(output, gradients, losses)
+
+
+def output_of(step: DitStep, model: Any, given: Batch) -> Tensor:
+    inputs = step.inputs(given, "validation")
+    video = step.video(given, inputs)
+    text = step.text(model, given.tokens, len(given.clips.keys))
+    return step.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)
+
+
+def compare(one: Result, ranks: Sequence[Result]) -> dict[str, float]:
+    """Largest relative errors of any rank."""
+    found: dict[str, Tensor] = {}
+    for r in ranks:
+        found |= r.gradients
+    missing = one.gradients.keys() ^ found.keys()
+    if missing:
+        raise RuntimeError(f"{len(missing)} of {len(one.gradients)} parameters differ in name: {sorted(missing)[:3]}")
+    floor = 1e-6 * max(float(g.norm()) for g in one.gradients.values())
+    return {
+        "forward": max(float((r.output - one.output).norm() / one.output.norm()) for r in ranks),
+        "gradient": max(
+            float((found[name] - g).norm()) / max(floor, float(g.norm())) for name, g in one.gradients.items()
+        ),
+        "loss": max(abs(a / b - 1) for r in ranks for a, b in zip(r.losses, one.losses, strict=True)),
+    }
+
+
+def measure(names: Sequence[str], models: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    pool = Pool(folder)
+    references: dict[Any, Result] = {}
+    rows = []
+    try:
+        for model in models:
+            for name in names:
+                wanted = LAYOUTS[name]
+                entry: dict[str, Any] = {"model": model, "layout": name, "ranks": wanted.ranks}
+                for dtype in ("float64", "float32"):
+                    alone = Case(model, dtype, row(1, layers=wanted.layers))
+                    key = (model, dtype, wanted.layers)
+                    case = Case(model, dtype, wanted)
+                    try:
+                        _ = case.config
+                    except ConfigError as error:
+                        entry["refused"] = str(error)
+                        continue
+                    if key not in references:
+                        references[key] = pool.run(1, train, alone)[0]
+                    try:
+                        entry[dtype] = compare(references[key], pool.run(wanted.ranks, train, case))
+                    except (TaskError, RuntimeError) as error:
+                        entry["failed"] = str(error)[-2000:]
+                print(line(entry), flush=True)
+                rows.append(entry)
+    finally:
+        pool.close()
+    return rows
+
+
+def line(entry: Mapping[str, Any]) -> str:
+    """One row of the markdown table."""
+    if "refused" in entry or "failed" in entry:
+        why = entry.get("refused") or "FAILED: " + entry["failed"].strip().splitlines()[-1]
+        return f"| {entry['model']} | {entry['layout']} | {entry['ranks']} | refused: {why.split(';')[0]} ||||||"
+    cells = [f"{entry[t][what]:.0e}" for t in ("float64", "float32") for what in ("forward", "gradient", "loss")]
+    return f"| {entry['model']} | {entry['layout']} | {entry['ranks']} | {' | '.join(cells)} |"
+
+
+HEAD = """| model | layout | ranks | fp64 forward | gradient | loss | fp32 forward | gradient | loss |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    arguments = parser.parse_args()
+    print(HEAD)
+    with TemporaryDirectory() as folder:
+        rows = measure(arguments.layouts, arguments.models, Path(folder))
+    worst = {
+        dtype: {what: max((e[dtype][what] for e in rows if dtype in e), default=math.nan) for what in
+                ("forward", "gradient", "loss")}
+        for dtype in ("float64", "float32")
+    }  # fmt: skip
+    print(json.dumps(worst))
+    if not arguments.dry:
+        path = write_result("parity", {"rows": rows, "worst": worst})
+        (RESULTS / path.with_suffix(".md").name).write_text("\n".join([HEAD, *map(line, rows)]) + "\n")
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Ranks on this machine: a stub command under the real torchrun with real signals, then the real `vidit train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from parallel import checkpoint
+from vidit.config import RunConfig
+from vidit.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120.0
+STUB = """
+import os, signal, sys, time
+from pathlib import Path
+from launch.rank import own_place, rank_process
+
+folder, fault, place = Path(sys.argv[1]), sys.argv[2], own_place()
+with rank_process(place, folder / "logs"):
+    came = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda number, _: came.append(signal.Signals(number).name))
+    (folder / f"pid-{place.rank}").write_text(f"{os.getpid()} {os.getppid()}")
+    print(f"out of {place.rank} of {place.world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
+    print(f"err of {place.rank}", file=sys.stderr, flush=True)
+    if place.rank == 1 and fault == "raise":
+        raise ValueError("no such clip")
+    if place.rank == 1 and fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if place.rank == 1 and fault == "exit":
+        os._exit(7)
+    deadline = time.monotonic() + 100
+    while fault and not came and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (folder / f"left-{place.rank}").write_text(" ".join(came))
+"""
+LAUNCHER = """
+import sys
+from pathlib import Path
+from launch.local import run
+
+assert "torch" not in sys.modules
+folder = Path(sys.argv[1])
+sys.exit(run([str(folder / "stub.py"), *sys.argv[1:]], 2, folder / "logs"))
+"""
+
+
+class Launch:
+    """A launch of two stubs in a process of its own."""
+
+    def __init__(self, folder: Path, fault: str):
+        (folder / "stub.py").write_text(STUB)
+        (folder / "tmp").mkdir()
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, str(folder), fault], cwd=folder, text=True,
+            env={**environment, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def begun(self) -> list[tuple[int, int]]:
+        """(process of a rank, process of the agent), once every rank runs."""
+        files = [self.folder / f"pid-{rank}" for rank in range(2)]
+        wait(lambda: all(file.is_file() and file.read_text() for file in files))
+        pids = [file.read_text().split() for file in files]
+        return [(int(own), int(parent)) for own, parent in pids]
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=WAIT_S)
+        assert not list((self.folder / "tmp").glob("vidit-launch-*")), "the folder of the launch is left"
+        return self.process.returncode, out, err
+
+    def left(self) -> list[str]:
+        return [(self.folder / f"left-{rank}").read_text() for rank in range(2)]
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[[str], Launch]]:
+    started: list[Launch] = []
+
+    def start(fault: str) -> Launch:
+        started.append(Launch(tmp_path, fault))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def test_output(launch: Callable[[str], Launch], tmp_path: Path) -> None:
+    """Rank 0 writes where the launcher does, on both streams; the others into their logs; torchrun nowhere else."""
+    code, out, err = launch("").end()
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (code, out, err) == (0, f"out of 0 of 2, {share} threads\n", "err of 0\n")
+    assert (tmp_path / "logs/rank-1.log").read_text() == f"out of 1 of 2, {share} threads\nerr of 1\n"
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {"rank-1.log", "torchrun.log"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "message"),
+    [
+        ("raise", 1, "no such clip"),
+        ("kill", 137, "ended by SIGKILL without a message"),
+        ("exit", 7, "ended with exit code 7 without a message"),
+    ],
+)
+def test_a_rank_fails(launch: Callable[[str], Launch], tmp_path: Path, fault: str, code: int, message: str) -> None:
+    """One message and no banner; the exit code is the rank's; the others are asked to stop."""
+    found, _, err = launch(fault).end()
+    assert found == code
+    assert err == f"err of 0\nvidit: rank 1: {message}\n  {tmp_path}/logs/rank-1.log has more\n"
+    assert (tmp_path / "left-0").read_text() == "SIGTERM"
+    assert ("Traceback" in (tmp_path / "logs/rank-1.log").read_text()) == (fault == "raise")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_reaches_every_rank(launch: Callable[[str], Launch], name: str) -> None:
+    one = launch("wait")
+    one.begun()
+    one.process.send_signal(signal.Signals[name])
+    code, _, err = one.end()
+    assert (code, err) == (0, "err of 0\n")
+    assert one.left() == [name, name]
+
+
+def test_a_signal_before_the_ranks_begin(launch: Callable[[str], Launch]) -> None:
+    one = launch("wait")
+    wait(lambda: (one.folder / "logs/torchrun.log").is_file())
+    one.process.send_signal(signal.SIGUSR1)
+    assert one.end()[0] == 0
+    assert one.left() == ["SIGUSR1", "SIGUSR1"]
+
+
+def test_usr1_to_every_process(launch: Callable[[str], Launch]) -> None:
+    """As SLURM sends it to a step: torchrun's agent would die of it."""
+    one = launch("wait")
+    pids = one.begun()
+    for process in {one.process.pid, pids[0][1], pids[0][0], pids[1][0]}:
+        os.kill(process, signal.SIGUSR1)
+    assert one.end()[0] == 0
+    assert all(came.startswith("SIGUSR1") for came in one.left())
+
+
+def test_a_killed_launcher_leaves_no_orphan(launch: Callable[[str], Launch]) -> None:
+    """The ranks ask themselves to stop, though nobody has waited for the dead launcher yet."""
+    one = launch("wait")
+    pids = {process for pair in one.begun() for process in pair}
+    one.process.kill()
+    wait(lambda: not any(is_alive(process) for process in pids))
+    assert one.left() == ["SIGTERM", "SIGTERM"]
+
+
+def test_a_killed_agent_leaves_no_orphan(launch: Callable[[str], Launch]) -> None:
+    one = launch("wait")
+    pids = one.begun()
+    os.kill(pids[0][1], signal.SIGKILL)
+    assert one.end()[0] == 0, "every rank came to a good end"
+    assert not any(is_alive(process) for process, _ in pids)
+    assert one.left() == ["SIGTERM", "SIGTERM"]
+
+
+class TestTrain:
+    """`vidit train ... launch.local=2` on the tiny run."""
+
+    STEPS = 6
+
+    @pytest.fixture(scope="class")
+    def config(
+        self,
+        configure: Callable[..., RunConfig],
+        config_file: Callable[[Path, RunConfig], str],
+        tmp_path_factory: pytest.TempPathFactory,
+    ) -> str:
+        return config_file(tmp_path_factory.mktemp("launched"), configure(sample={"prompts": ()}))
+
+    def test_faults_are_listed_once(
+        self, vidit: Callable[..., subprocess.CompletedProcess[str]], config: str, tmp_path: Path
+    ) -> None:
+        done = vidit(
+            "train", config, f"run_dir={tmp_path}/run", "launch.local=3", "parallel.tensor=2", "data.height=33"
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("tensor 2 takes 2 ranks, which do not divide the 3") == 1
+        assert done.stderr.count("data.height=33") == 1
+        assert not (tmp_path / "run").exists()
+
+    def test_a_rank_does_not_launch(
+        self, vidit: Callable[..., subprocess.CompletedProcess[str]], config: str, tmp_path: Path
+    ) -> None:
+        extra = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+        done = vidit("train", config, f"run_dir={tmp_path}/run", "launch.local=2", extra=extra)
+        assert done.returncode == 1
+        assert "launch.local=2 starts ranks, but this process is already rank 1 of 4" in done.stderr
+
+    def test_it_trains_as_one_process_does(
+        self, vidit: Callable[..., subprocess.CompletedProcess[str]], config: str, tmp_path: Path
+    ) -> None:
+        for name, overrides in (("one", ()), ("two", ("launch.local=2", "train.micro_batch=1"))):
+            done = vidit("train", config, f"run_dir={tmp_path}/{name}", *overrides)
+            assert (done.returncode, done.stderr) == (0, "")
+        one, two = ([r for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("one", "two"))
+        assert [row["step"] for row in two] == list(range(1, self.STEPS + 1))
+        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+
+    @pytest.mark.parametrize("which", ["launcher", "rank"])
+    def test_stop_and_resume(
+        self, command: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path, which: str
+    ) -> None:
+        """A signal to the launcher, or to one rank only, stops all at one step; the checkpoint is whole."""
+        run_dir = tmp_path / "run"
+        steps = ("train.steps=400", "train.validate_every=400", "train.checkpoint_every=400")
+        process = command("train", config, f"run_dir={run_dir}", "launch.local=2", "train.micro_batch=1", *steps)
+        self.wait_for_step(process, run_dir, 3)
+        target = process.pid if which == "launcher" else ranks_under(process.pid)[1]
+        os.kill(target, signal.SIGUSR1)
+        out, err = process.communicate(timeout=WAIT_S)
+        assert (process.returncode, err) == (0, "")
+        newest = checkpoint.steps(run_dir / "checkpoints")[-1]
+        assert 3 <= newest < 400
+        assert checkpoint.verify(checkpoint.folder_of(run_dir / "checkpoints", newest))["step"] == newest
+        assert f"at step {newest}" in out
+
+    def test_a_rank_is_killed(self, command: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path) -> None:
+        run_dir = tmp_path / "run"
+        steps = ("train.steps=400", "train.validate_every=400", "train.checkpoint_every=2", "parallel.timeout_s=20")
+        process = command("train", config, f"run_dir={run_dir}", "launch.local=2", "train.micro_batch=1", *steps)
+        self.wait_for_step(process, run_dir, 5)
+        os.kill(ranks_under(process.pid)[1], signal.SIGKILL)
+        _, err = process.communicate(timeout=WAIT_S)
+        assert process.returncode == 137
+        assert "vidit: rank 1: ended by SIGKILL" in err
+        assert "Traceback" not in err
+        newest = checkpoint.steps(run_dir / "checkpoints")[-1]
+        assert newest >= 4
+        assert checkpoint.verify(checkpoint.folder_of(run_dir / "checkpoints", newest))["step"] == newest
+
+    @staticmethod
+    def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+        def reached() -> bool:
+            assert process.poll() is None, process.communicate()
+            path = run_dir / "metrics.jsonl"
+            lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+            return any(json.loads(line)["step"] >= step for line in lines)
+
+        wait(reached)
+
+
+def ranks_under(launcher: int) -> list[int]:
+    """Processes of the ranks of a launch, by rank."""
+    parents: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        parents.setdefault(parent, []).append(int(path.parent.name))
+    (agent,) = parents[launcher]
+    by_rank = {}
+    for process in parents[agent]:
+        for item in Path(f"/proc/{process}/environ").read_bytes().split(b"\0"):
+            if item.startswith(b"RANK="):
+                by_rank[int(item[5:])] = process
+    return [by_rank[rank] for rank in sorted(by_rank)]
