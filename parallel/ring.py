@@ -6,12 +6,14 @@ divided but tokens, so it works with fewer heads than ranks. Backward, keys and 
 gradients along, which come home after n steps; a rank holds its own q, k, v and output, O(S / n), between the two.
 
 A block of keys that no query of this rank sees, by what the core says of its windows, passes without arithmetic.
+A compiled block breaks its graph here: traced by torch 2.11, the gradients of q, k and v come out as zeros.
 """
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -60,7 +62,7 @@ class RingCore(nn.Module):
         keys = (None, None) if text is None else (text[0], text[1])
         seen = None if pairs.text_BSL is None else self._own_text(pairs.text_BSL, first, real)
         given = (k_BsNK, v_BsNK, *keys, bias, pairs.group_BS, pairs.place_S, seen)
-        out: Tensor = pad_to(_Ring.apply(q_BsNK[:, :real], *given, route), 1, own)  # type: ignore[no-untyped-call]
+        out = pad_to(_ring(q_BsNK[:, :real], *given, route), 1, own)
         if pairs.unchanged_B is not None:
             out = torch.where(pairs.unchanged_B[:, None, None, None], v_BsNK, out)
         return out
@@ -123,16 +125,17 @@ class _Ring(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
         for block, kv in _meet(torch.stack((k, v)), route):
             begin, end, _ = block
-            grad_kv = torch.zeros_like(kv, dtype=wide)
             if begin < end:
                 mask = _mask(bias, group, place, route, block, q.shape[1])
                 part = part_gradients(grad, q, kv[0][:, begin:end], kv[1][:, begin:end], mask, whole)
-                grad_q += part.query
-                grad_kv[0][:, begin:end], grad_kv[1][:, begin:end] = part.key, part.value
+                grad_q = grad_q + part.query
+                grad_kv = F.pad(torch.stack((part.key, part.value)).to(wide), _around(begin, end, kv))
                 if grad_bias is not None and part.logits is not None:
-                    _add_bias(grad_bias, part.logits, place, route, block)
+                    grad_bias = _with_bias(grad_bias, part.logits, place, route, block)
+            else:
+                grad_kv = torch.zeros_like(kv, dtype=wide)
             if travelling is not None:
-                grad_kv += arrived(travelling)
+                grad_kv = grad_kv + arrived(travelling)
             travelling = _pass_on(grad_kv, route)  # after the last step, home
         assert travelling is not None
         grad_k, grad_v = arrived(travelling).to(k.dtype)
@@ -141,10 +144,16 @@ class _Ring(torch.autograd.Function):
             grad_text = [torch.zeros_like(text_key), torch.zeros_like(text_value)]
             if q.shape[1]:
                 part = part_gradients(grad, q, text_key, text_value, seen, whole)
-                grad_q += part.query
+                grad_q = grad_q + part.query
                 grad_text = [part.key.to(text_key.dtype), part.value.to(text_value.dtype)]
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_q.to(q.dtype), grad_k, grad_v, *grad_text, grad_bias, None, None, None, None
+
+
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+def _ring(*given: Any) -> Tensor:
+    out: Tensor = _Ring.apply(*given)  # type: ignore[no-untyped-call]
+    return out
 
 
 def _meet(kv: Tensor, route: Route) -> Iterator[tuple[tuple[int, int, int], Tensor]]:
@@ -173,9 +182,15 @@ def _mask(
     return logits if sees is None else logits.masked_fill(~sees, float("-inf"))
 
 
-def _add_bias(grad_bias: Tensor, logits: Tensor, place: Tensor, route: Route, block: tuple[int, int, int]) -> None:
-    """Sum the gradients of a block's logits (B, N, s, t) into those of the (N, W, W) bias that they came from."""
+def _around(begin: int, end: int, kv: Tensor) -> tuple[int, ...]:
+    """Padding from keys begin .. end - 1 to the whole block, as `F.pad` takes it: the last dim first."""
+    return (0, 0, 0, 0, begin, kv.shape[2] - end)
+
+
+def _with_bias(grad_bias: Tensor, logits: Tensor, place: Tensor, route: Route, block: tuple[int, int, int]) -> Tensor:
+    """The gradient of the (N, W, W) bias with that of a block's logits (B, N, s, t) added where they came from."""
     begin, end, first = block
     mine = place[route.first : route.first + logits.shape[2], None]
     at = mine * grad_bias.shape[-1] + place[None, first : first + end - begin]
-    grad_bias.flatten(1).index_add_(1, at.flatten(), logits.sum(0).flatten(1))
+    added = grad_bias.flatten(1).index_add(1, at.flatten(), logits.sum(0).flatten(1))
+    return added.reshape(grad_bias.shape)
