@@ -1,4 +1,4 @@
-"""A pool of worker processes for distributed tests: started once, a fresh process group for every task.
+"""A pool of worker processes for ranks on this machine: started once, a fresh process group for every task.
 
 Starting a process costs seconds, a gloo group over a file store milliseconds. A task is a function of a module
 that the workers can import and one picklable argument; it runs on ranks 0 .. world - 1 at once.
@@ -31,6 +31,7 @@ def serve(pipe: Connection, rank: int) -> None:
     """The loop of one worker."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor import debug
 
     torch.set_num_threads(1)
     pipe.send("ready")
@@ -48,6 +49,8 @@ def serve(pipe: Connection, rank: int) -> None:
                 result = True, function(argument)
             finally:
                 dist.destroy_process_group()
+                # DTensor keeps the meshes of operations that it has seen; those of the next task have other groups.
+                getattr(debug, "_clear_sharding_prop_cache", list)()
         except Exception:
             result = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()

@@ -11,7 +11,7 @@ import pytest
 # Workers import what they run by name; a spawned process gets this path too.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 
 
 @pytest.fixture(scope="session")

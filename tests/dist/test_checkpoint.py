@@ -9,7 +9,7 @@ import checkpoint_case
 import pytest
 import torch
 from checkpoint_case import Job
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load

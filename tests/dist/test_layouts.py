@@ -11,7 +11,7 @@ import dit_case
 import pytest
 import torch
 from dit_case import EVEN, ODD, PLANTS, Case, errors, on_ranks, single
-from rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
 from vidit.model.attention import EVERY_FRAME

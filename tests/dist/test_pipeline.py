@@ -9,7 +9,7 @@ from typing import Any
 import pipeline_case
 import pytest
 from pipeline_case import PLANTS, Case, errors, on_ranks, single
-from rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
 from vidit.resolve import resolve

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from dit_case import ODD, TINY, Case, on_meta, on_ranks
-from rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError
 from torch.distributed.tensor import DTensor
 
 from parallel.gradients import clip_gradients, gradient_norm

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 
 from parallel import checkpoint
 from vidit.config import RunConfig

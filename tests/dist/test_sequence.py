@@ -12,7 +12,7 @@ import dit_case
 import pytest
 import torch
 from dit_case import EVEN, ODD, Case, errors, loss, on_meta, on_ranks, single, value
-from rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError
 from test_layouts import LAYOUTS, MODELS, assert_equal
 from test_mesh import fake
 from torch import Tensor, nn

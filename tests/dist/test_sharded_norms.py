@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dit_case import EVEN, ODD, Case, Result, errors, loss, on_meta, single, value, whole
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 
 from parallel import sharded_norms, tensor
 from parallel.gradients import gradient_norm

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from dit_case import EVEN, TINY, Case, batch, loss, on_meta, value
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 from torch.distributed.device_mesh import init_device_mesh
 from zero_case import Train, build
 from zero_case import on_ranks as trained

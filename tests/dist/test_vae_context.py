@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 import vae_case
-from rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError
 from vae_case import PLANTS, Case, errors, on_ranks, single
 
 from parallel.context import apply_context

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from dit_case import value, whole
-from rank_pool import Pool
+from benchmarks.rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from zero_case import PLANTS, Outcome, Train, errors, on_ranks, single
