@@ -6,15 +6,19 @@ from typing import Any
 
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, parameter_count, training_flops
-from vidit.resolve import resolve
+from vidit.resolve import ranks_of, resolve
+from vidit.train.layout import stages_of, with_layout
 from vidit.vae.stored import adopt_vae
 
 
 def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """{"config", "derived"}: the run as it would be trained, sizes in tokens, bytes and FLOPs."""
-    config = adopt_vae(config, world_size)
-    resolved = resolve(config, world_size)
+    ranks = world_size or ranks_of(config)
+    config = with_layout(adopt_vae(config, ranks), ranks)
+    resolved = resolve(config, ranks)
     derived: dict[str, Any] = asdict(resolved)
+    if config.parallel.pipeline > 1:
+        derived["stages"] = [f"{layers.start}-{layers.stop - 1}" for layers in stages_of(config)]
     if config.train.task == "dit":
         m, channels, text = config.model, config.vae.latent_channels, config.text
         grid = resolved.grid

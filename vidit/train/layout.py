@@ -17,9 +17,9 @@ from vidit.resolve import faults, resolve
 
 
 def layout_of(config: RunConfig) -> Layout:
-    """Degrees of the five axes on the ranks that the config is made for."""
+    """Degrees of the five axes of a config that `with_layout` has completed."""
     p = config.parallel
-    return Layout(p.pipeline, p.replicate, resolve(config).shard, p.sequence, p.tensor)
+    return Layout(p.pipeline, p.replicate, p.shard, p.sequence, p.tensor)
 
 
 def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = None) -> RunConfig:

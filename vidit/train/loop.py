@@ -8,7 +8,6 @@ has seen.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -98,9 +97,9 @@ def train_loop(
                 raise
 
             beat(state.step + 1, "compute")
-            counting = ExitStack()
-            counted = counting.enter_context(task.counted()) if state.step == first_step + COUNTED else None
-            own = task.passes.forward_backward(batches)
+            with task.counted(state.step == first_step + COUNTED) as counted:
+                own = task.passes.forward_backward(batches)
+                norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
             told = exchange(own_losses, rows)
             results = in_order(told)
@@ -111,7 +110,6 @@ def train_loop(
 
             beat(state.step + 1, "update")
             loss = sum(losses) / len(losses)
-            norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
                 state.finish()
@@ -133,10 +131,10 @@ def train_loop(
             state.step += 1
             state.clips += c.global_batch
             window += 1
-            counting.close()
+            watch.lap("update")
+
             if counted is not None:
                 reporter.speed({"step": state.step, "communication": counted.as_dict()})
-            watch.lap("update")
 
             record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
             lost = {"skipped": [key for key, _ in skipped]} if skipped else {}

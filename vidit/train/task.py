@@ -22,7 +22,6 @@ from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
 from vidit.train.layout import layout_of, own_tokens, stages_of
 from vidit.train.parallelize import build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
-from vidit.train.pipeline import PipelinePasses
 from vidit.train.precision import choose_dtype
 from vidit.train.rundir import keep_vae
 from vidit.train.step import DitStep, Step, VaeStep
@@ -56,9 +55,9 @@ class Task:
         """The first rank with the rows of data rank `place`."""
         return place * self.mesh.layout.sequence * self.mesh.layout.tensor if self.mesh else 0
 
-    def counted(self) -> AbstractContextManager[Communication | None]:
-        """Counts what is sent inside, where the config asks for it."""
-        if self.mesh is None or not self.config.parallel.count_communication:
+    def counted(self, due: bool) -> AbstractContextManager[Communication | None]:
+        """Counts what is sent inside, where it is due and the config asks for it."""
+        if not due or self.mesh is None or not self.config.parallel.count_communication:
             return nullcontext()
         return count_communication(self.mesh)
 
@@ -120,6 +119,8 @@ def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | 
     p = config.parallel
     if mesh is None or p.pipeline == 1:
         return PlainPasses(model, step, lambda last: zero_micro_batch(model, last))
+    from vidit.train.pipeline import PipelinePasses  # a second to import, for what few runs need
+
     assert isinstance(step, DitStep)
     sequence_rank = mesh.sequence.get_local_rank()
     return PipelinePasses(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
 
-from parallel.agree import Agreement
 from parallel.failure import RankError
 from parallel.heartbeat import Beat, Heartbeat, diagnose, is_lost
-from parallel.ranks import Ranks, wait_for_all
+from parallel.ranks import wait_for_all
 
 
 def beats(*places: tuple[int, int, str], sent: int = 1) -> list[Beat]:
@@ -136,15 +134,3 @@ def test_all_come() -> None:
     store.set("here/0", "")
     store.add("here", 1)
     wait_for_all(store, 1, 2, 0.2)
-
-
-def test_one_rank_agrees_with_itself() -> None:
-    agree = Agreement(Ranks(0, 1, 0, torch.device("cpu"), None, Heartbeat(None, 0, 1, 1.0)), ("data", "update"))
-    error = ValueError("no such clip")
-    verdict = agree.step(False, True, error, {"data": 1.0, "update": 3.0, "other": 9.0})
-    assert verdict.error is error
-    assert (verdict.nonfinite_ranks, verdict.stop) == ((0,), True)
-    assert (verdict.slowest_rank, verdict.slowest_section, verdict.slowest_s) == (0, "update", 4.0)
-    assert verdict.section_s == {"data": 1.0, "update": 3.0}
-    good = agree.step(True, False, None, {})
-    assert (good.nonfinite_ranks, good.stop, good.error, good.mean_s) == ((), False, None, 0.0)
