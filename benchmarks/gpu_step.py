@@ -30,9 +30,10 @@ from vidit.config import Model, Train
 from vidit.model.attention import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.flops import forward_flops, training_flops
+from vidit.model.windows import Grid
 from vidit.train.optim import Optimizers, build_optimizer
-from vidit.train.parallelize import recompute
 from vidit.train.peak import peak_flops
+from vidit.train.recompute import recompute
 
 CHANNELS, TEXT_WIDTH, TEXT_TOKENS = 8, 256, 32
 SMALL, LARGE = (5, 16, 16), (17, 32, 32)  # 17 frames of 128 x 128, 65 frames of 256 x 256
@@ -110,12 +111,13 @@ class Case:
         self.optimizer: Optimizers = build_optimizer(Train(), dict(self.model.named_parameters()))
         rows = row.micro_batch
         self.x, self.target = torch.randn(2, rows, CHANNELS, *row.grid, device=device)
+        self.grid = Grid(*row.grid)
         self.time = torch.linspace(1, 999, rows, device=device)
         self.text = torch.randn(rows, TEXT_TOKENS, TEXT_WIDTH, device=device)
         self.frame = torch.full((rows, TEXT_TOKENS), EVERY_FRAME, device=device)
 
     def step(self) -> Tensor:
-        out = self.model(self.x, self.time, self.text, self.frame)
+        out = self.model(self.x, self.grid, self.time, self.text, self.frame)
         loss = (out - self.target).square().mean()
         loss.backward()
         self.optimizer.step()

@@ -25,7 +25,6 @@ from parallel.dealing import Window
 from parallel.kinds import SequenceKind
 from parallel.mesh import Mesh
 from parallel.names import PlanError, modules
-from parallel.ring import RingCore
 from parallel.shares import num_tokens, pad_to, share
 from parallel.ulysses import UlyssesCore
 from parallel.window import DealCut, Deals, DealtCore, DealWhole, PositionsCut, Switch, each
@@ -74,6 +73,8 @@ def _around(core: nn.Module, mesh: Mesh, kind: SequenceKind) -> nn.Module:
     """What takes the place of a core where every rank has equally many tokens."""
     if kind == "ulysses":
         return UlyssesCore(core, mesh.sequence)
+    from parallel.ring import RingCore  # brings torch's compiler: a second, which other kinds need not wait
+
     if kind == "ring":
         return RingCore(core, mesh.sequence)
     assert kind == "ulysses_ring", kind

@@ -101,7 +101,7 @@ def test_peak_is_that_of_the_matrix_units() -> None:
 
 def test_run_to_the_end(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
     """With cached latents, validation, recomputation and samples."""
-    train = {"device": "cuda", "steps": 4, "activation_checkpointing": True}
+    train = {"device": "cuda", "steps": 4, "activation_checkpointing": "selective"}
     config = configure(tmp_path / "run", train=train, data={"cache_latents": True})
     assert run(config)
     rows = read_metrics(config.directory)
@@ -117,7 +117,13 @@ def test_compiled_losses_are_those_of_the_eager_run(
     model = {"model": {"num_layers": 1, "windows": ((1, 0, 0),)}, "sample": {"prompts": ()}} if task == "dit" else {}
     losses = []
     for on in (False, True):
-        train = {"task": task, "device": "cuda", "steps": 4, "compile": on, "activation_checkpointing": on}
+        train = {
+            "task": task,
+            "device": "cuda",
+            "steps": 4,
+            "compile": on,
+            "activation_checkpointing": "full" if on else "none",
+        }
         config = configure(tmp_path / str(on), train=train, data={"num_validation": 0}, **model)
         assert run(config)
         losses.append([row["loss"] for row in read_metrics(config.directory) if "loss" in row])

@@ -18,19 +18,20 @@ from torch.distributed.tensor import DTensor
 
 from parallel import collectives
 from parallel.gradients import clip_gradients, gradient_norm
+from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
-from parallel.ulysses import UlyssesCore
-from parallel.zero import apply_zero
+from parallel.zero import Level, apply_zero
 from vidit.config import Model, Train
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initial_value
 from vidit.model.plan import sharding_plan
+from vidit.model.windows import Grid
 from vidit.train.optim import build_optimizer
-from vidit.train.parallelize import recompute
+from vidit.train.recompute import recompute
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -82,7 +83,7 @@ def one_step(
     text = torch.randn(2, 7, TEXT, generator=generator).to("cuda", masters)
     time_B, mask_BL = torch.tensor([100.0, 700.0], device="cuda"), torch.arange(7, device="cuda") < 5
     optimizer = build_optimizer(Train(learning_rate=1e-2), dict(model.named_parameters()))
-    out = model(x, time_B, text, text_frames(mask_BL.expand(2, -1)))
+    out = model(x, Grid(*GRID), time_B, text, text_frames(mask_BL.expand(2, -1)))
     out.square().mean().backward()
     norm = gradient_norm(model.parameters())
     clip_gradients(model.parameters(), 0.1, norm)
@@ -111,9 +112,9 @@ def assert_same(found: Step, expected: Step, bound: float) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.bfloat16, 2e-2)], ids=["fp64", "bf16"])
-@pytest.mark.parametrize("keep_gathered", [False, True], ids=["zero3", "zero2"])
-def test_zero(mesh: Mesh, keep_gathered: bool, dtype: torch.dtype, bound: float) -> None:
-    sharded = one_step(dtype, lambda model: apply_zero(model, ["blocks.*"], mesh.zero, keep_gathered))
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_zero(mesh: Mesh, level: Level, dtype: torch.dtype, bound: float) -> None:
+    sharded = one_step(dtype, lambda model: apply_zero(model, ["blocks.*"], mesh.zero, level))
     assert_same(sharded, one_step(dtype), bound)
 
 
@@ -129,12 +130,13 @@ def test_a_gradient_that_is_not_summed_is_seen(mesh: Mesh) -> None:
         assert_same(one_step(torch.float64, halved), one_step(torch.float64), 2e-2)
 
 
-def test_tensor_sequence_and_zero(mesh: Mesh) -> None:
+@pytest.mark.parametrize("kind", ["ulysses", "ring", "window"])
+def test_tensor_sequence_and_zero(mesh: Mesh, kind: SequenceKind) -> None:
     plan = sharding_plan(CONFIG)
 
     def all_axes(model: DiT) -> None:
         apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, CONFIG.num_heads)
-        apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+        apply_sequence(model, plan, mesh, kind)
         apply_zero(model, [plan.blocks], mesh.zero)
 
     assert_same(one_step(torch.float64, all_axes), one_step(torch.float64), 1e-11)
