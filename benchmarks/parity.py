@@ -43,12 +43,12 @@ from vidit.train.step import DitStep
 from vidit.train.task import passes_of
 from vidit.vae.autoencoder import CausalVae
 
-STEPS, ROWS, MICRO = 5, 8, 2
+STEPS, ROWS = 5, 8
 VAE = {
     "latent_channels": 4, "patch": 2, "base_channels": 8, "multipliers": (1, 2), "num_res_blocks": (0, 1),
     "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
-SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "num_layers": 8, "attention_backend": "sdpa"}
+SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "attention_backend": "sdpa"}
 MODELS: dict[str, dict[str, Any]] = {
     "walt": {"windows": ((1, 0, 0), (0, 2, 2)), "self_conditioning": 0.5, "pooled_text": True},
     "full": {
@@ -65,10 +65,22 @@ class Row:
     ranks: int
     parallel: Mapping[str, Any]
     train: Mapping[str, Any]
-    layers: int = 8
+    layers: int = 4
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows of a micro-batch: 2 of them in a step, or 4 where ranks or stages need as many."""
+        data_ranks = self.ranks // (self.parallel.get("tensor", 1) * self.parallel.get("sequence", 1))
+        return 4 if data_ranks <= 2 and "pipeline" not in self.parallel else 2
+
+    @property
+    def alone(self) -> "Row":
+        """The same model and micro-batches in one process, eager."""
+        train = {"micro_batch": self.micro_batch}
+        return Row(1, {}, train, self.layers)
 
 
-def row(ranks: int, train: Mapping[str, Any] | None = None, layers: int = 8, **parallel: Any) -> Row:
+def row(ranks: int, train: Mapping[str, Any] | None = None, layers: int = 4, **parallel: Any) -> Row:
     return Row(ranks, parallel, train or {}, layers)
 
 
@@ -81,7 +93,8 @@ def _layouts() -> dict[str, Row]:
         found |= {f"sp{n} {kind}": row(n, sequence=n, sequence_kind=kind) for n in (2, 4)}
     found["sp4 ulysses_ring"] = row(4, sequence=4, sequence_kind="ulysses_ring", ulysses=2)
     for name, own in (("gpipe", {}), ("1f1b", {}), ("interleaved", {"stages_per_rank": 2}), ("zero_bubble", {})):
-        found |= {f"pp{n} {name}": row(n, pipeline=n, schedule=name, **own) for n in (2, 4)}
+        layers = {"layers": 8} if own else {}
+        found |= {f"pp{n} {name}": row(n, **layers, pipeline=n, schedule=name, **own) for n in (2, 4)}
     found["pp2 zero_bubble V"] = row(2, pipeline=2, schedule="zero_bubble", stages_per_rank=2)
     found |= {f"zero{level} x2": row(2, zero=level) for level in (0, 1, 2, 3)}
     found |= {
@@ -130,7 +143,8 @@ class Case:
                 "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
                 "data": {"train": "unread", "num_frames": 9, "height": 20, "width": 12, "image_rows": 1},
                 "train": {
-                    "global_batch": ROWS, "micro_batch": MICRO, "seed": 3, "learning_rate": 1e-3, "steps": STEPS,
+                    "global_batch": ROWS, "micro_batch": self.row.micro_batch, "seed": 3, "learning_rate": 1e-3,
+                    "steps": STEPS,
                     "device": "cpu", "precision": self.dtype, **self.row.train,
                 },
                 "parallel": dict(self.row.parallel),
@@ -155,7 +169,7 @@ class Result:
 
 
 def batch(config: RunConfig, number: int) -> Batch:
-    """Micro-batch `number` of the run: a clip and a row of images."""
+    """Micro-batch `number` of the run: clips and a row of images."""
     frames, height, width = resolve(config).grid
     g = torch.Generator().manual_seed(number)
 
@@ -163,9 +177,10 @@ def batch(config: RunConfig, number: int) -> Batch:
         return Clips([f"{number}/{i}" for i in range(n)], latents=torch.randn(n, 4, t, height, width, generator=g))
 
     tokenizer = build_text_encoder(config.text).tokenizer
-    captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(MICRO - 1 + frames)]
-    rows = list(range(number * MICRO, (number + 1) * MICRO))
-    return Batch(rows, latents(MICRO - 1, frames), latents(frames, 1), tokenizer(captions))
+    size = config.train.micro_batch
+    captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(size - 1 + frames)]
+    rows = list(range(number * size, (number + 1) * size))
+    return Batch(rows, latents(size - 1, frames), latents(frames, 1), tokenizer(captions))
 
 
 def train(case: Case) -> Result:
@@ -190,7 +205,7 @@ def train(case: Case) -> Result:
     gradients: dict[str, Tensor] = {}
     losses = []
     data_rank, data_ranks = (mesh.data_rank, mesh.layout.data) if mesh else (0, 1)
-    count = ROWS // MICRO
+    count = ROWS // c.train.micro_batch
     for number in range(STEPS):
         places = range(number * count + data_rank, (number + 1) * count, data_ranks)
         results = passes.forward_backward([batch(c, place) for place in places])
@@ -242,8 +257,8 @@ def measure(names: Sequence[str], models: Sequence[str], folder: Path) -> list[d
                 wanted = LAYOUTS[name]
                 entry: dict[str, Any] = {"model": model, "layout": name, "ranks": wanted.ranks}
                 for dtype in ("fp64", "fp32"):
-                    alone = Case(model, dtype, row(1, layers=wanted.layers))
-                    key = (model, dtype, wanted.layers)
+                    alone = Case(model, dtype, wanted.alone)
+                    key = (model, dtype, wanted.layers, wanted.micro_batch)
                     case = Case(model, dtype, wanted)
                     try:
                         _ = case.config

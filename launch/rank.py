@@ -151,7 +151,9 @@ def is_held(path: Path) -> bool:
 
 
 def _leave(error: BaseException, place: Place, log: Path | None) -> NoReturn:
-    """Write down why, and end this process."""
+    """Write down why, and end this process. A signal that comes now has nothing left to ask for."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     code = 130 if isinstance(error, KeyboardInterrupt) else 1
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
