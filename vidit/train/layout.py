@@ -82,7 +82,12 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
         yield from _sequence_faults(config, layout, ranks_per_node)
         yield from _pipeline_faults(config)
         yield from _torch_faults(config)
-        if p.vae_context and not config.data.cache_latents:
+        if p.vae_context and config.data.cache_latents:
+            yield (
+                "parallel.vae_context=true divides the frames of one clip, but with data.cache_latents=true every rank "
+                "encodes clips of its own; leave one out"
+            )
+        elif p.vae_context:
             yield from context_faults(resolve(config).latent_frames, p.sequence)
     if layout.data * layout.sequence == 1:
         for name in ("cpu_offload",):

@@ -101,8 +101,7 @@ def _reach_the_end(
     held: dict[str, Any],
     beat: Beat,
 ) -> bool:
-    config, device = task.config, next(task.model.parameters()).device
-    run_dir = config.directory
+    config, device, run_dir = task.config, task.step.device, task.config.directory
     dataset, validation, num_batches = _data(task, splits, stop, reporter)
     accumulation = resolve(config).accumulation
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)

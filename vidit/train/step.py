@@ -36,6 +36,8 @@ class Losses:
 class Step(Protocol):
     """What the loop needs of a task."""
 
+    device: torch.device
+
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses: ...
 
 

@@ -54,6 +54,14 @@ def test_what_torch_does_not_run_together() -> None:
     assert with_layout(config({"sequence": 2}, train=train), 2)
 
 
+def test_a_vae_divided_while_every_rank_encodes_its_own_clips() -> None:
+    c = config({"sequence": 2, "vae_context": True})
+    assert with_layout(c, 2)
+    cached = c.model_copy(update={"data": c.data.model_copy(update={"cache_latents": True})})
+    with pytest.raises(ConfigError, match="encodes clips of its own; leave one out"):
+        with_layout(cached, 2)
+
+
 def test_micro_batches_of_a_pipeline() -> None:
     with pytest.raises(ConfigError, match="gets 2 micro-batches a step and needs at least 4"):
         with_layout(config({"pipeline": 4}, train={"global_batch": 2}), 4)
