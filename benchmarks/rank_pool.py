@@ -27,7 +27,7 @@ class TaskError(RuntimeError):
         self.failures = failures
 
 
-def serve(pipe: Connection, rank: int) -> None:
+def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
     """The loop of one worker."""
     import torch
     import torch.distributed as dist
@@ -37,13 +37,13 @@ def serve(pipe: Connection, rank: int) -> None:
     pipe.send("ready")
     while True:
         task = pipe.recv()
-        faulthandler.dump_traceback_later(1.5 * TIMEOUT_S)  # where a rank waits, should it wait for ever
+        faulthandler.dump_traceback_later(1.5 * timeout_s)  # where a rank waits, should it wait for ever
         if task is None:
             return
         function, argument, store, world = task
         try:
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S)
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
             )
             try:
                 result = True, function(argument)
@@ -60,8 +60,8 @@ def serve(pipe: Connection, rank: int) -> None:
 class Pool:
     """`pool.run(world, function, argument)` -> the result of each rank; TaskError if any of them raised."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.tasks = folder, 0
+    def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S):
+        self.folder, self.tasks, self.timeout_s = folder, 0, timeout_s
         self.pipes: list[Connection] = []
         self.processes: list[Any] = []
 
@@ -73,9 +73,9 @@ class Pool:
             pipe.send((function, argument, store, world))
         failures, results = {}, []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(2 * TIMEOUT_S):
+            if not pipe.poll(2 * self.timeout_s):
                 self.close()
-                raise TaskError({rank: f"no answer after {2 * TIMEOUT_S} s; the pool was stopped"})
+                raise TaskError({rank: f"no answer after {2 * self.timeout_s:g} s; the pool was stopped"})
             good, result = pipe.recv()
             results.append(result)
             if not good:
@@ -88,7 +88,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")
         while len(self.processes) < world:
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, len(self.processes)), daemon=True)
+            process = context.Process(target=serve, args=(there, len(self.processes), self.timeout_s), daemon=True)
             process.start()
             self.pipes.append(here)
             self.processes.append(process)
