@@ -11,8 +11,6 @@ micro-batches.
 """
 
 import argparse
-import multiprocessing
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from benchmarks.rank_pool import Pool
 from benchmarks.record import write_result
 from parallel.dealing import owners
 from parallel.kinds import SequenceKind
@@ -64,14 +62,13 @@ def config(num_layers: int, width: int) -> Model:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process is asked to count."""
+    """What ranks are asked to count; `rank` is for the formula of one of them."""
 
     kind: str
     grid: tuple[int, int, int]
     num_layers: int
     width: int
-    store: str
-    rank: int
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def _sharded_norms(model: DiT, plan: Plan, mesh: Mesh) -> None:
 
 def _zero(level: Level) -> Kind:
     def divide(model: DiT, plan: Plan, mesh: Mesh) -> None:
-        apply_zero(model, [plan.blocks], mesh.zero, level)
+        apply_zero(model, [plan.blocks], mesh.zero, level=level)
 
     def formula(run: Run) -> float:
         with torch.device("meta"):
@@ -162,67 +159,37 @@ KINDS: dict[str, Kind] = {
 def count(run: Run) -> dict[str, Any]:
     """On this rank: bytes of one step, of which nothing but the kind sends any, and all that was counted."""
     kind, c = KINDS[run.kind], config(run.num_layers, run.width)
-    dist.init_process_group("gloo", init_method=f"file://{run.store}", rank=run.rank, world_size=RANKS)
-    try:
-        with torch.device("meta"):
-            model = DiT(c, CHANNELS, run.grid, TEXT)
-        mesh = build_mesh(kind.layout, "cpu", ulysses=kind.ulysses)
-        kind.divide(model, sharding_plan(c), mesh)
-        model.to_empty(device="cpu")
-        with torch.no_grad():
-            for parameter in model.parameters():
-                nn.init.constant_(parameter, 0.02)
-        micro_batches = MICRO_BATCHES if kind.whole_model else 1
-        with count_communication(mesh) as counted:
-            for index in range(micro_batches):
-                with zero_micro_batch(model, last=index == micro_batches - 1):
-                    x = torch.randn(ROWS, CHANNELS, *run.grid)
-                    text = torch.zeros(ROWS, 2, TEXT), torch.zeros(ROWS, 2, dtype=torch.long)
-                    pooled = torch.zeros(ROWS, TEXT)
-                    model(x, Grid(*run.grid), torch.full((ROWS,), 500.0), *text, pooled).square().mean().backward()
-        return {"bytes": counted.bytes(), "calls": counted.calls(), "counted": counted.as_dict()}
-    finally:
-        dist.destroy_process_group()
-
-
-def _serve(pipe: Any, runs: Sequence[Run]) -> None:
-    torch.set_num_threads(1)
-    try:
-        pipe.send([count(run) for run in runs])
-    except Exception:
-        pipe.send(traceback.format_exc())
-
-
-def on_ranks(runs: Sequence[Run], folder: Path) -> list[list[dict[str, Any]]]:
-    """What each rank counted in each run, ranks first."""
-    context = multiprocessing.get_context("spawn")
-    answers, processes, pipes = [], [], []
-    for rank in range(RANKS):
-        own = [Run(r.kind, r.grid, r.num_layers, r.width, str(folder / f"store-{i}"), rank) for i, r in enumerate(runs)]
-        here, there = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(there, own), daemon=True))
-        processes[-1].start()
-        there.close()
-        pipes.append(here)
-    for rank, pipe in enumerate(pipes):
-        answer = pipe.recv()
-        if isinstance(answer, str):
-            raise RuntimeError(f"rank {rank} could not count:\n{answer}")
-        answers.append(answer)
-    for process in processes:
-        process.join()
-    return answers
+    with torch.device("meta"):
+        model = DiT(c, CHANNELS, run.grid, TEXT)
+    mesh = build_mesh(kind.layout, "cpu", ulysses=kind.ulysses)
+    kind.divide(model, sharding_plan(c), mesh)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, 0.02)
+    micro_batches = MICRO_BATCHES if kind.whole_model else 1
+    with count_communication(mesh) as counted:
+        for index in range(micro_batches):
+            with zero_micro_batch(model, last=index == micro_batches - 1):
+                x = torch.randn(ROWS, CHANNELS, *run.grid)
+                text = torch.zeros(ROWS, 2, TEXT), torch.zeros(ROWS, 2, dtype=torch.long)
+                pooled = torch.zeros(ROWS, TEXT)
+                model(x, Grid(*run.grid), torch.full((ROWS,), 500.0), *text, pooled).square().mean().backward()
+    return {"bytes": counted.bytes(), "calls": counted.calls(), "counted": counted.as_dict()}
 
 
 def measure(kinds: Sequence[str], width: int, folder: Path) -> list[dict[str, Any]]:
     """One row for a kind and grid."""
     asked = [(kind, grid) for grid in GRIDS for kind in kinds]
-    formulas = [[KINDS[kind].formula(Run(kind, grid, 2, width, "", r)) for r in range(RANKS)] for kind, grid in asked]
-    answers = on_ranks([Run(kind, grid, layers, width, "", 0) for kind, grid in asked for layers in (2, 4)], folder)
+    formulas = [[KINDS[kind].formula(Run(kind, grid, 2, width, r)) for r in range(RANKS)] for kind, grid in asked]
+    pool = Pool(folder)
+    runs = [Run(kind, grid, layers, width) for kind, grid in asked for layers in (2, 4)]
+    answers = [pool.run(RANKS, count, run) for run in runs]
+    pool.close()
     rows = []
     for place, (name, grid) in enumerate(asked):
         kind = KINDS[name]
-        two, four = ([answer[2 * place + i] for answer in answers] for i in (0, 1))
+        two, four = answers[2 * place : 2 * place + 2]
         sent = [b["bytes"] - (0 if kind.whole_model else a["bytes"]) for a, b in zip(two, four, strict=True)]
         calls = four[0]["calls"] - (0 if kind.whole_model else two[0]["calls"])
         if kind.whole_model:

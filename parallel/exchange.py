@@ -5,6 +5,7 @@ alone (a damaged file, a full disk, a signal) is done `together`: all leave the 
 any. Nothing is pickled; tensors lie on the CPU, so the group needs a CPU backend (gloo) on every device.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,6 +82,16 @@ def any_rank(flag: bool) -> bool:
     seen = torch.tensor([int(flag)])
     dist.all_reduce(seen, dist.ReduceOp.MAX)
     return bool(seen.item())
+
+
+def same_everywhere(text: str) -> bool:
+    """Whether all ranks give the same text: the same answer on all."""
+    if not several():
+        return True
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    extremes = torch.tensor([number, -number])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return bool(extremes[0] == -extremes[1])
 
 
 def from_first(call: Callable[[], T]) -> T:

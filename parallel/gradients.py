@@ -1,11 +1,11 @@
-"""The gradient norm over every axis of a layout, clipping by it (1211.5063), and sums of a few numbers over ranks.
+"""The gradient norm over every axis of a layout, clipping by it (1211.5063).
 
 torch's `get_total_norm` wants all gradients on one mesh; here some are divided over tensor ranks, some over data ranks,
 some over both, and a module without a tensor plan over none. Squares are summed on each rank first, so what is
 sent is one small vector for each process group, however many parameters there are.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -92,19 +92,3 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for device, grads in by_device.items():
         torch._foreach_mul_(grads, scale.to(device, grads[0].dtype))
-
-
-@torch.no_grad()
-def reduce_scalars(values: Sequence[float], meshes: Sequence[DeviceMesh]) -> list[float]:
-    """Sums of a few numbers over every dim of every mesh, fp64: losses, counts and flags of a step, sent together.
-
-    Every rank gives as many values, in one order. Ranks that hold the same number (tensor ranks) are left out by
-    leaving out their mesh. Without a mesh they come back as they are.
-    """
-    groups = [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-    if not groups:
-        return [float(value) for value in values]
-    together = torch.tensor(list(values), dtype=torch.float64, device=meshes[0].device_type)
-    for group in groups:
-        dist.all_reduce(together, group=group)
-    return together.tolist()

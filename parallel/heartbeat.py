@@ -76,7 +76,7 @@ def _words(ranks: Iterable[int]) -> str:
 def is_lost(error: BaseException) -> bool:
     """Whether an error of torch.distributed says that another rank does not answer, whatever the reason is there."""
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
+        type(error) is RuntimeError and any(word in str(error).lower() for word in LOST)
     )
 
 
@@ -107,10 +107,6 @@ class Heartbeat:
         if self.store is not None:
             self._number = self._number + 1 if step == self._step else 0
             self._step, self._section, self._since = step, section, time.monotonic()
-
-    def next(self, section: str) -> None:
-        """This rank begins another section of the same step."""
-        self.beat(self._step, section)
 
     def start(self) -> None:
         """Begin to write."""

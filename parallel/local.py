@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel.shards import local_part
@@ -63,14 +62,3 @@ def local_box(tensor: Tensor) -> Box:
         offsets.append(place // stride)
         place %= stride
     return Box(tuple(offsets), held)
-
-
-def reshard(module: nn.Module) -> None:
-    """Let go of parameters that FSDP2 keeps gathered, in place.
-
-    ZeRO-2 keeps them after a forward pass until a backward one comes. Until then `named_parameters` names the gathered
-    copies, and values written into the shards are not seen by the next forward pass.
-    """
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()

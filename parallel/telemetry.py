@@ -85,9 +85,14 @@ class Communication:
 
 
 @contextmanager
-def count_communication(axes: Mesh | Mapping[str, DeviceMesh]) -> Iterator[Communication]:
-    """Count what this rank sends while entered. `axes`: the meshes by name, each dim of one under `name.dim`."""
-    counted = Communication()
+def count_communication(
+    axes: Mesh | Mapping[str, DeviceMesh], into: Communication | None = None
+) -> Iterator[Communication]:
+    """Count what this rank sends while entered, added to what `into` holds.
+
+    `axes`: the meshes by name, each dim of one under `name.dim`.
+    """
+    counted = Communication() if into is None else into
     with _Counting(axis_names(axes), counted):
         yield counted
 

@@ -62,6 +62,7 @@ def apply_zero(
     module: nn.Module,
     blocks: Sequence[str],
     mesh: DeviceMesh,
+    *,
     level: Level = 3,
     reduce_dtype: torch.dtype | None = None,
     cpu_offload: bool = False,

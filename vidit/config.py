@@ -350,7 +350,7 @@ class Parallel(Section):
     )
     vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
     count_communication: bool = Field(
-        False, description="count calls and bytes of every collective in the second step, into speed.jsonl"
+        False, description="count calls and bytes of every collective of the second step, on every rank"
     )
     timeout_s: float = Field(600.0, gt=0, description="how long ranks wait for one another before all stop")
 

@@ -29,8 +29,7 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
 from parallel.shards import fill
 from parallel.tensor import apply_tensor
-from parallel.ulysses import UlyssesCore
-from parallel.zero import apply_zero
+from parallel.zero import Zero, apply_zero
 from vidit.config import Train
 from vidit.model.plan import sharding_plan
 from vidit.train import ema
@@ -65,9 +64,9 @@ def build(job: Job, seed: int) -> tuple[TrainState, Mesh | None]:
         if layout.tensor > 1:
             apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, case.config.num_heads)
         if layout.sequence > 1:
-            apply_sequence(model, plan.split, plan.gather, plan.counted, plan.cores, mesh.sequence, UlyssesCore)
+            apply_sequence(model, plan, mesh, "ulysses")
         if job.zero:
-            apply_zero(model, [plan.blocks], mesh.zero, job.keep_gathered)
+            apply_zero(model, [plan.blocks], mesh.zero, level=2 if job.keep_gathered else 3)
     model.to_empty(device="cpu")
     for name, p in model.named_parameters():
         fill(p, value(f"{seed} {name}", tuple(p.shape)))
@@ -273,7 +272,6 @@ def late_save(job: Job) -> tuple[str, str]:
 
 
 def gathered_average_planted(job: Job) -> bool:
-    """The same where nobody lets go of the gathered averages, when the weights are back."""
-    calls = itertools.count()
-    with patch.object(ema, "reshard", lambda module: None if next(calls) else local_parts.reshard(module)):
+    """The same where a forward pass without gradient keeps what it gathered."""
+    with patch.object(Zero, "settle", lambda self: None):
         return gathered_average(job)

@@ -147,7 +147,7 @@ def on_ranks(case: Case) -> Result:
             if case.compile:
                 block.compile(fullgraph=True, backend=case.compile)
         if case.zero:
-            apply_zero(model, [plan.blocks], mesh.zero, case.level)
+            apply_zero(model, [plan.blocks], mesh.zero, level=case.level)
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))
@@ -222,7 +222,7 @@ def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
 
 
 def _summed(module: DiT, blocks: Any, mesh: Any, level: Any) -> None:
-    right_zero(module, blocks, mesh, level)
+    right_zero(module, blocks, mesh, level=level)
     for unit in (*module.blocks.values(), module):
         unit.set_gradient_divide_factor(1.0)
 

@@ -236,7 +236,7 @@ def on_ranks(case: Case) -> Result:
                 recompute(block)
         model = nn.ModuleDict({"dit": dit, **({"text": text} if text.trainable else {})})
         if mesh.zero.size() > 1:
-            apply_zero(model, [f"dit.{plan.blocks}"], mesh.zero, case.zero)
+            apply_zero(model, [f"dit.{plan.blocks}"], mesh.zero, level=case.zero)
         filled(model)
         step = stepper(case, text)
 

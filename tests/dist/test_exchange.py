@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from parallel.exchange import (
-    any_rank, exchange, first_fault, from_first, in_order, num_ranks, own_rank, several, together,
+    any_rank, exchange, first_fault, from_first, in_order, num_ranks, own_rank, same_everywhere, several, together,
 )  # fmt: skip
 from parallel.failure import RankError
 
@@ -63,6 +63,16 @@ def test_several(pool: Any) -> None:
         own = {1: ["OSError disk of 1", "RankError rank 0: disk of 0 0"], 0: ["RankError rank 1: disk of 1 1", "OSError disk of 0"],
                2: ["RankError rank 1: disk of 1 1", "OSError disk of 2"]}  # fmt: skip
         assert found["caught"] == own[rank]
+
+
+def alike(_: Any) -> list[bool]:
+    """On two ranks."""
+    return [same_everywhere("clip 7"), same_everywhere(f"clip {dist.get_rank()}")]
+
+
+def test_the_same_everywhere(pool: Any) -> None:
+    assert pool.run(2, alike, None) == [[True, False]] * 2
+    assert same_everywhere("alone")
 
 
 def grouped(_: Any) -> list[str]:

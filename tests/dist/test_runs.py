@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
+import math
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
-from benchmarks.rank_pool import Pool
+import torch.distributed as dist
+from benchmarks.rank_pool import Pool, TaskError
 
 from parallel import checkpoint
 from vidit.config import RunConfig
+from vidit.data.limits import ClipError
+from vidit.data.loader import MicroBatches
 from vidit.train.metrics import read_metrics
 from vidit.train.run import run
+from vidit.train.step import DitStep, Losses
 
 Configure = Callable[..., RunConfig]
 HALF, WHOLE = 5, 10
@@ -126,6 +135,70 @@ def test_muon_cached_latents_and_images(pool: Pool, configure: Configure, tmp_pa
     # Muon's products are made in a narrower dtype, and which sums are rounded there depends on nothing but the matrix.
     assert_alike(found[1], found[0], within=1e-6)
     assert len(list((tmp_path / "4" / "latents").iterdir())) >= 1
+
+
+def start_with_nan(config: RunConfig) -> bool:
+    """As `start`; the loss of rank 1 is not finite in step 3."""
+    loss, calls = DitStep.loss, itertools.count(1)
+
+    def broken(self: DitStep, *given: Any) -> Losses:
+        found = loss(self, *given)
+        if dist.get_rank() == 1 and next(calls) == 3:
+            return replace(found, rows_B=found.rows_B * math.nan)
+        return found
+
+    with patch.object(DitStep, "loss", broken):
+        return start(config)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(pool: Pool, configure: Configure, tmp_path: Path) -> None:
+    """At the same step, before the update, with the save before it whole."""
+    config = configure(tmp_path, train={**TRAIN, "global_batch": 2, "steps": 6, "checkpoint_every": 2})
+    with pytest.raises(TaskError) as caught:
+        pool.run(2, start_with_nan, config)
+    for text in caught.value.failures.values():
+        assert "NonFiniteError: loss nan" in text
+        assert "at step 3: not finite, no update made" in text
+    assert [step for step, *_ in losses(config)] == [1, 2]
+    assert checkpoint.verify(checkpoint.folder_of(config.directory / "checkpoints", 2))["step"] == 2
+
+
+def start_with_other_clips(config: RunConfig) -> bool:
+    """As `start`; a clip that tensor rank 0 reads cannot be read by rank 1."""
+    decode, calls = MicroBatches.decode, itertools.count()
+
+    def broken(self: MicroBatches, ref: Any, name: str = "", image: bool = False) -> Any:
+        if dist.get_rank() == 1 and name == "clips/1" and next(calls) == 0:
+            raise ClipError("not readable here")
+        return decode(self, ref, name, image)
+
+    with patch.object(MicroBatches, "decode", broken):
+        return start(config)
+
+
+@pytest.mark.parametrize(("held", "where"), [(4, "validation"), (0, "step 1")])
+def test_ranks_that_share_rows_are_given_the_same_clips(
+    pool: Pool, configure: Configure, tmp_path: Path, held: int, where: str
+) -> None:
+    config = configure(tmp_path, train=TRAIN, data={"num_validation": held}, parallel={"tensor": 2})
+    with pytest.raises(TaskError) as caught:
+        pool.run(2, start_with_other_clips, config)
+    for text in caught.value.failures.values():
+        assert f"were given other clips in {where}" in text
+
+
+def test_what_is_sent_is_counted(pool: Pool, configure: Configure, tmp_path: Path) -> None:
+    parallel = {"tensor": 2, "zero": 3, "count_communication": True}
+    config = configure(tmp_path, train={**TRAIN, "steps": 3}, parallel=parallel)
+    assert all(pool.run(4, start, config))
+    rows = [json.loads(line) for line in (tmp_path / "speed.jsonl").read_text().splitlines()]
+    (counted,) = (row for row in rows if "communication" in row)
+    assert counted["step"] == 2
+    assert len(counted["communication"]) == 4
+    for of_rank in counted["communication"]:
+        assert of_rank["tensor"]["all_reduce"]["backward"]["bytes"] > 0
+        assert any(kind.startswith("all_gather") for axis, kinds in of_rank.items() if "zero" in axis for kind in kinds)
+    assert {row["slowest_rank"] for row in rows if "slowest_rank" in row} <= {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("layout", [{"zero": 3}, {"sequence": 2, "vae_context": True}], ids=["zero3", "context"])

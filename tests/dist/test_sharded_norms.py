@@ -68,7 +68,7 @@ def on_ranks(case: Case) -> tuple[Result, dict[str, int]]:
                 recompute(block)
             if case.compile:
                 block.compile(fullgraph=True, backend=case.compile)
-        apply_zero(model, [plan.blocks], mesh.zero, 3)
+        apply_zero(model, [plan.blocks], mesh.zero)
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))

@@ -161,7 +161,7 @@ def on_ranks(t: Train) -> Outcome:
             if t.checkpoint:
                 recompute(block)
         blocks = ["dit.blocks.*", "text.layers.*"]
-        apply_zero(model, blocks, mesh.zero, t.level, t.reduce_dtype)  # type: ignore[arg-type]
+        apply_zero(model, blocks, mesh.zero, level=t.level, reduce_dtype=t.reduce_dtype)  # type: ignore[arg-type]
         model.to_empty(device="cpu")
         for name, p in model.named_parameters():
             fill(p, value(name, tuple(p.shape)))

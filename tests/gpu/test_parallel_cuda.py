@@ -114,7 +114,7 @@ def assert_same(found: Step, expected: Step, bound: float) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.bfloat16, 2e-2)], ids=["fp64", "bf16"])
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_zero(mesh: Mesh, level: Level, dtype: torch.dtype, bound: float) -> None:
-    sharded = one_step(dtype, lambda model: apply_zero(model, ["blocks.*"], mesh.zero, level))
+    sharded = one_step(dtype, lambda model: apply_zero(model, ["blocks.*"], mesh.zero, level=level))
     assert_same(sharded, one_step(dtype), bound)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
 from vidit.data.loader import Batch, MicroBatches, usable
 from vidit.data.shards import ClipRef, read_index
@@ -70,6 +71,18 @@ def _first(split: Split) -> str:
 
 def _split(refs: Sequence[ClipRef], config: RunConfig) -> Split:
     return Split(*usable(refs, config), fingerprint(refs))
+
+
+def require_same_clips(told: Sequence[Any], where: str, folder: str) -> None:
+    """RuntimeError, on every rank, where ranks that share rows were given other clips or have skipped other ones.
+
+    `told` is what the data ranks told one another of their clips; every rank must call this.
+    """
+    if not same_everywhere(str(told)):
+        raise RuntimeError(
+            f"ranks that share rows were given other clips in {where}: {folder} is not the same, or not equally "
+            "readable, everywhere; compare it between the machines"
+        )
 
 
 def fixed_batches(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from parallel.local import local, reshard
+from parallel.local import local
 from vidit.dtypes import widen
 
 
@@ -41,7 +41,6 @@ class Ema:
         """
         exchanged: list[str] = []
         training = module.training
-        reshard(module)
         parameters = dict(module.named_parameters())
         try:
             for name in self.averages:
@@ -51,7 +50,6 @@ class Ema:
             yield
         finally:
             module.train(training)
-            reshard(module)
             for name in exchanged:
                 self._exchange(name, parameters[name])
 

@@ -90,9 +90,12 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
         elif p.vae_context:
             yield from context_faults(resolve(config).latent_frames, p.sequence)
     if layout.data * layout.sequence == 1:
-        for name in ("cpu_offload",):
-            if getattr(p, name):
-                yield f"parallel.{name}=true has no effect: 1 rank holds all of each parameter; leave it out"
+        if p.cpu_offload:
+            yield "parallel.cpu_offload=true has no effect: no rank shares its parameters; leave it out"
+        if p.reduce_dtype != "fp32":
+            yield f"parallel.reduce_dtype={p.reduce_dtype} has no effect: ranks sum no gradient; leave it out"
+    if p.count_communication and layout.world == 1:
+        yield "parallel.count_communication=true has no effect: 1 rank sends nothing; leave it out"
     if p.zero == 0 and p.cpu_offload:
         yield "parallel.cpu_offload=true has no effect with parallel.zero=0, which divides nothing; use zero=1, 2 or 3"
     if p.cpu_offload and config.train.device == "cpu":
@@ -116,6 +119,11 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         return
     kind, grid = kind_of(config), resolve(config).grid
     yield from sequence_faults(kind, layout, m.num_heads, _windows(config), [grid], p.ulysses, ranks_per_node)
+    if kind in ("ring", "ulysses_ring") and m.attention_backend == "flash":
+        yield (
+            f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
+            "use auto"
+        )
     if kind == "window" and p.sharded_norms:
         yield (
             "parallel.sharded_norms=true needs equally many tokens on every rank, which parallel.sequence_kind=window "

@@ -14,8 +14,11 @@ from typing import Any
 
 from parallel.exchange import exchange, in_order, together
 from parallel.gradients import clip_gradients, gradient_norm
+from parallel.heartbeat import is_lost
+from parallel.telemetry import Communication
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
+from vidit.train.clips import require_same_clips
 from vidit.train.metrics import Reporter, Stopwatch
 from vidit.train.optim import learning_rate
 from vidit.train.skips import SkipCount
@@ -55,7 +58,7 @@ def train_loop(
     the batch, and SkipLimitError. `beat` is told of each section that begins.
     """
     config, rows = task.config, task.rows
-    c, resolved = config.train, resolve(config)
+    c, resolved, counts = config.train, resolve(config), config.parallel.count_communication
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(config.data.max_skipped, reporter)
     watch, window = Stopwatch(), 0
@@ -89,15 +92,18 @@ def train_loop(
                 watch.lap("data")
                 own_keys: list[Any] = [[batch.keys, batch.skipped] for batch in batches]
                 fetched = in_order(exchange(own_keys, rows))
+                require_same_clips(fetched, f"step {state.step + 1}", config.data.train)
                 keys = [key for used, _ in fetched for key in used]
                 skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
                 skips.add(keys, skipped)
-            except (ValueError, RuntimeError, OSError):
-                leave()
+            except (ValueError, RuntimeError, OSError) as error:
+                if not is_lost(error):  # who is gone cannot save with the others
+                    leave()
                 raise
 
             beat(state.step + 1, "compute")
-            with task.counted(state.step == first_step + COUNTED) as counted:
+            sent = Communication() if counts and state.step == first_step + COUNTED else None
+            with task.counted(sent):
                 own = task.passes.forward_backward(batches)
                 norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
@@ -113,19 +119,20 @@ def train_loop(
             norm_value = float(norm)
             if not (math.isfinite(loss) and math.isfinite(norm_value)):
                 state.finish()
-                error = NonFiniteError(
+                fault = NonFiniteError(
                     f"loss {loss} and gradient norm {norm_value} at step {state.step + 1}: not finite, no update made. "
                     f"Clips of the batch: {' '.join(keys)}. Look at them, lower train.learning_rate, or resume from "
                     "an earlier checkpoint"
                 )
                 bad = [place for place, of_rank in enumerate(told) if not all(map(math.isfinite, flat(of_rank)))]
-                error.rank = task.rank_of(bad[0]) if bad else None
-                raise error
+                fault.rank = task.rank_of(bad[0]) if bad else None
+                raise fault
             clip_gradients(parameters, c.clip_norm, norm)
 
             rate = learning_rate(c, state.step)
             state.optimizer.set_learning_rate(rate)
-            state.optimizer.step()
+            with task.counted(sent):
+                state.optimizer.step()
             state.optimizer.zero_grad()
             state.ema.update(state.model, state.step)
             state.step += 1
@@ -133,8 +140,8 @@ def train_loop(
             window += 1
             watch.lap("update")
 
-            if counted is not None:
-                reporter.speed({"step": state.step, "communication": counted.as_dict()})
+            if sent is not None:
+                reporter.speed({"step": state.step, "communication": exchange(sent.as_dict())})
 
             record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
             lost = {"skipped": [key for key, _ in skipped]} if skipped else {}
@@ -172,7 +179,8 @@ def train_loop(
             try:
                 review(state.step)
             except Exception:
-                leave()
+                if resolved.num_ranks == 1:  # else this rank may be alone with it, and the others elsewhere
+                    leave()
                 raise
             watch.lap("review")
     except StoppedError:

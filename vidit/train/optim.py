@@ -4,7 +4,6 @@ AdamW (1711.05101) for everything, or Muon for the matrices of the layers and Ad
 Parameters may be plain or divided over ranks, on several meshes in one model; moments are divided as they are.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel.local import local
 from vidit.config import Train
@@ -86,9 +84,8 @@ def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimiz
     taken = {id(p) for p in hidden}
     others = [p for p in trainable.values() if id(p) not in taken]
     groups = []
-    # A fused update takes one kind of tensors: tensor parallelism divides the denoiser, and the text encoder not.
-    for divided, decay in itertools.product((False, True), (True, False)):
-        own = [p for p in others if isinstance(p, DTensor) == divided and (p.ndim > 1) == decay]
+    for decay in (True, False):
+        own = [p for p in others if (p.ndim > 1) == decay]
         if own:
             groups.append({"params": own, "weight_decay": c.weight_decay if decay else 0.0})
     members: list[torch.optim.Optimizer] = []

@@ -45,7 +45,7 @@ def build_dit(
     model = nn.ModuleDict({"dit": dit})
     if text.trainable:
         model["text"] = text
-    return _finish(model, config, device, dtype, mesh, ["dit.blocks.*"])
+    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"])
 
 
 def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
@@ -100,9 +100,11 @@ def _finish(
                 recompute(module, c.activation_checkpointing)
             if c.compile:
                 module.compile()
-    if mesh is not None:
-        reduce = torch.bfloat16 if p.reduce_dtype == "bf16" else None
-        apply_zero(model, units, mesh.zero, p.zero, reduce, p.cpu_offload, methods=("encode", "decode"))
+    if mesh is not None and mesh.zero.size() > 1:
+        apply_zero(
+            model, units, mesh.zero, level=p.zero, cpu_offload=p.cpu_offload, methods=("encode", "decode"),
+            reduce_dtype=torch.bfloat16 if p.reduce_dtype == "bf16" else None,
+        )  # fmt: skip
     model.to_empty(device="cpu" if p.cpu_offload else device)
     for name, parameter in model.named_parameters():
         fill(parameter, initial_value(name, tuple(parameter.shape), c.seed))

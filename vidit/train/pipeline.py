@@ -93,13 +93,13 @@ class PipelinePasses:
         videos = [step.video(batch, own) if ends else None for batch, own in zip(batches, inputs, strict=True)]
         entering = [self._entering(own, video) for own, video in zip(inputs, videos, strict=True)]
         shapes = self._shapes(len(inputs[0].rows), step.latent_shape)
-        rows: list[Tensor] = []
+        rows: dict[int, Tensor] = {}
 
         def loss(output: Tensor, number: int) -> Tensor:
             video = videos[number]
             assert video is not None
             rows_B = step.loss(output, inputs[number], video).rows_B
-            rows.append(rows_B.detach())
+            rows[number] = rows_B.detach()
             return rows_B.mean() / len(batches)
 
         with self.around(True):
@@ -110,7 +110,8 @@ class PipelinePasses:
             pipeline.forward_backward(entering, micro_batches, shapes, loss)
         sum_shared(self.shared, self.mesh)
         shape = Shape((len(batches), len(inputs[0].rows)), shapes.last.dtype)
-        (all_rows,) = pipeline.from_last([torch.stack(rows)] if pipeline.is_last else [], [shape])
+        known = [torch.stack([rows[number] for number in range(len(batches))])] if pipeline.is_last else []
+        (all_rows,) = pipeline.from_last(known, [shape])
         return [Losses(rows_B, own.quantile_B, {}) for rows_B, own in zip(all_rows, inputs, strict=True)]
 
     def _entering(self, inputs: Inputs, video: Video | None) -> Tensor | None:
@@ -157,7 +158,7 @@ class PipelinePasses:
         grid = (latent[1], latent[2] // c.patch, latent[3] // c.patch)
         tokens = [self.own_tokens(grid, layers[-1]) for layers in self.stages[:-1]]
         return Shapes(
-            Shape((rows, *latent), torch.float32),
+            Shape((rows, *latent), self.step.dtype),
             tuple(Shape((rows, number, c.width), dtype) for number in tokens),
             Shape((rows, *latent), wide(dtype)),
         )

@@ -12,7 +12,7 @@ from parallel.ranks import start_ranks
 from vidit.config import RunConfig
 from vidit.data.loader import Batch, MicroBatches, batches
 from vidit.resolve import resolve
-from vidit.train.clips import Reasons, Splits, fingerprints, fixed_batches, read_splits
+from vidit.train.clips import Reasons, Splits, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
 from vidit.train.fingerprint import digest
@@ -147,10 +147,11 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
                 break
             validation.append(batch)
     stop.check()
-    own: list[Any] = [[batch.rows[0], batch.skipped] for batch in validation]
+    own: list[Any] = [[batch.rows[0], batch.keys, batch.skipped] for batch in validation]
     told = in_order(exchange(own, task.rows))
-    num_batches = len({row for row, _ in told})
-    replaced: Reasons = [(key, reason) for _, skipped in told[:num_batches] for key, reason in skipped]
+    require_same_clips(told, "validation", config.data.validation or config.data.train)
+    num_batches = len({row for row, _, _ in told})
+    replaced: Reasons = [(key, reason) for _, _, skipped in told[:num_batches] for key, reason in skipped]
     for key, reason in replaced:
         reporter.say(f"skipped clip {key}: {reason}")
     report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from parallel import checkpoint
-from parallel.local import reshard
 from vidit.train.ema import Ema
 from vidit.train.optim import Optimizers
 
@@ -35,7 +34,6 @@ class TrainState:
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of a checkpoint, in one flat canonical naming: model., ema., and the optimizer's moments."""
-        reshard(self.model)
         names = {p: name for name, p in self.model.named_parameters()}
         flat = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         flat |= {f"ema.{name}": tensor for name, tensor in self.ema.averages.items()}

@@ -55,11 +55,11 @@ class Task:
         """The first rank with the rows of data rank `place`."""
         return place * self.mesh.layout.sequence * self.mesh.layout.tensor if self.mesh else 0
 
-    def counted(self, due: bool) -> AbstractContextManager[Communication | None]:
-        """Counts what is sent inside, where it is due and the config asks for it."""
-        if not due or self.mesh is None or not self.config.parallel.count_communication:
+    def counted(self, into: Communication | None) -> AbstractContextManager[Communication | None]:
+        """Counts what this rank sends inside; does nothing without a place to count."""
+        if into is None or self.mesh is None:
             return nullcontext()
-        return count_communication(self.mesh)
+        return count_communication(self.mesh, into)
 
     @property
     def data_place(self) -> tuple[int, int]:

@@ -36,6 +36,9 @@ def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
          ["5 latent frames", "8 ranks"]),
         ({"sharded_norms": True, "tensor": 2, "sequence": 2, "sequence_kind": "window"}, 4, ["whole windows"]),
         ({"cpu_offload": True}, 2, ["cpu_offload", "train.device=cpu"]),
+        ({"cpu_offload": True, "tensor": 2}, 2, ["cpu_offload=true has no effect"]),
+        ({"reduce_dtype": "bf16", "pipeline": 2}, 2, ["reduce_dtype=bf16 has no effect"]),
+        ({"count_communication": True}, 1, ["count_communication=true has no effect"]),
         ({"cpu_offload": True, "zero": 0}, 2, ["cpu_offload", "parallel.zero=0", "zero=1, 2 or 3"]),
     ],
     ids=lambda value: " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -44,6 +47,13 @@ def test_faults(parallel: dict[str, Any], ranks: int, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         with_layout(config(parallel), ranks)
     assert any(all(part in line for part in parts) for line in caught.value.faults), caught.value.faults
+
+
+def test_a_ring_has_kernels_of_its_own() -> None:
+    model = {"relative_position": "rope", "attention_backend": "flash"}
+    with pytest.raises(ConfigError, match=r"sequence_kind=ring has kernels of its own.*use auto"):
+        with_layout(config({"sequence": 2, "sequence_kind": "ring"}, model=model), 2)
+    assert with_layout(config({"sequence": 2, "sequence_kind": "ulysses"}, model=model), 2)
 
 
 def test_what_torch_does_not_run_together() -> None:
