@@ -25,10 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.rank_pool import Pool, TaskError
 from benchmarks.record import write_result
+from parallel.dtensor import fill
 from parallel.exchange import exchange, in_order, num_ranks
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.mesh import build_mesh
-from parallel.shards import fill
 from vidit import keys
 from vidit.config import ConfigError, RunConfig, Vae
 from vidit.data.loader import Batch, Clips

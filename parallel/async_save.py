@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.dtensor import local
 from parallel.exchange import exchange, first_fault, num_ranks, own_rank
-from parallel.local import local
 from parallel.manifest import CheckpointError, folder_of, partial_of, prune, remove, sync, write_json, write_manifest
 from parallel.save_plan import SavePlan, held, make_plan, signature, told_by_all
 from parallel.shard_file import content, header, total_bytes, views, write

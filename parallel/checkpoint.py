@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from parallel.async_save import Saver
+from parallel.dtensor import as_box, local, local_box
 from parallel.exchange import exchange, first_fault, num_ranks, own_rank
-from parallel.local import as_box, local, local_box
 from parallel.manifest import CheckpointError, folder_of, prune, read_manifest, steps, verify, verify_file
 from parallel.save_plan import dtype_name
 from parallel.stored import Index, Stored, index_of

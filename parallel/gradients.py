@@ -14,6 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from parallel.dtensor import local
+
 Key = tuple[DeviceMesh | None, tuple[int, ...], bool]
 
 
@@ -35,14 +37,14 @@ def gradient_norm(
     for parameter in parameters:
         grad = parameter.grad
         if grad is not None:
-            key, local = _divided(grad, id(parameter) in counted)
-            gradients.setdefault(key, []).append(local)
-            device = local.device
+            key, own = _divided(grad, id(parameter) in counted)
+            gradients.setdefault(key, []).append(own)
+            device = own.device
     squares = {key: _sum_of_squares(own) for key, own in gradients.items()}
     _sum_over_groups(squares)
     first = pipeline is None or pipeline.get_local_rank() == 0
-    own = [total for (_, _, alike), total in squares.items() if first or not alike]
-    total = torch.stack(own).sum() if own else torch.zeros((), device=device)
+    kept = [total for (_, _, alike), total in squares.items() if first or not alike]
+    total = torch.stack(kept).sum() if kept else torch.zeros((), device=device)
     if pipeline is not None:
         # A stage without a gradient takes part too, so the dtype is not that of the gradients.
         total = total.to(pipeline.device_type, torch.float64)
@@ -87,8 +89,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm: Te
     for parameter in parameters:
         grad = parameter.grad
         if grad is not None:
-            local = grad.to_local() if isinstance(grad, DTensor) else grad
-            by_device.setdefault(local.device, []).append(local)
+            own = local(grad)
+            by_device.setdefault(own.device, []).append(own)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for device, grads in by_device.items():
         torch._foreach_mul_(grads, scale.to(device, grads[0].dtype))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from parallel.local import local
+from parallel.dtensor import local
 
 
 class Cut(NamedTuple):
@@ -31,7 +31,7 @@ def cuts(like: Tensor) -> list[Cut]:
     if not isinstance(like, DTensor):
         return []
     axes = list(enumerate(like.placements))
-    # The order of cutting, as `parallel.shards.local_part` has it.
+    # The order of cutting, as `parallel.dtensor.local_part` has it.
     if any(isinstance(p, _StridedShard) for p in like.placements):
         axes.reverse()
     shape, found = list(like.shape), []

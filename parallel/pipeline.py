@@ -29,9 +29,9 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleavedZeroBubble,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
 from parallel.deferred import WeightGradients
+from parallel.dtensor import local
 from parallel.stages import Schedule, is_v, rank_of_stage
 
 MicroBatch = Mapping[str, Any]
@@ -280,9 +280,9 @@ def sum_shared(shared: Sequence[nn.Parameter], mesh: DeviceMesh) -> None:
         if p.requires_grad:
             by_dtype.setdefault(p.dtype, []).append(p)
     for parameters in by_dtype.values():
-        local = [_local(p if p.grad is None else p.grad) for p in parameters]
-        flags = local[0].new_tensor([p.grad is not None for p in parameters])
-        own = [torch.zeros_like(x) if p.grad is None else x for p, x in zip(parameters, local, strict=True)]
+        held = [local(p if p.grad is None else p.grad) for p in parameters]
+        flags = held[0].new_tensor([p.grad is not None for p in parameters])
+        own = [torch.zeros_like(x) if p.grad is None else x for p, x in zip(parameters, held, strict=True)]
         together = torch.cat([flags, *(x.reshape(-1) for x in own)])
         together = together.to(mesh.device_type)  # offloaded gradients are on the CPU, the group is not
         dist.all_reduce(together, group=mesh.get_group())
@@ -291,9 +291,5 @@ def sum_shared(shared: Sequence[nn.Parameter], mesh: DeviceMesh) -> None:
             if somewhere:
                 if p.grad is None:
                     p.grad = torch.zeros_like(p)
-                target = _local(p.grad)
+                target = local(p.grad)
                 target.copy_(total.reshape(target.shape))
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+
+from parallel.dtensor import local
 
 BUCKET_BYTES = 25 * 2**20  # DDP's: large enough for the bandwidth, small enough to start early
 
@@ -87,10 +88,10 @@ class Replicas:
 
     @torch.no_grad()
     def _send(self, bucket: _Bucket) -> None:
-        grads = [_local(p.grad) if p.grad is not None else None for p in bucket.parameters]
+        grads = [local(p.grad) if p.grad is not None else None for p in bucket.parameters]
         dtype = self.reduce_dtype or bucket.parameters[0].dtype
         parts = [
-            torch.zeros_like(_local(p), dtype=dtype).flatten() if g is None else g.flatten().to(dtype)
+            torch.zeros_like(local(p), dtype=dtype).flatten() if g is None else g.flatten().to(dtype)
             for p, g in zip(bucket.parameters, grads, strict=True)
         ]
         has = torch.tensor([g is not None for g in grads], dtype=dtype).to(parts[0].device, non_blocking=True)
@@ -112,7 +113,7 @@ class Replicas:
         self.next, self.queued, self.reduced = 0, False, True
 
     def _write(self, parameters: list[nn.Parameter], sent: Tensor) -> None:
-        locals_ = [_local(p) for p in parameters]
+        locals_ = [local(p) for p in parameters]
         *parts, has = torch.split(sent, [*(p.numel() for p in locals_), len(parameters)])
         if any(p.grad is None for p in parameters):
             for parameter, count in zip(parameters, has.tolist(), strict=True):
@@ -121,7 +122,7 @@ class Replicas:
         grads, means = [], []
         for parameter, part in zip(parameters, parts, strict=True):
             if parameter.grad is not None:
-                grads.append(_local(parameter.grad))
+                grads.append(local(parameter.grad))
                 means.append(part.view_as(grads[-1]))
         if grads:
             torch._foreach_copy_(grads, means)
@@ -133,14 +134,10 @@ def buckets(parameters: Sequence[nn.Parameter], most_bytes: int) -> list[_Bucket
     found: list[_Bucket] = []
     size, kind = 0, None
     for parameter in reversed(parameters):
-        local = _local(parameter)
-        if not found or size + local.nbytes > most_bytes or kind != (local.dtype, local.device):
+        held = local(parameter)
+        if not found or size + held.nbytes > most_bytes or kind != (held.dtype, held.device):
             found.append(_Bucket([]))
-            size, kind = 0, (local.dtype, local.device)
+            size, kind = 0, (held.dtype, held.device)
         found[-1].parameters.append(parameter)
-        size += local.nbytes
+        size += held.nbytes
     return found
-
-
-def _local(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x

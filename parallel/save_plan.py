@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from parallel.dtensor import Box, as_box, local_box
 from parallel.exchange import exchange
-from parallel.local import Box, as_box, local_box
 from parallel.manifest import CheckpointError
 from parallel.shard_file import Part, in_file_order
 

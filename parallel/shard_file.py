@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from parallel.local import Box
+from parallel.dtensor import Box
 
 PIECE_BYTES = 1 << 24
 SHARDING = "DCP_SHARDING_INFO"

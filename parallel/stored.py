@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from parallel.local import Box
+from parallel.dtensor import Box
 from parallel.manifest import CheckpointError
 from parallel.save_plan import as_dtype
 from parallel.shard_file import boxes, read

@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import async_save, checkpoint, matrices
-from parallel import local as local_parts
 from parallel.exchange import exchange
 from parallel.checkpoint import Saver
 from parallel.layout import Layout
-from parallel.local import Box, local, local_box
+from parallel.dtensor import Box, local, local_box
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import Zero, apply_zero
 from vidit.config import Train

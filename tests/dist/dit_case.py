@@ -21,7 +21,7 @@ from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero

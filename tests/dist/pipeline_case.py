@@ -19,7 +19,7 @@ from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys

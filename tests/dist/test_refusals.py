@@ -16,7 +16,7 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.names import PlanError
 from parallel.shares import num_tokens, pad_to
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
 from vidit.model.plan import sharding_plan

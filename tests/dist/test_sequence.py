@@ -23,7 +23,7 @@ from parallel.dealing import switched_tokens
 from parallel.layout import Layout, LayoutError
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.shares import share
 from vidit.model.attention import WindowCore
 from vidit.model.plan import sharding_plan

@@ -21,7 +21,7 @@ from parallel.mesh import build_mesh
 from parallel.names import PlanError
 from parallel.sequence import apply_sequence
 from parallel.sharded_norms import apply_sharded_norms
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
 from vidit.model.plan import Plan, sharding_plan

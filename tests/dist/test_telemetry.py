@@ -19,7 +19,7 @@ from parallel import traffic
 from parallel.collectives import enter_tensor, exchange, gather, group_name, leave_tensor, split
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.telemetry import Communication, count_communication
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero

@@ -20,7 +20,7 @@ from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.replicas import Replicas
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
+from parallel.dtensor import fill
 from parallel.telemetry import count_communication
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives
+from parallel.dtensor import fill
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
-from parallel.shards import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import Level, apply_zero
 from vidit.config import Model, Train

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from parallel.checkpoint import folder_of, open_stored, steps
-from parallel.local import Box
+from parallel.dtensor import Box
 from parallel.save_plan import as_dtype
 from parallel.shard_file import Part, content, header, in_file_order, write
 from parallel.stored import Stored

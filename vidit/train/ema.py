@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from parallel.local import local
+from parallel.dtensor import local
 from vidit.dtypes import widen
 
 

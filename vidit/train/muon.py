@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.local import local
+from parallel.dtensor import local
 from parallel.matrices import on_whole
 
 # Coefficients of the quintic, chosen to lift small singular values fast, and its number of steps (Jordan et al.).

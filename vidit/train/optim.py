@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from parallel.local import local
+from parallel.dtensor import local
 from vidit.config import Train
 from vidit.dtypes import wide
 from vidit.train.muon import Muon

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from parallel.context import apply_context
+from parallel.dtensor import fill
 from parallel.mesh import Mesh
 from parallel.sequence import apply_sequence
 from parallel.sharded_norms import apply_sharded_norms
-from parallel.shards import fill
 from parallel.stages import rank_of_stage
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero

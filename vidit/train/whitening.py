@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from parallel.dtensor import full_tensors
 from parallel.exchange import from_first
-from parallel.shards import full_tensors
 from vidit.config import RunConfig
 from vidit.data.loader import Batch
 from vidit.train.ema import Ema

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from parallel import async_save, checkpoint, manifest
 from parallel.checkpoint import CheckpointError, Saver
-from parallel.local import Box
+from parallel.dtensor import Box
 from parallel.save_plan import Held, make_plan
 from vidit.config import Train
 from vidit.train.ema import Ema
