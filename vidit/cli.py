@@ -135,14 +135,12 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _check(config: RunConfig) -> None:
-    """Raise what is wrong with a config once, before ranks are started; a resumed run's own VAE will do."""
+    """Raise what is wrong with a config once, before ranks are started."""
     from vidit.train.layout import with_layout
-    from vidit.vae.stored import adopt_vae
+    from vidit.vae.stored import adopt_vae, find_vae
 
-    copy = config.directory / "vae"
-    if config.vae.weights and not Path(config.vae.weights).exists() and (copy / "config.json").is_file():
-        config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(copy)})})
-    with_layout(adopt_vae(config, config.launch.local), config.launch.local, config.launch.local)
+    ranks = config.launch.local
+    with_layout(adopt_vae(find_vae(config), ranks), ranks, ranks)
 
 
 def config(arguments: argparse.Namespace) -> int:

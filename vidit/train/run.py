@@ -25,14 +25,14 @@ from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.review import Review
-from vidit.train.rundir import find_vae, open_run
+from vidit.train.rundir import open_run
 from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
 from vidit.train.step import DitStep
 from vidit.train.stop import StoppedError, StopRequest
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
-from vidit.vae.stored import adopt_vae
+from vidit.vae.stored import adopt_vae, find_vae
 from vidit.whole_file import full_disk_explained, write_whole
 
 

@@ -145,15 +145,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-def find_vae(config: RunConfig) -> RunConfig:
-    """The config with the run's own copy for `vae.weights`, where a resumed run's original is gone."""
-    copy = config.directory / "vae"
-    given = config.vae.weights
-    if given and not Path(given).exists() and newest_checkpoint(config.directory) and (copy / "config.json").is_file():
-        return _with_vae(config, copy)
-    return config
-
-
 def keep_vae(config: RunConfig) -> RunConfig:
     """Copy the VAE into the run, so that the run can be sampled wherever it is; returns the config that uses it.
 

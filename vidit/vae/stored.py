@@ -20,6 +20,15 @@ def vae_config(folder: Path) -> Vae:
         raise ValueError(f"{path} is not a VAE config: {found}") from error
 
 
+def find_vae(config: RunConfig) -> RunConfig:
+    """The config with the run's own copy for `vae.weights`, where a resumed run's original is gone."""
+    given, copy = config.vae.weights, config.directory / "vae"
+    resumed = any((config.directory / "checkpoints").glob("step-*/manifest.json"))
+    if given and not Path(given).exists() and resumed and (copy / "config.json").is_file():
+        return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(copy)})})
+    return config
+
+
 def adopt_vae(config: RunConfig, world_size: int | None = None) -> RunConfig:
     """Take the VAE's geometry from its folder; a config that says otherwise, or a folder without one, is a fault.
 
