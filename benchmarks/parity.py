@@ -11,7 +11,6 @@ a table and writes it and a JSON file to benchmarks/results/.
 
 import argparse
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,35 +247,23 @@ def compare(one: Result, ranks: Sequence[Result]) -> dict[str, float]:
     }
 
 
-def measure(names: Sequence[str], models: Sequence[str], folder: Path) -> list[dict[str, Any]]:
-    pool = Pool(folder, timeout_s=600)  # inductor takes its time
-    references: dict[Any, Result] = {}
-    rows = []
-    try:
-        for model in models:
-            for name in names:
-                wanted = LAYOUTS[name]
-                entry: dict[str, Any] = {"model": model, "layout": name, "ranks": wanted.ranks}
-                for dtype in ("fp64", "fp32")[: 1 if "compile" in wanted.train else 2]:
-                    alone = Case(model, dtype, wanted.alone)
-                    key = (model, dtype, wanted.layers, wanted.micro_batch)
-                    case = Case(model, dtype, wanted)
-                    try:
-                        _ = case.config
-                    except ConfigError as error:
-                        entry["refused"] = str(error)
-                        continue
-                    if key not in references:
-                        references[key] = pool.run(1, train, alone)[0]
-                    try:
-                        entry[dtype] = compare(references[key], pool.run(wanted.ranks, train, case))
-                    except (TaskError, RuntimeError) as error:
-                        entry["failed"] = str(error)[-2000:]
-                print(line(entry), flush=True)
-                rows.append(entry)
-    finally:
-        pool.close()
-    return rows
+def measured(pool: Pool, references: dict[Any, Result], model: str, name: str) -> dict[str, Any]:
+    """One entry; `references` keeps what one process computes for those that come after."""
+    wanted = LAYOUTS[name]
+    entry: dict[str, Any] = {"model": model, "layout": name, "ranks": wanted.ranks}
+    for dtype in ("fp64", "fp32")[: 1 if "compile" in wanted.train else 2]:
+        key, case = (model, dtype, wanted.layers, wanted.micro_batch), Case(model, dtype, wanted)
+        try:
+            _ = case.config
+        except ConfigError as error:
+            return entry | {"refused": str(error)}
+        if key not in references:
+            references[key] = pool.run(1, train, Case(model, dtype, wanted.alone))[0]
+        try:
+            entry[dtype] = compare(references[key], pool.run(wanted.ranks, train, case))
+        except (TaskError, RuntimeError) as error:
+            entry["failed"] = str(error)[-2000:]
+    return entry
 
 
 def line(entry: Mapping[str, Any]) -> str:
@@ -327,19 +314,30 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    parser.add_argument("--onto", type=Path, help="a JSON file of this benchmark: keep its rows that are not asked for")
     arguments = parser.parse_args()
+    asked = [(model, name) for model in arguments.models for name in arguments.layouts]
+    kept = json.loads(arguments.onto.read_text())["rows"] if arguments.onto else []
+    found = {(row["model"], row["layout"]): row for row in kept}
+    references: dict[Any, Result] = {}
     print(HEAD)
     with TemporaryDirectory() as folder:
-        rows = measure(arguments.layouts, arguments.models, Path(folder))
-    worst = {
-        dtype: {what: max((e[dtype][what] for e in rows if dtype in e), default=math.nan) for what in COLUMNS}
-        for dtype in ("fp64", "fp32")
-    }  # fmt: skip
-    print(json.dumps(worst))
-    if not arguments.dry:
-        path = write_result("parity", {"rows": rows, "worst": worst})
-        (Path(__file__).parents[1] / "docs" / "parity.md").write_text(page(rows))
-        print(path)
+        pool = Pool(Path(folder), timeout_s=600)  # inductor takes its time
+        try:
+            for model, name in asked:
+                found[model, name] = measured(pool, references, model, name)
+                print(line(found[model, name]), flush=True)
+                if not arguments.dry:
+                    write(found)
+        finally:
+            pool.close()
+
+
+def write(found: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+    """The JSON file and the page, in the order of MODELS and LAYOUTS."""
+    rows = [found[model, name] for model in MODELS for name in LAYOUTS if (model, name) in found]
+    write_result("parity", {"rows": rows})
+    (Path(__file__).parents[1] / "docs" / "parity.md").write_text(page(rows))
 
 
 if __name__ == "__main__":
