@@ -115,6 +115,8 @@ def _layouts() -> dict[str, Row]:
         "sp2 ring, recomputed": row(2, full, sequence=2, sequence_kind="ring"),
         "pp2 1f1b, recomputed": row(2, full, pipeline=2),
         "zero3 x2, partly recomputed": row(2, chosen),
+        "sp2 ring, partly recomputed": row(2, chosen, sequence=2, sequence_kind="ring"),
+        "tp2 x sp2 window, partly recomputed": row(4, chosen, tensor=2, sequence=2, sequence_kind="window"),
         "one process, compiled": row(1, compiled, 2),
         "zero3 x2, compiled": row(2, compiled, 2),
         "tp2, compiled": row(2, compiled, 2, tensor=2),

@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from launch.rank import FOLDER, SIGNALS, is_held
-from parallel.failure import Report, read_report
+from parallel.failure import read_report
 
 POLL_S = 0.1
 STRAGGLERS_S = 30.0  # as the agent would give its workers
@@ -73,23 +73,26 @@ def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool
     signal N ended it.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    with _folder() as folder, Forward() as forward, (logs / "torchrun.log").open("wb") as log:
+    with _folder() as folder, Forward() as forward:
         rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)))
-        agent = subprocess.Popen(
-            rendered.argv, env={**os.environ, **rendered.environment}, stdin=sys.stderr.fileno(), stderr=log,
-            start_new_session=True, preexec_fn=_ignore_usr1,
-        )  # fmt: skip
+        own_log = folder / "torchrun.log"  # not that of another launch, which may still run there
+        with own_log.open("wb") as log:
+            agent = subprocess.Popen(
+                rendered.argv, env={**os.environ, **rendered.environment}, stdin=sys.stderr.fileno(), stderr=log,
+                start_new_session=True, preexec_fn=_ignore_usr1,
+            )  # fmt: skip
         ranks = [Rank(folder / f"rank-{n}") for n in range(num_ranks)]
         while agent.poll() is None:
             forward.to(ranks, agent)
             time.sleep(POLL_S)
         _end_stragglers(ranks, forward, agent)
+        shutil.copy(own_log, logs)
         if all(rank.is_done() for rank in ranks):
             return 0
         if forward.insists:
             sys.stderr.write("vidit: interrupted\n")
             return 130
-        failure = find_failure(folder, (logs / "torchrun.log").read_text(errors="replace"), agent.returncode)
+        failure = find_failure(folder, own_log.read_text(errors="replace"), agent.returncode)
     _tell(failure, logs, show_traceback)
     return failure.code
 
@@ -194,8 +197,10 @@ class Failure(NamedTuple):
 def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
     """The cause among all that the ranks reported and the agent saw: the first report, or a rank without one."""
     codes = {int(rank): int(code) for rank, code in FAILURE.findall(agent_log)}
-    found = (read_report(path) for path in sorted(folder.glob("torch/*/attempt_*/*/error.json")))
-    reports: list[Report] = sorted((report for report in found if report), key=lambda report: report.time)
+    paths = sorted(folder.glob("torch/*/attempt_*/*/error.json"))
+    found = [(path.parent.name, report) for path in paths if (report := read_report(path))]
+    # What a rank says of itself comes before what others say of it, and that in the order of time.
+    reports = [report for _, report in sorted(found, key=lambda one: (one[0] != str(one[1].rank), one[1].time))]
     # A rank that a signal ended left no report; what the others say of it is who it was and what it did last.
     killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
     if reports:

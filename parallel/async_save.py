@@ -158,7 +158,7 @@ class _Job:
         self.events: list[Any] = []
         self.error: BaseException | None = None
         self.written, self.abandoned = threading.Event(), threading.Event()
-        # No daemon: a run that leaves by an error still completes the save in flight.
+        # No daemon: one process that leaves by an error still completes the save in flight (ranks end by os._exit).
         self.thread = threading.Thread(target=self._run, name="checkpoint")
 
     def fault(self) -> str | None:

@@ -120,6 +120,9 @@ def together() -> Iterator[None]:
         return
     failures: list[str | None] = exchange(None if error is None else str(error) or type(error).__name__)
     if error is not None:
+        error.shared = True  # type: ignore[attr-defined]
         raise error
     rank = next(rank for rank, message in enumerate(failures) if message is not None)
-    raise RankError(rank, failures[rank] or "")
+    told = RankError(rank, failures[rank] or "")
+    told.shared = True
+    raise told

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def is_shared(error: BaseException) -> bool:
+    """Whether every rank raises this error, or its own word of it, at the same place."""
+    return bool(getattr(error, "shared", False))
+
+
 class RankError(RuntimeError):
     """What went wrong on some rank, or between the ranks; `rank` is the one at fault, None where no one is."""
 
     def __init__(self, rank: int | None, message: str):
         super().__init__(message if rank is None else f"rank {rank}: {message}")
-        self.rank, self.message = rank, message
+        self.rank, self.message, self.shared = rank, message, False
 
 
 @dataclass(frozen=True)

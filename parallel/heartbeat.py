@@ -157,7 +157,8 @@ class Heartbeat:
 
     def _inquire(self, store: dist.Store, error: str) -> RankError:
         rank, message = self._ask(store)
-        said = re.sub(r"^\[\S*\] ", "", error.strip())  # without the place in gloo's source
+        # Without the place in gloo's source, and what it advises.
+        said = re.sub(r"^\[\S*\] ", "", error.strip()).partition(". ")[0]
         return self._declare(store, rank, f"{message} ({said})")
 
     def _ask(self, store: dist.Store) -> tuple[int | None, str]:

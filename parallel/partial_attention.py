@@ -98,10 +98,11 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _logits(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    logits = torch.einsum("bsnk,btnk->bnst", q, k).mul_(q.shape[-1] ** -0.5)
+    # Nothing in place: selective activation checkpointing keeps the product.
+    logits = torch.einsum("bsnk,btnk->bnst", q * q.shape[-1] ** -0.5, k)
     if mask is None:
         return logits
-    return logits.masked_fill_(~mask, float("-inf")) if mask.dtype == torch.bool else logits.add_(mask)
+    return logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Part:

@@ -352,7 +352,7 @@ class Parallel(Section):
     count_communication: bool = Field(
         False, description="count calls and bytes of every collective of the second step, on every rank"
     )
-    timeout_s: float = Field(600.0, gt=0, description="how long ranks wait for one another before all stop")
+    timeout_s: float = Field(600.0, ge=1, le=1e6, description="how long ranks wait for one another before all stop")
 
     @property
     def ranks_per_row(self) -> int:

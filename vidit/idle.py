@@ -24,7 +24,8 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         ("text", "model", "diffusion", "sample", "vae.weights", "data.cache_latents", "data.caption_dropout",
-         "train.num_time_bands", "train.sample_every"),
+         "train.num_time_bands", "train.sample_every", "parallel.sequence_kind", "parallel.ulysses",
+         "parallel.sharded_norms", "parallel.schedule", "parallel.stages_per_rank"),
         lambda c: c.train.task == "dit", "train.task=dit",
     ),
     Rule(("vae.half_weights", "vae.l1_weight", "vae.l2_weight", "vae.kl_weight"),

@@ -75,8 +75,11 @@ def _parse(value: str, annotation: Any) -> Any:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value in ("none", "null") and type(None) in options:
         return None
-    if str in options or any(typing.get_origin(o) is Literal for o in options):
+    if str in options:
         return value
+    literals = [one for o in options if typing.get_origin(o) is Literal for one in typing.get_args(o)]
+    if literals:
+        return next((one for one in literals if str(one) == value), value)
     try:
         return json.loads(value)
     except json.JSONDecodeError:

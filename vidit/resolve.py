@@ -146,7 +146,7 @@ def _batch_faults(c: RunConfig, data_ranks: int) -> Iterator[str]:
     if c.data.image_rows >= train.micro_batch:
         yield (
             f"data.image_rows={c.data.image_rows} leaves no row for a clip in train.micro_batch={train.micro_batch}; "
-            f"use at most {train.micro_batch - 1}"
+            f"use at most {train.micro_batch - 1}, or a train.micro_batch of at least {c.data.image_rows + 1}"
         )
     if train.warmup_steps > train.steps:
         yield f"train.warmup_steps={train.warmup_steps} exceeds train.steps={train.steps}; lower it"

@@ -22,7 +22,7 @@ from vidit.config import (
     whole_window,
 )
 from vidit.model.flops import parameter_count
-from vidit.overrides import apply_overrides, field_names
+from vidit.overrides import apply_overrides, field_names, flat
 
 ROOT = Path(__file__).parents[2]
 
@@ -285,3 +285,16 @@ class TestWithoutTorch:
         assert done.stdout == ""
         assert done.stderr.startswith("vidit: 2 faults:\n- ")
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", field_names())
+def test_every_field_takes_its_own_value_on_the_command_line(name):
+    config = RunConfig(name="a")
+    value = flat(config)[name]
+    text = json.dumps(value) if not isinstance(value, str) else value
+    assert flat(apply_overrides(config, [f"{name}={text}"]))[name] == value
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_a_choice_of_numbers(level):
+    assert apply_overrides(RunConfig(name="a"), [f"parallel.zero={level}"]).parallel.zero == level

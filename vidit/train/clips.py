@@ -73,13 +73,19 @@ def _split(refs: Sequence[ClipRef], config: RunConfig) -> Split:
     return Split(*usable(refs, config), fingerprint(refs))
 
 
+class ClipsDifferError(RuntimeError):
+    """Ranks that should read the same clips do not; raised on all of them."""
+
+    shared = True
+
+
 def require_same_clips(told: Sequence[Any], where: str, folder: str) -> None:
-    """RuntimeError, on every rank, where ranks that share rows were given other clips or have skipped other ones.
+    """ClipsDifferError, on every rank, where ranks find other clips or have skipped other ones.
 
     `told` is what the data ranks told one another of their clips; every rank must call this.
     """
     if not same_everywhere(str(told)):
-        raise RuntimeError(
+        raise ClipsDifferError(
             f"ranks that share rows were given other clips in {where}: {folder} is not the same, or not equally "
             "readable, everywhere; compare it between the machines"
         )

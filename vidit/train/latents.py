@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from parallel.exchange import any_rank, num_ranks, own_rank, together
+from parallel.exchange import any_rank, exchange, from_first, num_ranks, own_rank, together
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
@@ -72,7 +72,7 @@ class LatentCache:
 
         `check` may raise StoppedError between two batches, on any rank by itself: what is encoded by then is kept.
         """
-        missing = [piece for piece in self._walk() if isinstance(piece, range)]
+        missing = [range(*piece) for piece in from_first(self._missing)]
         if missing:
             say(f"encoding {sum(map(len, missing))} of {len(self.refs)} clips once")
             stopped = False
@@ -83,8 +83,13 @@ class LatentCache:
                     stopped = True
             if any_rank(stopped):
                 raise StoppedError
-        parts = [part for part in self._walk() if isinstance(part, Part)]
-        assert sum(part.num_clips for part in parts) == len(self.refs), "a part that was written cannot be read"
+        with together():
+            parts = [part for part in self._walk() if isinstance(part, Part)]
+            if (found := sum(part.num_clips for part in parts)) != len(self.refs):
+                raise RuntimeError(
+                    f"{found} of {len(self.refs)} encoded clips can be read in {self.folder}: what another rank has "
+                    "written is not there yet, or damaged; start again, or delete that folder"
+                )
         whole = joined(parts)
         if whole.latents is None:
             key, reason = whole.failed[0]
@@ -94,6 +99,10 @@ class LatentCache:
         kept = [ref for ref in self.refs if ref.key in captions]
         latents = whole.latents if len(chosen) == len(whole.keys) else whole.latents[chosen]
         return kept, LatentStore(latents, list(captions.values())), whole.failed + failed
+
+    def _missing(self) -> list[tuple[int, int]]:
+        """First and last of each run of clips of which no part is there; one rank says it for all."""
+        return [(piece.start, piece.stop) for piece in self._walk() if isinstance(piece, range)]
 
     def _walk(self) -> Iterator[Part | range]:
         """The parts that are there, in order, and between them the clips of none, at most PART_CLIPS at a time."""
@@ -110,7 +119,7 @@ class LatentCache:
                 place = end
 
     def _captions(self, keys: Sequence[str]) -> tuple[dict[str, str], Reasons]:
-        """Key -> caption as the loader would give it, and the keys of those that have none."""
+        """Key -> caption as the loader would give it, and the keys of those that have none on any rank."""
         captions: dict[str, str] = {}
         failed: Reasons = []
         by_key = {ref.key: ref for ref in self.refs}
@@ -120,7 +129,8 @@ class LatentCache:
                 captions[ref.key] = clean_caption(text, allow_empty=ref.allow_empty_caption)[0]
             except (CaptionError, ClipError) as error:
                 failed.append((ref.key, str(error)))
-        return captions, failed
+        everywhere = {key: reason for told in exchange(failed) for key, reason in told}
+        return {key: text for key, text in captions.items() if key not in everywhere}, list(everywhere.items())
 
     def _encode(self, pieces: Sequence[range], say: Say, check: Check) -> None:
         """Write a part for each piece; one that is cut short by `check` holds the clips before."""

@@ -27,11 +27,13 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
 
     Raises ConfigError with every fault of the run and of its layout.
     """
-    refuse([*faults(config, num_ranks)])
+    found = list(faults(config, num_ranks))
+    refuse([*found, *_whatever_the_ranks(config)] if found else [])
     changes: dict[str, object] = {"shard": resolve(config, num_ranks).shard}
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
-    if p.sequence_kind == "auto" and layout.sequence > 1 and m.num_heads % layout.tensor == 0:
+    has_tokens = config.train.task == "dit" and layout.sequence > 1
+    if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
         windows = [] if p.sharded_norms else _windows(fixed)
         changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, [resolve(fixed).grid], ranks_per_node)
     if changes.get("sequence_kind", p.sequence_kind) == "ulysses_ring" and not p.ulysses:
@@ -75,13 +77,13 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
     """What keeps the model and the batch of a config from being divided as its layout says."""
     layout, p = layout_of(config), config.parallel
     yield from layout.faults(layout.world, ranks_per_node)
+    yield from _whatever_the_ranks(config)
     if config.train.task == "vae":
-        yield from _vae_faults(config)
+        if p.vae_context:
+            yield from context_faults(resolve(config).latent_frames, p.sequence)
     else:
-        yield from layout.head_faults(config.model.num_heads)
         yield from _sequence_faults(config, layout, ranks_per_node)
-        yield from _pipeline_faults(config)
-        yield from _torch_faults(config)
+        yield from _micro_batch_faults(config)
         if p.vae_context and config.data.cache_latents:
             yield (
                 "parallel.vae_context=true divides the frames of one clip, but with data.cache_latents=true every rank "
@@ -94,12 +96,27 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
             yield "parallel.cpu_offload=true has no effect: no rank shares its parameters; leave it out"
         if p.reduce_dtype != "fp32":
             yield f"parallel.reduce_dtype={p.reduce_dtype} has no effect: ranks sum no gradient; leave it out"
-    if p.count_communication and layout.world == 1:
-        yield "parallel.count_communication=true has no effect: 1 rank sends nothing; leave it out"
+        if p.zero != 3:
+            yield f"parallel.zero={p.zero} has no effect: no ranks share parameters; leave it out"
+    if layout.world == 1:
+        for name, default in (("count_communication", False), ("timeout_s", 600.0)):
+            if getattr(p, name) != default:
+                yield f"parallel.{name}={getattr(p, name)} has no effect: 1 rank waits for none; leave it out"
     if p.zero == 0 and p.cpu_offload:
         yield "parallel.cpu_offload=true has no effect with parallel.zero=0, which divides nothing; use zero=1, 2 or 3"
     if p.cpu_offload and config.train.device == "cpu":
         yield "parallel.cpu_offload=true has no effect on train.device=cpu, whose memory holds everything; leave it out"
+
+
+def _whatever_the_ranks(config: RunConfig) -> Iterator[str]:
+    """What is wrong with degrees however many ranks there are."""
+    if config.train.task == "vae":
+        yield from _vae_faults(config)
+        return
+    p, m = config.parallel, config.model
+    yield from Layout(tensor=p.tensor).head_faults(m.num_heads)
+    yield from stage_faults(m.num_layers, p.schedule, p.pipeline, p.stages_per_rank)
+    yield from _torch_faults(config)
 
 
 def _torch_faults(config: RunConfig) -> Iterator[str]:
@@ -131,9 +148,8 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         )
 
 
-def _pipeline_faults(config: RunConfig) -> Iterator[str]:
+def _micro_batch_faults(config: RunConfig) -> Iterator[str]:
     p, r = config.parallel, resolve(config)
-    yield from stage_faults(config.model.num_layers, p.schedule, p.pipeline, p.stages_per_rank)
     if p.pipeline > 1:
         rows = config.train.micro_batch * r.data_ranks
         yield from micro_batch_faults(p.schedule, p.pipeline, p.stages_per_rank, r.accumulation, rows)
@@ -150,5 +166,3 @@ def _vae_faults(config: RunConfig) -> Iterator[str]:
             f"parallel.sequence={p.sequence} divides nothing of a VAE without parallel.vae_context=true; set that, or "
             "use parallel.shard"
         )
-    elif p.sequence > 1:
-        yield from context_faults(resolve(config).latent_frames, p.sequence)

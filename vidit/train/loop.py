@@ -13,8 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from parallel.exchange import exchange, in_order, together
+from parallel.failure import is_shared
 from parallel.gradients import clip_gradients, gradient_norm
-from parallel.heartbeat import is_lost
 from parallel.telemetry import Communication
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
@@ -77,6 +77,11 @@ def train_loop(
         save()
         state.finish()
 
+    def leave_after(error: Exception) -> None:
+        """Save too, unless this rank may be alone with the error: the others would not come to save with it."""
+        if resolved.num_ranks == 1 or is_shared(error):
+            leave()
+
     try:
         if state.step:
             beat(state.step, "review")
@@ -97,8 +102,7 @@ def train_loop(
                 skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
                 skips.add(keys, skipped)
             except (ValueError, RuntimeError, OSError) as error:
-                if not is_lost(error):  # who is gone cannot save with the others
-                    leave()
+                leave_after(error)
                 raise
 
             beat(state.step + 1, "compute")
@@ -178,9 +182,8 @@ def train_loop(
             beat(state.step, "review")
             try:
                 review(state.step)
-            except Exception:
-                if resolved.num_ranks == 1:  # else this rank may be alone with it, and the others elsewhere
-                    leave()
+            except Exception as error:
+                leave_after(error)
                 raise
             watch.lap("review")
     except StoppedError:

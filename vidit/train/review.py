@@ -51,9 +51,13 @@ class Review:
                 self.task.passes.evaluated, self.task.step, self.validation, self.config.train.num_time_bands,
                 self.stop.check, self.num_batches, self.task.rows,
             )  # fmt: skip
-        self.reporter.scalars(step, {f"validation/{name}": value for name, value in values.items()})
-        self.reporter.record({"step": step, "validation": values})
-        self.reporter.say(f"step {step} validation loss {values['loss']:.4f}")
+
+        def report() -> None:
+            self.reporter.scalars(step, {f"validation/{name}": value for name, value in values.items()})
+            self.reporter.record({"step": step, "validation": values})
+            self.reporter.say(f"step {step} validation loss {values['loss']:.4f}")
+
+        from_first(report)
         self._validated.add(step)
 
     def _preview(self, step: int) -> None:

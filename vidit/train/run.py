@@ -107,6 +107,7 @@ def _reach_the_end(
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
     # Latents are encoded before the first step, and a clip that fails there moves every later one of the order.
     order = digest(dataset.refs)
+    require_same_clips([fingerprints(splits), order], "the dataset", config.data.train)
     if held.get("order", order) != order:
         raise RuntimeError(
             f"{len(dataset.refs)} clips of {config.data.train} can be used now, and they are not those that {run_dir} "

@@ -6,7 +6,9 @@ from vidit.train.metrics import Reporter
 
 
 class SkipLimitError(RuntimeError):
-    """More clips failed than `data.max_skipped` allows."""
+    """More clips failed than `data.max_skipped` allows; raised on every rank."""
+
+    shared = True
 
 
 class SkipCount:

@@ -38,7 +38,7 @@ def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
         ({"cpu_offload": True}, 2, ["cpu_offload", "train.device=cpu"]),
         ({"cpu_offload": True, "tensor": 2}, 2, ["cpu_offload=true has no effect"]),
         ({"reduce_dtype": "bf16", "pipeline": 2}, 2, ["reduce_dtype=bf16 has no effect"]),
-        ({"count_communication": True}, 1, ["count_communication=true has no effect"]),
+        ({"count_communication": True}, 1, ["count_communication=True has no effect"]),
         ({"cpu_offload": True, "zero": 0}, 2, ["cpu_offload", "parallel.zero=0", "zero=1, 2 or 3"]),
     ],
     ids=lambda value: " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -77,10 +77,14 @@ def test_micro_batches_of_a_pipeline() -> None:
         with_layout(config({"pipeline": 4}, train={"global_batch": 2}), 4)
 
 
-def test_all_faults_at_once() -> None:
+@pytest.mark.parametrize("ranks", [96, 7])
+def test_all_faults_at_once(ranks: int) -> None:
+    """Those of the model too where the ranks do not fit the layout."""
     with pytest.raises(ConfigError) as caught:
-        with_layout(config({"tensor": 3, "pipeline": 32}), 96)
-    assert len(caught.value.faults) == 2
+        with_layout(config({"tensor": 3, "pipeline": 32}), ranks)
+    assert len(caught.value.faults) == (2 if ranks == 96 else 3)
+    assert any("16 heads" in line for line in caught.value.faults)
+    assert any("32 stages" in line for line in caught.value.faults)
 
 
 def test_a_group_that_does_not_fit_its_nodes() -> None:
