@@ -282,9 +282,10 @@ PAGE = """# Every layout is one training run
 Made by `python -m benchmarks.parity` (raw numbers in `benchmarks/results/`): a W.A.L.T. denoiser and one with full
 attention, 75 video tokens, clips and rows of images in one batch, a trained text encoder; the same step on ranks (gloo)
 and in one process. *forward* is the error of the denoiser's output, *gradient* the largest of any parameter, *loss* the
-largest in five steps of AdamW, all relative. Largest of eager rows: {eager}. Compiled rows: {compiled}; inductor
-computes some constants in fp32. AdamW divides by a gradient's own size, so in fp32 the rounding of a small one grows in
-five steps.
+largest in five steps of AdamW, all relative. AdamW divides by a gradient's own size, so in fp32 the rounding of a small
+one grows in five steps. Inductor computes some constants in fp32, so compiled rows are larger.
+
+Largest of all eager rows: {eager}. Largest of the compiled ones: {compiled}.
 
 """
 
@@ -298,7 +299,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
             measured = [entry[dtype] for entry in chosen if dtype in entry]
             if measured:
                 found.append(f"{dtype} " + ", ".join(f"{c} {max(m[c] for m in measured):.0e}" for c in COLUMNS))
-        return "; ".join(found)
+        return "; ".join(found) or "none measured"
 
     compiled = [entry for entry in rows if "compiled" in entry["layout"]]
     eager = [entry for entry in rows if entry not in compiled]

@@ -16,6 +16,7 @@ QK-norm, the bias table) beside the matrices that compute in bf16: a gather in b
 of their own for them would hook into the middle of a block that is compiled as one graph.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -84,6 +85,8 @@ def apply_zero(
     Raises PlanError where a pattern fits no module, and ValueError for options that have no effect.
     """
     _refuse(level, mesh, cpu_offload)
+    # It warns of work in place on what a root returns, which is done nowhere here.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     called = [module] if type(module).forward is not nn.Module.forward else list(module.children())
     zero = Zero(level, mesh.ndim > 1, [root for root in called if any(True for _ in root.parameters())])
     module.zero = zero  # type: ignore[assignment]
