@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from parallel import checkpoint
@@ -156,7 +157,7 @@ def test_a_signal_reaches_every_rank(launch: Callable[[str], Launch], name: str)
 
 def test_a_signal_before_the_ranks_begin(launch: Callable[[str], Launch]) -> None:
     one = launch("wait")
-    wait(lambda: (one.folder / "logs/torchrun.log").is_file())
+    wait(lambda: bool(psutil.Process(one.process.pid).children()))
     one.process.send_signal(signal.SIGUSR1)
     assert one.end()[0] == 0
     assert one.left() == ["SIGUSR1", "SIGUSR1"]
