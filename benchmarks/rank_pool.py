@@ -7,6 +7,8 @@ that the workers can import and one picklable argument; it runs on ranks 0 .. wo
 from __future__ import annotations
 
 import faulthandler
+import functools
+import gc
 import multiprocessing
 import traceback
 from collections.abc import Callable
@@ -31,7 +33,6 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
     """The loop of one worker."""
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor import debug
 
     torch.set_num_threads(1)
     pipe.send("ready")
@@ -49,12 +50,28 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
                 result = True, function(argument)
             finally:
                 dist.destroy_process_group()
-                # DTensor keeps the meshes of operations that it has seen; those of the next task have other groups.
-                getattr(debug, "_clear_sharding_prop_cache", list)()
+                forget_meshes()
         except Exception:
             result = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         pipe.send(result)
+
+
+def forget_meshes() -> None:
+    """Drops the meshes of the task that ended, and with them its groups.
+
+    DTensor keeps in caches what it has seen of each mesh. An equal mesh of the next task has other groups; and every
+    gloo group that is left wakes a thread of its own a hundred times a second, which after a hundred tasks is all that
+    two cores do.
+    """
+    from torch.distributed.tensor import _redistribute, debug
+
+    getattr(debug, "_clear_sharding_prop_cache", list)()
+    getattr(_redistribute, "clear_redistribute_planner_cache", list)()
+    for cached in gc.get_objects():
+        if type(cached) is functools._lru_cache_wrapper and str(cached.__module__).startswith("torch.distributed"):
+            cached.cache_clear()
+    gc.collect()
 
 
 class Pool:
