@@ -32,7 +32,7 @@ MANY = ("train.micro_batch=2",)  # 8 micro-batches for a pipeline
 LAYOUTS: dict[str, tuple[str, ...]] = {
     "one process": ("train.micro_batch=16",),
     "tp2": ("parallel.tensor=2", "train.micro_batch=16"),
-    "tp2 sharded norms": ("parallel.tensor=2", "parallel.sharded_norms=true", "train.micro_batch=16"),
+    "tp2, whole norms": ("parallel.tensor=2", "parallel.sharded_norms=false", "train.micro_batch=16"),
     "sp2 ulysses": ("parallel.sequence=2", "parallel.sequence_kind=ulysses", "train.micro_batch=16"),
     "sp2 window": ("parallel.sequence=2", "parallel.sequence_kind=window", "train.micro_batch=16"),
     "sp2 ring": ("parallel.sequence=2", "parallel.sequence_kind=ring", "train.micro_batch=16"),

@@ -87,7 +87,7 @@ def _layouts() -> dict[str, Row]:
     full, chosen = {"activation_checkpointing": "full"}, {"activation_checkpointing": "selective"}
     compiled = {"compile": True}
     found = {f"tp{n}": row(n, tensor=n) for n in (2, 4)}
-    found |= {f"tp{n} sharded norms": row(n, tensor=n, sharded_norms=True) for n in (2, 4)}
+    found |= {f"tp{n}, whole norms": row(n, tensor=n, sharded_norms=False) for n in (2, 4)}
     for kind in ("ulysses", "ring", "window"):
         found |= {f"sp{n} {kind}": row(n, sequence=n, sequence_kind=kind) for n in (2, 4)}
     found["sp4 ulysses_ring"] = row(4, sequence=4, sequence_kind="ulysses_ring", ulysses=2)

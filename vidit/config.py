@@ -338,7 +338,9 @@ class Parallel(Section):
     tensor: Positive = 1
     sequence_kind: Literal["auto", "ulysses", "ring", "ulysses_ring", "window"] = "auto"
     ulysses: NotNegative = Field(0, description="ranks of the Ulysses part of ulysses_ring; 0 = as many as fit")
-    sharded_norms: bool = Field(False, description="tensor ranks divide the tokens between their regions (2205.05198)")
+    sharded_norms: bool | Literal["auto"] = Field(
+        "auto", description="tensor ranks divide the tokens between their regions (2205.05198); auto: where they can"
+    )
     zero: Literal[0, 1, 2, 3] = Field(
         3, description="what shard divides: optimizer state, gradients too, parameters too; 0 = nothing (DDP)"
     )

@@ -34,10 +34,13 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
     has_tokens = config.train.task == "dit" and layout.sequence > 1
     if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
-        windows = [] if p.sharded_norms else _windows(fixed)
+        windows = [] if p.sharded_norms is True else _windows(fixed)
         changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, [resolve(fixed).grid], ranks_per_node)
-    if changes.get("sequence_kind", p.sequence_kind) == "ulysses_ring" and not p.ulysses:
+    kind = changes.get("sequence_kind", p.sequence_kind)
+    if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
+    if p.sharded_norms == "auto" and layout.tensor > 1:
+        changes["sharded_norms"] = not (layout.sequence > 1 and kind == "window")
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     refuse([*layout_faults(fixed, ranks_per_node)])
     return fixed
@@ -141,7 +144,7 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
         )
-    if kind == "window" and p.sharded_norms:
+    if kind == "window" and p.sharded_norms is True:
         yield (
             "parallel.sharded_norms=true needs equally many tokens on every rank, which parallel.sequence_kind=window "
             "does not give: it deals whole windows; use ulysses, ring or ulysses_ring"

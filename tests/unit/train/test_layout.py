@@ -130,8 +130,11 @@ def test_tokens_of_a_rank() -> None:
         [[256, 256, 256, 512], [320] * 4], [[512, 256, 256, 256], [320] * 4],
         [[256, 512, 256, 256], [320] * 4], [[256, 256, 512, 256], [320] * 4],
     )  # fmt: skip
-    even = with_layout(config({"sequence": 3, "tensor": 2, "sequence_kind": "ring", "sharded_norms": True}), 6)
+    even = with_layout(config({"sequence": 3, "tensor": 2, "sequence_kind": "ring"}), 6)
+    assert even.parallel.sharded_norms is True
     assert own_tokens(even, grid, 0, 2) == 214  # 1280 / 3 and that / 2, rounded up
+    whole = with_layout(config({"sequence": 4, "tensor": 2, "sequence_kind": "window"}), 8)
+    assert whole.parallel.sharded_norms is False
 
 
 @pytest.mark.parametrize(
