@@ -22,6 +22,7 @@ import torch
 from benchmarks.record import write_result
 from configs.demo import demo
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.scene_pack import pack_scenes
 from vidit.data.shards import read_index
@@ -77,7 +78,7 @@ def measure(folder: Path, rounds: int, steps: int, overrides: Sequence[str]) -> 
     assert task.text is not None
     dataset = MicroBatches(
         task.config.model_copy(update={"data": config.data.model_copy(update={"cache_latents": False})}),
-        read_index(config.data.train),
+        Catalog.plain(read_index(config.data.train)),
         task.text.tokenizer,
         resolve(config).latent_frames,
     )

@@ -182,7 +182,11 @@ def batch(config: RunConfig, number: int) -> Batch:
     size = config.train.micro_batch
     captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(size - 1 + frames)]
     rows = list(range(number * size, (number + 1) * size))
-    return Batch(rows, latents(size - 1, frames), latents(frames, 1), tokenizer(captions))
+    together = size * resolve(config).data_ranks
+    first = number * size // together * together
+    return Batch(
+        rows, latents(size - 1, frames), latents(frames, 1), tokenizer(captions), range(first, first + together), ROWS
+    )
 
 
 def train(case: Case) -> Result:

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.record import write_result
 from configs.clips import clips
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches, usable
 from vidit.data.pack import pack
 from vidit.data.shards import ClipRef, read_index
@@ -32,7 +33,7 @@ ENDS = 20  # steps that the loss is averaged over at either end: one is too nois
 
 def decode_ms(config: RunConfig, refs: Sequence[ClipRef]) -> list[float]:
     """Milliseconds to read, check and decode each clip in this process, as a worker of the loader does."""
-    dataset = MicroBatches(config, refs, None, resolve(config).latent_frames)
+    dataset = MicroBatches(config, Catalog.plain(refs), None, resolve(config).latent_frames)
     milliseconds = []
     for number, ref in enumerate(refs):
         start = time.perf_counter()

@@ -57,6 +57,7 @@ TABLE = {
     "vidit.vae.stored": Rule(("vidit.config", "vidit.resolve"), ("pydantic",)),  # `vidit config` reads the folder
     "vidit.text": Rule(CONFIG),
     "vidit.data": Rule((*CONFIG, "vidit.text.encoder")),  # CaptionTokenizer and TextTokens, the loader's interface
+    "vidit.data.buckets": Rule((*CONFIG, "vidit.resolve", "vidit.model.flops", "vidit.data")),  # what a row costs
     "vidit.train": Rule(RUN, distributed=True),
     # The arithmetic of a layout: the command line checks it before ranks are started.
     "vidit.train.layout": Rule(
@@ -396,7 +397,7 @@ def pytest_sessionfinish(session, exitstatus):
 # The slowest, by name: what they check is checked in place, and needs no second time.
 SLOW = "workers or held_out or vocabulary or attribute or motions or collide or Awkward or awkward or things_stay"
 SLOW += " or window_core or TestWindowCore or test_partition or test_mask_marks or test_merge"
-SLOW += " or flops or TestFlops or TestStrides or process or spawn or usable or mid_run"
+SLOW += " or flops or TestFlops or TestStrides or process or spawn or catalogue or mid_run"
 
 
 def test_one_device_needs_only_vidit(tmp_path):

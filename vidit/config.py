@@ -268,10 +268,33 @@ class Diffusion(Section):
             yield f"diffusion.density={self.density} does not fit path {self.path}; use one of {legal}"
 
 
+class Bucket(Section):
+    """One shape of a run that trains on several."""
+
+    num_frames: Positive
+    height: Positive
+    width: Positive
+    rows: NotNegative = Field(
+        0, description="clips in a micro-batch; 0 = as many as cost what train.micro_batch of the dearest do"
+    )
+    keep: float = Field(1.0, gt=0, le=1, description="chance that a clip which fits stays; else the next smaller one")
+    weight: float = Field(1.0, gt=0, description="micro-batches drawn, next to as many as its clips fill")
+    cost: float = Field(0.0, ge=0, description="what a row costs, such as measured seconds, of all or none; 0 = FLOPs")
+
+
+class Source(Section):
+    """One data set of a mixture."""
+
+    path: str = Field(min_length=1)
+    weight: float = Field(gt=0, description="share of the clips drawn, next to the weights of the others")
+
+
 class Data(Section):
     """Clips: where they are and how they are cut."""
 
     train: str = Field("", description="folder written by `vidit pack` (WebDataset shards and index)")
+    mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
+    buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
     validation: str | None = Field(None, description="the same for validation; none = the last clips of train")
     num_validation: int = Field(64, ge=0, description="clips of fixed noise and timesteps in each validation")
     num_frames: int = Field(17, gt=0)
@@ -285,6 +308,16 @@ class Data(Section):
     num_workers: int = Field(1, ge=0)
     prefetch: int = Field(4, gt=0, description="micro-batches ready ahead of the step, per worker")
     max_skipped: float = Field(0.01, ge=0, le=1, description="fraction of clips that may fail to decode")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets to train on."""
+        return self.mixture or (Source(path=self.train, weight=1.0),)
+
+    @property
+    def shapes(self) -> tuple[Bucket, ...]:
+        """The shapes to train on; validation and samples have num_frames, height and width."""
+        return self.buckets or (Bucket(num_frames=self.num_frames, height=self.height, width=self.width),)
 
 
 class Train(Section):

@@ -24,7 +24,7 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
         grid = resolved.grid
         forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
-        parameters = parameter_count(m, grid, channels, text.width)
+        parameters = parameter_count(m, resolved.largest_grid, channels, text.width)
         derived |= {
             "dit_parameters": parameters,
             "forward_flops_per_clip": forward,

@@ -11,18 +11,22 @@ from dataclasses import dataclass
 from vidit.config import RunConfig, Window, refuse, whole_window
 from vidit.idle import idle_faults
 
+Grid = tuple[int, int, int]
+
 
 @dataclass(frozen=True)
 class Resolved:
     """Numbers that follow from a config and a world size. Sizes are in tokens unless named otherwise.
 
+    `grid` is of validation and samples, and of training unless there are buckets; `largest_grid` covers those too.
     `data_ranks` is how many ways the rows of a batch are divided, `shard` the degree of that axis.
     """
 
     latent_frames: int
     latent_height: int
     latent_width: int
-    grid: tuple[int, int, int]
+    grid: Grid
+    largest_grid: Grid
     tokens_per_clip: int
     windows: tuple[Window, ...]
     head_dim: int
@@ -31,6 +35,12 @@ class Resolved:
     shard: int
     accumulation: int
     clips_total: int
+
+
+def grid_of(config: RunConfig, num_frames: int, height: int, width: int) -> Grid:
+    """Latent frames and tokens of a clip of that many frames and pixels."""
+    stride = config.vae.spatial_stride * config.model.patch
+    return 1 + (num_frames - 1) // config.vae.temporal_stride, height // stride, width // stride
 
 
 def ranks_of(config: RunConfig) -> int:
@@ -48,14 +58,14 @@ def resolve(config: RunConfig, world_size: int | None = None) -> Resolved:
     world_size = world_size or ranks_of(config)
     data_ranks = world_size // config.parallel.ranks_per_row
     c, data, vae = config, config.data, config.vae
-    frames = 1 + (data.num_frames - 1) // vae.temporal_stride
-    height, width = data.height // vae.spatial_stride, data.width // vae.spatial_stride
-    grid = (frames, height // c.model.patch, width // c.model.patch)
+    grid = grid_of(c, data.num_frames, data.height, data.width)
+    grids = [grid, *(grid_of(c, shape.num_frames, shape.height, shape.width) for shape in data.shapes)]
     return Resolved(
-        latent_frames=frames,
-        latent_height=height,
-        latent_width=width,
+        latent_frames=grid[0],
+        latent_height=data.height // vae.spatial_stride,
+        latent_width=data.width // vae.spatial_stride,
         grid=grid,
+        largest_grid=(max(g[0] for g in grids), max(g[1] for g in grids), max(g[2] for g in grids)),
         tokens_per_clip=grid[0] * grid[1] * grid[2],
         windows=tuple(whole_window(window, grid) for window in c.model.windows),
         head_dim=c.model.width // c.model.num_heads,
@@ -85,6 +95,7 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     yield from _rank_faults(c, ranks)
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
     yield from _input_faults(c)
+    yield from _bucket_faults(c)
     if c.train.task == "dit":
         yield from _caption_faults(c)
         d = c.diffusion
@@ -99,21 +110,22 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
 def _size_faults(c: RunConfig) -> Iterator[str]:
     """What the strides of the VAE and the patch do not divide."""
     patch = c.model.patch if c.train.task == "dit" else 1
-    stride = c.vae.spatial_stride * patch
-    for name, size in (("height", c.data.height), ("width", c.data.width)):
-        if size % stride:
-            near = [n for n in (size // stride * stride, (size // stride + 1) * stride) if n]
+    stride, t = c.vae.spatial_stride * patch, c.vae.temporal_stride
+    shapes = {"data": c.data} | {f"data.buckets.{i}": bucket for i, bucket in enumerate(c.data.buckets)}
+    for place, shape in shapes.items():
+        for name, size in (("height", shape.height), ("width", shape.width)):
+            if size % stride:
+                near = [n for n in (size // stride * stride, (size // stride + 1) * stride) if n]
+                yield (
+                    f"{place}.{name}={size} is not divisible by {stride} (VAE stride {c.vae.spatial_stride} x patch "
+                    f"{patch}); use one of {' '.join(map(str, near))}"
+                )
+        if (shape.num_frames - 1) % t:
+            low = 1 + (shape.num_frames - 1) // t * t
             yield (
-                f"data.{name}={size} is not divisible by {stride} (VAE stride {c.vae.spatial_stride} x patch "
-                f"{patch}); use one of {' '.join(map(str, near))}"
+                f"{place}.num_frames={shape.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
+                f"use {low} or {low + t}"
             )
-    t = c.vae.temporal_stride
-    if (c.data.num_frames - 1) % t:
-        low = 1 + (c.data.num_frames - 1) // t * t
-        yield (
-            f"data.num_frames={c.data.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
-            f"use {low} or {low + t}"
-        )
 
 
 def _rank_faults(c: RunConfig, ranks: int) -> Iterator[str]:
@@ -157,10 +169,38 @@ def _input_faults(c: RunConfig) -> Iterator[str]:
         yield "vae.weights is not set: a DiT needs a trained VAE; give its folder (train one with train.task=vae)"
     if c.train.task == "vae" and not (c.vae.l1_weight or c.vae.l2_weight or c.vae.kl_weight):
         yield "vae.l1_weight, vae.l2_weight and vae.kl_weight are all 0: the loss would be 0; set vae.l1_weight=1"
-    if not c.data.train:
-        yield "data.train is not set; give a folder written by `vidit pack`"
+    if not c.data.train and not c.data.mixture:
+        yield "data.train is not set; give a folder written by `vidit pack`, or several as data.mixture"
+    if c.data.train and c.data.mixture:
+        yield f"data.train={c.data.train} and data.mixture are two ways to say the same; give one"
+    if c.data.mixture and not c.data.validation and c.data.num_validation:
+        yield "data.mixture has no last clips to validate on; give a folder as data.validation, or num_validation=0"
+    paths = [source.path for source in c.data.mixture]
+    for path in sorted({path for path in paths if paths.count(path) > 1}):
+        yield f"data.mixture names {path} {paths.count(path)} times; give it once, with the sum of the weights"
     if c.data.cache_latents and c.data.random_crop:
         yield "data.cache_latents=true keeps one crop of each clip; set data.random_crop=false"
+
+
+def _bucket_faults(c: RunConfig) -> Iterator[str]:
+    """What training on several shapes excludes."""
+    buckets = c.data.buckets
+    if not buckets:
+        return
+    shapes = [(b.num_frames, b.height, b.width) for b in buckets]
+    for shape in sorted({shape for shape in shapes if shapes.count(shape) > 1}):
+        yield f"data.buckets holds {shapes.count(shape)} of {'x'.join(map(str, shape))}; give each shape once"
+    if 0 < sum(b.cost > 0 for b in buckets) < len(buckets):
+        yield "data.buckets gives the cost of some and not of all, and units cannot be mixed; give all or none"
+    if c.data.image_rows:
+        yield f"data.image_rows={c.data.image_rows} beside data.buckets; give a bucket of num_frames=1 instead"
+    if c.data.cache_latents:
+        yield "data.cache_latents=true keeps one shape of each clip, data.buckets asks for several; leave one out"
+    if c.parallel.pipeline > 1:
+        yield (
+            f"parallel.pipeline={c.parallel.pipeline} sends tokens of one shape, data.buckets gives several; use "
+            "tensor, sequence or shard, or one shape"
+        )
 
 
 def _caption_faults(c: RunConfig) -> Iterator[str]:

@@ -135,7 +135,9 @@ def batch(case: Case, number: int, rows: int = ROWS) -> Batch:
     pictures = latents(frames, 1) if case.images else None
     captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(clips + (frames if case.images else 0))]
     numbers = list(range(number * rows, (number + 1) * rows))
-    return Batch(numbers, latents(clips, frames), pictures, tokenizer(case)(captions))
+    # Without a shard of the data every round is one micro-batch.
+    step_rows = case.config.train.global_batch
+    return Batch(numbers, latents(clips, frames), pictures, tokenizer(case)(captions), numbers, step_rows)
 
 
 def tokenizer(case: Case) -> Any:

@@ -1,8 +1,8 @@
 """Micro-batches of clips: micro-batch number -> batch, in worker processes, in order.
 
-Item i of the dataset is a whole micro-batch, a pure function of (config, i, rank, world), so a resume starts
+Item i of the dataset is a whole micro-batch, a pure function of (config, clips, i, rank, world), so a resume starts
 the sampler at any i. A clip that is damaged, does not decode or has no caption is replaced by a keyed other
-one, counted and named; the caller stops the run when the count passes `data.max_skipped`.
+one of its bucket and data set, counted and named; the caller stops the run when the count passes `data.max_skipped`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from vidit import keys
-from vidit.config import RunConfig
+from vidit.config import Bucket, RunConfig
 from vidit.data.captions import CaptionError, clean_caption
+from vidit.data.catalog import Catalog
 from vidit.data.limits import ClipError
-from vidit.data.order import clip_at, rows_of, split_places, substitute
+from vidit.data.order import ClipOrder, split_places
+from vidit.data.schedule import MicroBatch
 from vidit.data.shards import ClipRef, read_clip
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
@@ -44,14 +46,23 @@ class Batch:
     """One micro-batch. `rows` number its rows in the whole run; the noise and timesteps are keyed by them.
 
     The first rows are clips. Each of the others holds T images, `images` in row order, T to a row. `tokens`
-    are the captions of the clips and then of the images.
+    are the captions of the clips and then of the images. `round_rows` are the rows that all data ranks work on at the
+    same time, `step_rows` how many rows the whole step has: its loss is the mean over them.
     """
 
     rows: list[int]
     clips: Clips
     images: Clips | None
     tokens: TextTokens | None
+    round_rows: Sequence[int]
+    step_rows: int
     skipped: list[Skip] = field(default_factory=list)
+
+    @property
+    def size(self) -> tuple[int, int, int] | None:
+        """Frames, height and width of its clips in pixels; None of latents."""
+        pixels = self.clips.pixels
+        return None if pixels is None else (pixels.shape[1], pixels.shape[2], pixels.shape[3])
 
     @property
     def keys(self) -> list[str]:
@@ -72,100 +83,92 @@ class MicroBatches(TorchDataset[Batch]):
     def __init__(
         self,
         config: RunConfig,
-        refs: Sequence[ClipRef],
+        catalog: Catalog,
         tokenizer: CaptionTokenizer | None,
         images_per_row: int,
         store: LatentStore | None = None,
         rank: int = 0,
         world: int = 1,
     ):
-        self.data, self.seed, self.micro = config.data, config.train.seed, config.train.micro_batch
-        assert self.data.image_rows < self.micro, (
-            f"data.image_rows={self.data.image_rows} leaves no row for a clip in train.micro_batch={self.micro}"
+        self.data, self.seed, micro = config.data, config.train.seed, config.train.micro_batch
+        assert self.data.image_rows < micro, (
+            f"data.image_rows={self.data.image_rows} leaves no row for a clip in train.micro_batch={micro}"
         )
         self.captioned = config.train.task != "vae"
-        self.refs, self.tokenizer, self.images_per_row = refs, tokenizer, images_per_row
+        self.refs, self.catalog, self.schedule = catalog.refs, catalog, catalog.schedule(config)
+        self.tokenizer, self.images_per_row = tokenizer, images_per_row
         self.store = store
         self.rank, self.world = rank, world
 
     def __getitem__(self, index: int) -> Batch:
-        rows = rows_of(self.micro, index, self.rank, self.world)
-        places, image_places = split_places(rows, self.data.image_rows)
-        clips, captions, skipped = self._clips("clips", places)
+        of = self.schedule.of_rank(index, self.rank, self.world)
+        places, image_places = split_places(of.number, len(of.rows), self.data.image_rows)
+        clips, captions, skipped = self._clips("clips", of, places)
         images = None
         if image_places:
             n = self.images_per_row
-            images, more, skipped_too = self._clips("images", range(image_places.start * n, image_places.stop * n))
+            images, more, skipped_too = self._clips("images", of, range(image_places.start * n, image_places.stop * n))
             captions, skipped = captions + more, skipped + skipped_too
         tokens = None if self.tokenizer is None else self.tokenizer(captions)
-        return Batch(list(rows), clips, images, tokens, skipped)
+        return Batch(list(of.rows), clips, images, tokens, of.round_rows, of.step_rows, skipped)
 
-    def _clips(self, stream: str, places: range) -> tuple[Clips, list[str], list[Skip]]:
+    def _order(self, stream: str, bucket: int) -> ClipOrder:
+        return self.catalog.order(self.seed, stream, bucket)
+
+    def _clips(self, stream: str, of: MicroBatch, places: range) -> tuple[Clips, list[str], list[Skip]]:
         """What stands at places of the stream "clips" or "images": it, its captions, and what it replaces."""
         skipped: list[Skip] = []
         if self.store is not None:
-            chosen = [clip_at(self.seed, stream, place, len(self.refs)) for place in places]
+            order = self._order(stream, of.bucket)
+            chosen = [order.at(place) for place in places]
             # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
             latents = self.store.latents[chosen][:, :, : 1 if stream == "images" else None]
             clips = Clips([self.refs[i].key for i in chosen], latents=latents)
             captions = [self.store.captions[i] for i in chosen]
         else:
-            read = [self._read(stream, place, skipped) for place in places]
+            read = [self._read(stream, of.bucket, place, skipped) for place in places]
             clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
             captions = [caption for _, _, caption in read]
-        drop = keys.uniform(self.seed, f"caption_dropout/{stream}", list(places)) < self.data.caption_dropout
+        purpose = f"caption_dropout/{self.catalog.stream(stream, of.bucket)}"
+        drop = keys.uniform(self.seed, purpose, list(places)) < self.data.caption_dropout
         return clips, ["" if no else text for text, no in zip(captions, drop.tolist(), strict=True)], skipped
 
-    def _read(self, stream: str, place: int, skipped: list[Skip]) -> tuple[str, Tensor, str]:
+    def _read(self, stream: str, bucket: int, place: int, skipped: list[Skip]) -> tuple[str, Tensor, str]:
         """Key, pixels and caption of the clip at a place, or of one that replaces it, after an entry in `skipped`."""
-        index = clip_at(self.seed, stream, place, len(self.refs))
+        order = self._order(stream, bucket)
+        index, name = order.at(place), f"{order.stream}/{place}"
         for attempt in range(MAX_SUBSTITUTES):
-            ref = self.refs[index]
+            ref, told = self.refs[index], self.catalog.name(index)
             try:
-                return ref.key, *self.decode(ref, f"{stream}/{place}", image=stream == "images")
+                return told, *self.decode(ref, name, stream == "images", self.data.shapes[bucket])
             except (ClipError, CaptionError) as error:
-                skipped.append((ref.key, str(error)))
-                index = substitute(self.seed, place, attempt, len(self.refs))
+                skipped.append((told, str(error)))
+                index = order.instead(place, attempt)
         raise RuntimeError(
             f"{MAX_SUBSTITUTES} clips in a row cannot be used, the last: {skipped[-1][0]}: {skipped[-1][1]}; "
             "check the dataset with `vidit pack`"
         )
 
-    def decode(self, ref: ClipRef, name: str = "", image: bool = False) -> tuple[Tensor, str]:
+    def decode(
+        self, ref: ClipRef, name: str = "", image: bool = False, shape: Bucket | None = None
+    ) -> tuple[Tensor, str]:
         """Pixels (T, H, W, 3) uint8 and the caption of one clip; `name` keys its crop. ClipError, CaptionError."""
         video, caption, _ = read_clip(ref)
         text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption or not self.captioned)
-        d = self.data
+        d, shape = self.data, shape or self.data.shapes[0]
         start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
         pixels = decode_clip(
             video,
             # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
-            num_frames=1 if image and d.random_crop else d.num_frames,
+            num_frames=1 if image and d.random_crop else shape.num_frames,
             first_only=image,
             fps=d.fps,
-            height=d.height,
-            width=d.width,
+            height=shape.height,
+            width=shape.width,
             start_fraction=start,
             crop_fraction=(y, x),
         )
         return pixels, text
-
-
-def usable(refs: Sequence[ClipRef], config: RunConfig) -> tuple[list[ClipRef], list[Skip], list[str]]:
-    """(clips long enough, those that are not with the reason, keys of those whose picture is cropped)."""
-    d = config.data
-    kept, dropped, cropped = [], [], []
-    for ref in refs:
-        # As the decoder counts, half a frame of grace included.
-        available = int(ref.num_frames / ref.fps * d.fps + 0.5) if d.fps else ref.num_frames
-        if available < d.num_frames:
-            at = f" are {available} at data.fps={d.fps:g} (its own rate is {ref.fps:g})" if d.fps else ""
-            dropped.append((ref.key, f"{ref.num_frames} frames{at}; data.num_frames={d.num_frames}"))
-            continue
-        kept.append(ref)
-        if ref.width * d.height != ref.height * d.width:
-            cropped.append(ref.key)
-    return kept, dropped, cropped
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:

@@ -6,22 +6,25 @@ from typing import Any
 
 from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
-from vidit.data.loader import Batch, MicroBatches, usable
+from vidit.data.catalog import Catalog, Dropped, catalogue
+from vidit.data.loader import Batch, MicroBatches
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.fingerprint import Fingerprint, fingerprint
 
-Reasons = list[tuple[str, str]]
-
 
 @dataclass(frozen=True)
 class Split:
-    """Clips that are long enough, those that are not with the reason, keys of those whose picture is cropped."""
+    """Clips that are long enough, those that are not with the reason, names of those whose picture is cropped."""
 
-    refs: list[ClipRef]
-    dropped: Reasons
+    catalog: Catalog
+    dropped: Dropped
     cropped: list[str]
     fingerprint: Fingerprint
+
+    @property
+    def refs(self) -> Sequence[ClipRef]:
+        return self.catalog.refs
 
     def report(self) -> dict[str, Any]:
         """As data.json has it."""
@@ -38,24 +41,29 @@ def fingerprints(splits: Splits) -> dict[str, Fingerprint]:
 
 
 def read_splits(config: RunConfig) -> Splits:
-    """(training, validation): two folders, or the last `num_validation` clips of one.
+    """(training, validation): folders of their own, or the last `num_validation` clips of one.
 
     Raises ShardError for a damaged dataset, ConfigError and ValueError where a split has no usable clip.
     """
     d = config.data
-    refs: Sequence[ClipRef] = read_index(d.train)
+    sources: list[Sequence[ClipRef]] = [read_index(source.path) for source in d.sources]
+    validation: Sequence[ClipRef] = ()
     if d.validation:
-        validation: Sequence[ClipRef] = read_index(d.validation)[: d.num_validation]
-    elif d.num_validation >= len(refs):
-        raise ConfigError(
-            [f"data.num_validation={d.num_validation} leaves none of the {len(refs)} clips of {d.train} to train on"]
-        )
-    else:
+        validation = read_index(d.validation)[: d.num_validation]
+    elif d.num_validation:
+        (refs,) = sources
+        if d.num_validation >= len(refs):
+            num = d.num_validation
+            raise ConfigError(
+                [f"data.num_validation={num} leaves none of the {len(refs)} clips of {d.train} to train on"]
+            )
         cut = len(refs) - d.num_validation
-        refs, validation = refs[:cut], refs[cut:]
-    train, held = _split(refs, config), _split(validation, config)
+        sources, validation = [refs[:cut]], refs[cut:]
+    train, held = _split(sources, config), _split([validation], alone(config))
     if not train.refs:
-        raise ValueError(f"no clip of {d.train} is usable: {len(train.dropped)} dropped, {_first(train)}")
+        where = " ".join(source.path for source in d.sources)
+        raise ValueError(f"no clip of {where} is usable: {len(train.dropped)} dropped, {_first(train)}")
+    train.catalog.schedule(config)
     if held.dropped and not held.refs:
         raise ValueError(
             f"none of the {len(held.dropped)} validation clips of {d.validation or d.train} is usable, "
@@ -69,8 +77,13 @@ def _first(split: Split) -> str:
     return f"the first: {key}: {reason}"
 
 
-def _split(refs: Sequence[ClipRef], config: RunConfig) -> Split:
-    return Split(*usable(refs, config), fingerprint(refs))
+def _split(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> Split:
+    return Split(*catalogue(sources, config), fingerprint([ref for source in sources for ref in source]))
+
+
+def alone(config: RunConfig) -> RunConfig:
+    """The config of a split of one data set and one shape, which validation has."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"buckets": (), "mixture": ()})})
 
 
 class ClipsDifferError(RuntimeError):
@@ -106,9 +119,14 @@ def fixed_batches(
     ranks in rounds; in an unfinished last round the last batch goes to those that would have none, so that all
     ranks work the same number of times.
     """
+    if not num:
+        return
+    config = alone(config)
     data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
     micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
-    train = config.train.model_copy(update={"micro_batch": micro})
-    dataset = MicroBatches(config.model_copy(update={"data": data, "train": train}), refs, tokenizer, images_per_row)
+    # A step of one micro-batch each: where the rows of a step begin does not depend on the number of ranks.
+    train = config.train.model_copy(update={"micro_batch": micro, "global_batch": micro})
+    config = config.model_copy(update={"data": data, "train": train})
+    dataset = MicroBatches(config, Catalog.plain(refs), tokenizer, images_per_row)
     for first in range(0, num // micro, world):
         yield dataset[min(first + rank, num // micro - 1)]

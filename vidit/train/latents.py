@@ -23,10 +23,10 @@ from torch.utils.data import Dataset as TorchDataset
 from parallel.exchange import any_rank, exchange, from_first, num_ranks, own_rank, together
 from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
+from vidit.data.catalog import Catalog, Dropped
 from vidit.data.limits import ClipError
 from vidit.data.loader import LatentStore, MicroBatches, read_ahead
 from vidit.data.shards import ClipRef, read_sidecar
-from vidit.train.clips import Reasons
 from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
 from vidit.train.stop import StoppedError
@@ -49,7 +49,7 @@ class Part:
 
     keys: list[str]
     latents: Tensor | None
-    failed: Reasons
+    failed: Dropped
 
     @property
     def num_clips(self) -> int:
@@ -67,7 +67,7 @@ class LatentCache:
             facts.update(tensor.cpu().numpy().tobytes())
         self._facts = facts.hexdigest()
 
-    def load(self, say: Say, check: Check) -> tuple[list[ClipRef], LatentStore, Reasons]:
+    def load(self, say: Say, check: Check) -> tuple[list[ClipRef], LatentStore, Dropped]:
         """(clips that decode, their latents and captions, the others with the reason), encoding what is missing.
 
         `check` may raise StoppedError between two batches, on any rank by itself: what is encoded by then is kept.
@@ -118,10 +118,10 @@ class LatentCache:
                 yield range(place, end)
                 place = end
 
-    def _captions(self, keys: Sequence[str]) -> tuple[dict[str, str], Reasons]:
+    def _captions(self, keys: Sequence[str]) -> tuple[dict[str, str], Dropped]:
         """Key -> caption as the loader would give it, and the keys of those that have none on any rank."""
         captions: dict[str, str] = {}
-        failed: Reasons = []
+        failed: Dropped = []
         by_key = {ref.key: ref for ref in self.refs}
         for ref in map(by_key.__getitem__, keys):
             try:
@@ -197,7 +197,7 @@ def encode(
 
     `check` may raise before each.
     """
-    decoded = _Decoded(MicroBatches(config, refs, None, 1))
+    decoded = _Decoded(MicroBatches(config, Catalog.plain(refs), None, 1))
     items = read_ahead(decoded, range(len(refs)), config.data.num_workers, 2 * ENCODE_BATCH)
     ends = list(itertools.accumulate(sizes, initial=0))
     for start, stop in (
@@ -207,7 +207,7 @@ def encode(
     ):
         pixels: list[Tensor] = []
         keys: list[str] = []
-        failed: Reasons = []
+        failed: Dropped = []
         for ref in refs[start:stop]:
             check()
             found, reason = next(items)

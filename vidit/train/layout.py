@@ -11,9 +11,9 @@ from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_d
 from parallel.layout import Layout
 from parallel.parts import context_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
-from vidit.config import RunConfig, Window, refuse
+from vidit.config import Bucket, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
-from vidit.resolve import faults, resolve
+from vidit.resolve import faults, grid_of, resolve
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -35,7 +35,7 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     has_tokens = config.train.task == "dit" and layout.sequence > 1
     if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
         windows = [] if p.sharded_norms is True else _windows(fixed)
-        changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, [resolve(fixed).grid], ranks_per_node)
+        changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, _grids(fixed), ranks_per_node)
     kind = changes.get("sequence_kind", p.sequence_kind)
     if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
@@ -76,6 +76,21 @@ def _windows(config: RunConfig) -> list[Window]:
     return [window_of(config.model, layer) for layer in range(config.model.num_layers)]
 
 
+def _shapes(config: RunConfig) -> list[Bucket]:
+    """Of training, and of validation and samples."""
+    d = config.data
+    return [*d.shapes, Bucket(num_frames=d.num_frames, height=d.height, width=d.width)]
+
+
+def _grids(config: RunConfig) -> list[Window]:
+    return list(dict.fromkeys(grid_of(config, s.num_frames, s.height, s.width) for s in _shapes(config)))
+
+
+def _context_faults(config: RunConfig) -> Iterator[str]:
+    for frames in dict.fromkeys(grid[0] for grid in _grids(config)):
+        yield from context_faults(frames, config.parallel.sequence)
+
+
 def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Iterator[str]:
     """What keeps the model and the batch of a config from being divided as its layout says."""
     layout, p = layout_of(config), config.parallel
@@ -83,7 +98,7 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
     yield from _whatever_the_ranks(config)
     if config.train.task == "vae":
         if p.vae_context:
-            yield from context_faults(resolve(config).latent_frames, p.sequence)
+            yield from _context_faults(config)
     else:
         yield from _sequence_faults(config, layout, ranks_per_node)
         yield from _micro_batch_faults(config)
@@ -93,7 +108,7 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
                 "encodes clips of its own; leave one out"
             )
         elif p.vae_context:
-            yield from context_faults(resolve(config).latent_frames, p.sequence)
+            yield from _context_faults(config)
     if layout.data * layout.sequence == 1:
         if p.cpu_offload:
             yield "parallel.cpu_offload=true has no effect: no rank shares its parameters; leave it out"
@@ -137,8 +152,8 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
     p, m = config.parallel, config.model
     if layout.sequence == 1 or m.num_heads % layout.tensor:
         return
-    kind, grid = kind_of(config), resolve(config).grid
-    yield from sequence_faults(kind, layout, m.num_heads, _windows(config), [grid], p.ulysses, ranks_per_node)
+    kind = kind_of(config)
+    yield from sequence_faults(kind, layout, m.num_heads, _windows(config), _grids(config), p.ulysses, ranks_per_node)
     if kind in ("ring", "ulysses_ring") and m.attention_backend == "flash":
         yield (
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "

@@ -61,7 +61,7 @@ def train_loop(
     c, resolved, counts = config.train, resolve(config), config.parallel.count_communication
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(config.data.max_skipped, reporter)
-    watch, window = Stopwatch(), 0
+    watch, window, worked = Stopwatch(), 0, [0, 0, 0.0]  # steps, and rows, tokens and FLOPs, since the last log
     saved_step = first_step = state.step
     state.model.train()
 
@@ -95,11 +95,11 @@ def train_loop(
                     batches = [next(data) for _ in range(resolved.accumulation)]
                     beat(state.step + 1, "agreement")  # who waits here waits for one that is not here yet
                 watch.lap("data")
-                own_keys: list[Any] = [[batch.keys, batch.skipped] for batch in batches]
+                own_keys: list[Any] = [[b.keys, b.skipped, len(b.rows), b.size] for b in batches]
                 fetched = in_order(exchange(own_keys, rows))
                 require_same_clips(fetched, f"step {state.step + 1}", config.data.train)
-                keys = [key for used, _ in fetched for key in used]
-                skipped = [(key, reason) for _, lost in fetched for key, reason in lost]
+                keys = [key for used, _, _, _ in fetched for key in used]
+                skipped = [(key, reason) for _, lost, _, _ in fetched for key, reason in lost]
                 skips.add(keys, skipped)
             except (ValueError, RuntimeError, OSError) as error:
                 leave_after(error)
@@ -140,8 +140,11 @@ def train_loop(
             state.optimizer.zero_grad()
             state.ema.update(state.model, state.step)
             state.step += 1
-            state.clips += c.global_batch
+            state.clips += len(losses)
             window += 1
+            for _, _, num_rows, size in fetched:
+                tokens, flops = task.work(size and tuple(size))
+                worked = [a + num_rows * b for a, b in zip(worked, (1, tokens, flops), strict=True)]
             watch.lap("update")
 
             if sent is not None:
@@ -152,14 +155,14 @@ def train_loop(
             reporter.record({**record, **parts, "keys": keys, **lost})
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:
-                steps, window = window, 0
+                steps, window, done, worked = window, 0, [total / window for total in worked], [0, 0, 0.0]
                 spent = watch.take(steps)
                 sections = {f"{name}_s": spent.get(name, 0.0) for name in ("data", "compute", "update", "log")}
                 seconds = sum(sections.values())
-                speed = {"clips_per_s": c.global_batch / seconds, "data_wait": sections["data_s"] / seconds}
-                speed["tokens_per_s"] = speed["clips_per_s"] * resolved.tokens_per_clip
-                if task.flops_per_step and peak_flops:
-                    speed["mfu"] = task.flops_per_step / seconds / (peak_flops * resolved.num_ranks)
+                speed = {"clips_per_s": done[0] / seconds, "data_wait": sections["data_s"] / seconds}
+                speed["tokens_per_s"] = done[1] / seconds
+                if done[2] and peak_flops:
+                    speed["mfu"] = done[2] / seconds / (peak_flops * resolved.num_ranks)
                 busy = exchange(watch.busy_s() / steps)
                 row = {"step": state.step, "step_s": seconds, **sections, **speed}
                 if len(busy) > 1:

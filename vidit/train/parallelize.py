@@ -38,7 +38,7 @@ def build_dit(
     With a mesh the config is one that `with_layout` has completed, and the denoiser this rank's part.
     """
     with torch.device("meta"):
-        dit = DiT(config.model, config.vae.latent_channels, resolve(config).grid, text.width)
+        dit = DiT(config.model, config.vae.latent_channels, resolve(config).largest_grid, text.width)
     dit.dtype = dtype
     if mesh is not None:
         _divide(dit, config, mesh)

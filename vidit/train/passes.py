@@ -44,19 +44,22 @@ class Passes(Protocol):
 class PlainPasses:
     """One micro-batch after the other, forward and backward, on the whole model.
 
-    `around` is entered around each of them (`parallel.zero.zero_micro_batch`).
+    `around` is entered around each of them (`parallel.zero.zero_micro_batch`). Gradients are averaged over
+    `data_ranks`, which need not have equally many rows each.
     """
 
     shared: Sequence[nn.Parameter] = ()
 
-    def __init__(self, model: nn.ModuleDict, step: Step, around: Around = nothing_around):
-        self.evaluated, self.step, self.around = model, step, around
+    def __init__(self, model: nn.ModuleDict, step: Step, around: Around = nothing_around, data_ranks: int = 1):
+        self.evaluated, self.step, self.around, self.data_ranks = model, step, around, data_ranks
 
     def forward_backward(self, batches: Sequence[Batch]) -> list[Losses]:
         results = []
         for number, batch in enumerate(batches, 1):
             with self.around(number == len(batches)):
                 result = self.step(self.evaluated, batch, "train")
-                (result.rows_B.mean() / len(batches)).backward()
+                # How many micro-batches like this one a rank has in a step, in the mean.
+                share = batch.step_rows / (self.data_ranks * len(batch.rows))
+                (result.rows_B.mean() / share).backward()
             results.append(Losses(result.rows_B.detach(), result.quantile_B, result.parts))
         return results

@@ -10,9 +10,10 @@ from parallel.exchange import exchange, from_first, in_order, num_ranks, own_ran
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog, Dropped
 from vidit.data.loader import Batch, MicroBatches, batches
 from vidit.resolve import resolve
-from vidit.train.clips import Reasons, Splits, fingerprints, fixed_batches, read_splits, require_same_clips
+from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
 from vidit.train.fingerprint import digest
@@ -116,7 +117,7 @@ def _reach_the_end(
         )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
     facts = {**described, "data": fingerprints(splits), "order": order}
-    peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.flops_per_step else None
+    peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
     review = Review(task, state, validation, num_batches, reporter, stop)
     done = train_loop(task, state, data, review, reporter, stop, run_dir / "checkpoints", facts, peak, beat)
     if done and config.train.task == "vae":
@@ -133,12 +134,13 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
     data.json says what they are made of.
     """
     config, (train, held) = task.config, splits
-    refs, store = train.refs, None
-    failed: Reasons = []
+    catalog, store = train.catalog, None
+    failed: Dropped = []
     if config.data.cache_latents and isinstance(task.step, DitStep):
-        cache = LatentCache(config, refs, task.step.vae, task.step.device, config.directory / "latents")
+        cache = LatentCache(config, train.refs, task.step.vae, task.step.device, config.directory / "latents")
         refs, store, failed = cache.load(reporter.say, stop.check_alone)
         SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], failed)
+        catalog = Catalog.plain(refs)
     images = resolve(config).latent_frames
     rank, world = task.data_place
     validation: list[Batch] = []
@@ -152,16 +154,16 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
     told = in_order(exchange(own, task.rows))
     require_same_clips(told, "validation", config.data.validation or config.data.train)
     num_batches = len({row for row, _, _ in told})
-    replaced: Reasons = [(key, reason) for _, _, skipped in told[:num_batches] for key, reason in skipped]
+    replaced: Dropped = [(key, reason) for _, _, skipped in told[:num_batches] for key, reason in skipped]
     for key, reason in replaced:
         reporter.say(f"skipped clip {key}: {reason}")
-    report = replace(train, refs=refs, dropped=train.dropped + failed).report() | {
+    report = replace(train, catalog=catalog, dropped=train.dropped + failed).report() | {
         "validation": held.report() | {"replaced": replaced}
     }
     from_first(lambda: write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n"))
-    size = f"{config.data.height}x{config.data.width}"
+    size = " ".join(dict.fromkeys(f"{shape.height}x{shape.width}" for shape in config.data.shapes))
     for name, part in (("", report), ("validation ", report["validation"])):
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    return MicroBatches(config, refs, task.tokenizer, images, store, rank, world), validation, num_batches
+    return MicroBatches(config, catalog, task.tokenizer, images, store, rank, world), validation, num_batches

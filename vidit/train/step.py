@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from vidit import keys
 from vidit.config import RunConfig
+from vidit.data.buckets import numbers_per_step
 from vidit.data.loader import Batch, Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.windows import Grid
-from vidit.resolve import resolve
+from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
 from vidit.vae.autoencoder import CausalVae
 
@@ -122,10 +123,8 @@ class DitStep:
         self.frozen_text = None if text.trainable else text
         self.objective: Objective = build_objective(config.diffusion)
         r, d = resolve(config), config.data
-        self.shift = shift_for(
-            config.diffusion, r.grid[1] * r.grid[2], r.latent_frames, d.height, d.width, d.num_frames
-        )
-        self.images_per_row, self.tokens, self.data_ranks = r.latent_frames, r.grid, r.data_ranks
+        self.shift = self._shift(d.num_frames, d.height, d.width)
+        self.images_per_row, self.numbers_per_step = r.latent_frames, numbers_per_step(config)
         self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
@@ -140,21 +139,22 @@ class DitStep:
         rows, image_B, chosen_B, estimated = batch.rows, None, None, False
         if batch.images is not None:
             image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
-        quantile_B = self.quantiles(rows, purpose)
-        t_B = times_from_uniform(self.config.diffusion, quantile_B, self.shift).to(self.device, self.dtype)
+        quantile_B = self.quantiles(rows, purpose, batch.step_rows)
+        shift = self._shift(*batch.size) if batch.size else self.shift
+        t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
         if share := self.config.model.self_conditioning:
             chosen_B = self._chosen(purpose, rows, share)
-            estimated = purpose != "train" or bool(self._chosen(purpose, self._round_of(rows), share).any())
+            # Ranks that gather weights must go together.
+            estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
         return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated)
 
     def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
         return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
 
-    def _round_of(self, rows: Sequence[int]) -> range:
-        """The rows of all data ranks in this round of micro-batches: ranks that gather weights must go together."""
-        size = len(rows) * self.data_ranks
-        first = rows[0] // size * size
-        return range(first, first + size)
+    def _shift(self, num_frames: int, height: int, width: int) -> float:
+        """Of the timestep density, for clips of that many frames and pixels."""
+        frames, h, w = grid_of(self.config, num_frames, height, width)
+        return shift_for(self.config.diffusion, h * w, frames, height, width, num_frames)
 
     def video(self, batch: Batch, inputs: Inputs) -> Video:
         """The clips of a batch, and what the denoiser is given of them."""
@@ -178,13 +178,14 @@ class DitStep:
         previous: Tensor | None,
     ) -> Tensor:
         """The network's output at x_t."""
-        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(image_B)
+        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
 
-    def grid(self, image_B: Tensor | None) -> Grid:
-        """The latents of a batch in tokens."""
-        return Grid(*self.tokens, image_B)
+    def grid(self, latent_shape: Sequence[int], image_B: Tensor | None) -> Grid:
+        """Latents of a shape (..., T, H, W) in tokens."""
+        (frames, height, width), patch = latent_shape[-3:], self.config.model.patch
+        return Grid(frames, height // patch, width // patch, image_B)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
@@ -213,18 +214,20 @@ class DitStep:
                 features = self.frozen_text(tokens)
         return row_text(features, num_clips, self.images_per_row)
 
-    def quantiles(self, rows: list[int], purpose: str) -> Tensor:
+    def quantiles(self, rows: list[int], purpose: str, step_rows: int) -> Tensor:
         """Where each row stands in the timestep density, (B,) fp64 in [0, 1).
 
-        With `diffusion.stratified` each row of a global batch has a stratum of its own, dealt anew each step;
-        validation is always stratified.
+        With `diffusion.stratified` each of the `step_rows` rows of a step has a stratum of its own, dealt anew each
+        step; validation is always stratified.
         """
         c, seed = self.config, self.config.train.seed
         u = keys.uniform(seed, f"{purpose}/time", rows)
         if not c.diffusion.stratified and purpose == "train":
             return u
-        slots = c.train.global_batch if purpose == "train" else max(1, self.num_validation)
-        dealt = [deal(seed, purpose, row // slots, slots)[row % slots] for row in rows]
+        slots, stride = step_rows, self.numbers_per_step
+        if purpose != "train":
+            slots = stride = max(1, self.num_validation)
+        dealt = [deal(seed, purpose, row // stride, slots)[row % stride] for row in rows]
         return stratified_uniform(u, torch.tensor(dealt), slots)
 
     def self_condition(self, model: nn.ModuleDict, inputs: Inputs, video: Video, text: TextInputs) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What `train.task` decides: the model, the step function, and what needs the text or the frozen VAE."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +17,7 @@ from parallel.telemetry import Communication, count_communication
 from parallel.zero import zero_micro_batch
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, training_flops
-from vidit.resolve import resolve
+from vidit.resolve import Grid, grid_of
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
 from vidit.train.layout import layout_of, own_tokens, stages_of
 from vidit.train.parallelize import build_dit, build_vae, divide_vae
@@ -31,14 +31,14 @@ from vidit.vae.store import load_vae
 
 @dataclass
 class Task:
-    """A run's own part of the training loop. `forward_flops` is of one clip, None where nobody has counted."""
+    """A run's own part of the training loop. `forward_flops` is of one row on a grid, None where nobody has counted."""
 
     config: RunConfig
     model: nn.ModuleDict
     step: Step
     passes: Passes
     text: TextEncoder | None
-    forward_flops: int | None
+    forward_flops: Callable[[Grid], int] | None
     mesh: Mesh | None = None
 
     @property
@@ -70,13 +70,12 @@ class Task:
     def tokenizer(self) -> CaptionTokenizer | None:
         return self.text.tokenizer if self.text else None
 
-    @property
-    def flops_per_step(self) -> float | None:
-        """Of one optimizer step, over all rows of the global batch."""
-        if self.forward_flops is None:
-            return None
-        c = self.config
-        return training_flops(self.forward_flops, c.model.self_conditioning) * c.train.global_batch
+    def work(self, size: tuple[int, int, int] | None) -> tuple[int, float]:
+        """(tokens, FLOPs of a training step) of one row: of so many frames and pixels, or the run's own size."""
+        c, d = self.config, self.config.data
+        grid = grid_of(c, *(size or (d.num_frames, d.height, d.width)))
+        flops = training_flops(self.forward_flops(grid), c.model.self_conditioning) if self.forward_flops else 0.0
+        return grid[0] * grid[1] * grid[2], flops
 
 
 def build_task(config: RunConfig, device: torch.device, num_validation: int | None = None) -> Task:
@@ -109,7 +108,11 @@ def dit_task(
     model = build_dit(config, text, device, dtype, mesh)
     if not text.trainable:
         text.to(device)
-    flops = forward_flops(config.model, resolve(config).grid, config.vae.latent_channels, text.width, text.max_tokens)
+    channels = config.vae.latent_channels
+
+    def flops(grid: Grid) -> int:
+        return forward_flops(config.model, grid, channels, text.width, text.max_tokens)
+
     step = DitStep(config, vae, text, device, num_validation)
     return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)
 
@@ -118,7 +121,8 @@ def passes_of(config: RunConfig, model: nn.ModuleDict, step: Step, mesh: Mesh | 
     """How a step of this layout is made."""
     p = config.parallel
     if mesh is None or p.pipeline == 1:
-        return PlainPasses(model, step, lambda last: zero_micro_batch(model, last))
+        data_ranks = mesh.layout.data if mesh else 1
+        return PlainPasses(model, step, lambda last: zero_micro_batch(model, last), data_ranks)
     from vidit.train.pipeline import PipelinePasses  # a second to import, for what few runs need
 
     assert isinstance(step, DitStep)

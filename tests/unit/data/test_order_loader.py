@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog, catalogue
 from vidit.data.encode import encode_mp4
-from vidit.data.loader import Batch, MicroBatches, batches, usable
-from vidit.data.order import clip_at, epoch_order, rows_of, split_places, substitute
+from vidit.data.loader import Batch, MicroBatches, batches
+from vidit.data.order import Shares, clip_at, epoch_order, split_places, substitute
+from vidit.data.schedule import Schedule
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_index
 from vidit.text.bytes import ByteTokenizer
@@ -29,10 +31,12 @@ TOKENIZER = ByteTokenizer(8, 64)
 def places(micro: int, image_rows: int, world: int, rounds: int) -> tuple[dict[int, int], dict[int, int]]:
     """Row -> place of the video rows and of the image rows, over all ranks."""
     videos, images = {}, {}
+    schedule = Schedule(Shares(0, "buckets", (1,)), world, (micro,), (1.0,))
     for index in range(rounds):
         for rank in range(world):
-            rows = rows_of(micro, index, rank, world)
-            one, two = split_places(rows, image_rows)
+            of = schedule.of_rank(index, rank, world)
+            rows = of.rows
+            one, two = split_places(of.number, len(rows), image_rows)
             videos |= zip(rows[: micro - image_rows], one, strict=True)
             images |= zip(rows[micro - image_rows :], two, strict=True)
     return videos, images
@@ -52,7 +56,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def dataset_of(config: RunConfig, rank: int = 0, world: int = 1) -> MicroBatches:
-    return MicroBatches(config, read_index(config.data.train), TOKENIZER, 3, rank=rank, world=world)
+    return MicroBatches(config, Catalog.plain(read_index(config.data.train)), TOKENIZER, 3, rank=rank, world=world)
 
 
 def test_an_epoch_is_a_permutation_and_the_next_is_another() -> None:
@@ -220,24 +224,24 @@ def test_a_shard_that_changes_in_mid_run_is_one_message(configure: Configure, tm
     assert "Traceback" not in str(caught.value)
 
 
-def test_usable_counts_short_and_cropped_clips(configure: Configure, tmp_path: Path) -> None:
+def test_catalogue_counts_short_and_cropped_clips(configure: Configure, tmp_path: Path) -> None:
     shapes = {"square": (5, 32, 32, 8.0), "wide": (5, 32, 48, 8.0), "short": (4, 32, 32, 8.0), "slow": (5, 32, 32, 4.0)}
     with ShardWriter(tmp_path) as writer:
         for key, (frames, height, width, fps) in shapes.items():
             video = encode_mp4(np.zeros((frames, height, width, 3), np.uint8), fps)
             writer.add(key, video, {"caption": key})
     refs = read_index(tmp_path)
-    kept, dropped, cropped = usable(refs, configure(data={"train": str(tmp_path)}))
-    assert [ref.key for ref in kept] == ["square", "wide", "slow"]
+    kept, dropped, cropped = catalogue([refs], configure(data={"train": str(tmp_path)}))
+    assert [ref.key for ref in kept.refs] == ["square", "wide", "slow"]
     assert cropped == ["wide"]
     assert [key for key, _ in dropped] == ["short"]
     assert dropped[0][1] == "4 frames; data.num_frames=5"
-    kept, dropped, _ = usable(refs, configure(data={"train": str(tmp_path), "fps": 4.0}))
-    assert [ref.key for ref in kept] == ["slow"]
+    kept, dropped, _ = catalogue([refs], configure(data={"train": str(tmp_path), "fps": 4.0}))
+    assert [ref.key for ref in kept.refs] == ["slow"]
     assert dropped[0][1] == "5 frames are 3 at data.fps=4 (its own rate is 8); data.num_frames=5"
 
 
-def test_usable_agrees_with_the_decoder(configure: Configure, tmp_path: Path) -> None:
+def test_catalogue_agrees_with_the_decoder(configure: Configure, tmp_path: Path) -> None:
     """A clip that is kept decodes, one that is dropped would not: at every rate."""
     lengths, rates = (5, 9, 14, 18), (8.0, 25.0, 29.97)
     with ShardWriter(tmp_path) as writer:
@@ -248,8 +252,8 @@ def test_usable_agrees_with_the_decoder(configure: Configure, tmp_path: Path) ->
     refs = read_index(tmp_path)
     for fps in (0.0, 6.0, 8.0, 24.0):
         config = configure(data={"train": str(tmp_path), "fps": fps})
-        kept, _, _ = usable(refs, config)
-        dataset = MicroBatches(config, refs, None, 3)
+        kept = catalogue([refs], config)[0].refs
+        dataset = MicroBatches(config, Catalog.plain(refs), None, 3)
         for ref in refs:
             try:
                 dataset.decode(ref)
@@ -263,12 +267,13 @@ def test_usable_agrees_with_the_decoder(configure: Configure, tmp_path: Path) ->
 LEAVING = """
 import sys
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches, batches
 from vidit.data.shards import read_index
 
 if __name__ == "__main__":
     config = RunConfig.model_validate_json(sys.argv[1])
-    kept = batches(MicroBatches(config, read_index(config.data.train), None, 3), 0, 10**6)
+    kept = batches(MicroBatches(config, Catalog.plain(read_index(config.data.train)), None, 3), 0, 10**6)
     next(kept)
 """
 

@@ -47,7 +47,7 @@ def test_strata_of_validation_are_those_of_its_clips(configure: Configure, tmp_p
     config = adopt_vae(configure(tmp_path, data={"num_validation": 4}))
     for given, slots in ((3, 3), (None, 4)):
         step = build_task(config, torch.device("cpu"), given).step
-        places = (step.quantiles(list(range(slots)), "validation") * slots).long()
+        places = (step.quantiles(list(range(slots)), "validation", slots) * slots).long()
         assert sorted(places.tolist()) == list(range(slots))
 
 

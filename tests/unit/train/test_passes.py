@@ -37,7 +37,7 @@ def test_gradients_of_the_mean() -> None:
         seen.append((last, before))
 
     passes = PlainPasses(model, Squares(), around)
-    batches = [Batch([2 * i, 2 * i + 1], Clips([]), None, None) for i in range(3)]
+    batches = [Batch([2 * i, 2 * i + 1], Clips([]), None, None, [2 * i, 2 * i + 1], 6) for i in range(3)]
     results = passes.forward_backward(batches)
     assert seen == [(False, True), (False, False), (True, False)]
     assert model["dit"].weight.grad.item() == pytest.approx(2 * 3 * sum(r * r for r in range(6)) / 6)

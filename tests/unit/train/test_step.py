@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
@@ -50,7 +51,7 @@ class Rig:
         with torch.no_grad():  # gates and output start at zero, which would hide the network from the loss
             for p in self.model.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-        self.batch = MicroBatches(config, refs, tokenizer, self.step.images_per_row, latents).__getitem__
+        self.batch = MicroBatches(config, Catalog.plain(refs), tokenizer, self.step.images_per_row, latents).__getitem__
 
     def run(self, numbers: range) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(loss of each row, its quantile, gradients of the mean), over some micro-batches."""
@@ -159,15 +160,15 @@ def test_strata_cover_every_slot_of_every_step(configure: Configure) -> None:
     rig = Rig(configure(train={"global_batch": 8, "micro_batch": 2}))
     orders = []
     for step in range(3):
-        q = rig.step.quantiles(list(range(8 * step, 8 * step + 8)), "train")
+        q = rig.step.quantiles(list(range(8 * step, 8 * step + 8)), "train", 8)
         slots = (q * 8).long().tolist()
         assert sorted(slots) == list(range(8))
         orders.append(slots)
     assert orders[0] != orders[1], "dealt anew each step"
     free = Rig(configure(diffusion={"stratified": False}, train={"global_batch": 8, "micro_batch": 2}))
-    q = free.step.quantiles(list(range(80)), "train")
+    q = free.step.quantiles(list(range(80)), "train", 8)
     assert sorted((q[:8] * 8).long().tolist()) != list(range(8))
-    fixed = free.step.quantiles(list(range(4)), "validation")
+    fixed = free.step.quantiles(list(range(4)), "validation", 4)
     assert sorted((fixed * 4).long().tolist()) == [0, 1, 2, 3], "validation is always stratified"
 
 
@@ -267,6 +268,6 @@ def test_a_step_sees_captions_only_through_their_tokens(configure: Configure) ->
     assert not torch.allclose(with_text, without)
     dropped = MicroBatches(
         rig.config.model_copy(update={"data": rig.config.data.model_copy(update={"caption_dropout": 0.999})}),
-        read_index(rig.config.data.train), build_text_encoder(rig.config.text).tokenizer, 3,
+        Catalog.plain(read_index(rig.config.data.train)), build_text_encoder(rig.config.text).tokenizer, 3,
     )[0]  # fmt: skip
     assert torch.equal(dropped.tokens.ids, batch.tokens.ids)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
 from vidit.train import run as training
@@ -28,7 +29,7 @@ def test_statistics_are_of_all_training_clips(
     num = 16 - num_validation
     assert f"latent mean and std over {num} training clips" in capsys.readouterr().out
     vae = load_vae(tmp_path / "vae", torch.device("cpu"), torch.float32)
-    clips = MicroBatches(config, read_index(config.data.train)[:num], None, 1)
+    clips = MicroBatches(config, Catalog.plain(read_index(config.data.train)[:num]), None, 1)
     pixels = torch.stack([clips.decode(ref)[0] for ref in clips.refs])
     with torch.no_grad():
         z = vae.encode(to_pixels(pixels, torch.device("cpu"))).mean.transpose(0, 1).flatten(1)

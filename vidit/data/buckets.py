@@ -1,0 +1,119 @@
+"""Buckets: the shapes a run is trained on, and which of them each clip goes to.
+
+A clip goes to the bucket nearest to its aspect ratio, among those that it fills: long enough, and without being
+enlarged. Of these it takes the largest and then the longest, or with chance 1 - `keep` the next one (Open-Sora 1.2's
+multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket over all epochs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vidit import keys
+from vidit.config import Bucket, RunConfig
+from vidit.data.order import Shares, counts_of
+from vidit.data.schedule import Schedule
+from vidit.model.flops import forward_flops
+from vidit.resolve import grid_of
+
+NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What decides a clip's bucket, one entry a clip; `frames` at the rate of the run."""
+
+    keys: Sequence[str]
+    frames: NDArray[np.int64]
+    width: NDArray[np.int64]
+    height: NDArray[np.int64]
+
+
+def row_cost(config: RunConfig, shape: Bucket) -> float:
+    """What a row of a shape costs: as the config says, else the denoiser's forward FLOPs, or a VAE's pixels."""
+    c = config
+    if shape.cost:
+        return shape.cost
+    if c.train.task == "vae":
+        return float(shape.num_frames * shape.height * shape.width)
+    grid = grid_of(c, shape.num_frames, shape.height, shape.width)
+    return float(forward_flops(c.model, grid, c.vae.latent_channels, c.text.width, c.text.max_tokens))
+
+
+def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:
+    """Rows of a micro-batch of each bucket: `rows`, or as many as cost what `train.micro_batch` of the dearest do."""
+    shapes = config.data.shapes
+    costs = [row_cost(config, shape) for shape in shapes]
+    budget = config.train.micro_batch * max(costs)
+    return tuple(shape.rows or max(1, round(budget / cost)) for shape, cost in zip(shapes, costs, strict=True))
+
+
+def numbers_per_step(config: RunConfig) -> int:
+    """How many numbers are set aside for the rows of a step."""
+    return config.train.global_batch // config.train.micro_batch * max(micro_batch_rows(config))
+
+
+def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
+    """The micro-batches of a run, given the share of its rows of each bucket; ValueError for a bucket without any."""
+    c, shapes = config, config.data.shapes
+    sizes = micro_batch_rows(c)
+    for shape, share in zip(shapes, row_shares, strict=True):
+        if not share:
+            raise ValueError(
+                f"no clip goes to the bucket of {shape.num_frames} frames of {shape.height}x{shape.width}; leave it "
+                "out of data.buckets, or lower `keep` of the larger ones"
+            )
+    shares = [share / size * shape.weight for share, size, shape in zip(row_shares, sizes, shapes, strict=True)]
+    dealt = Shares(c.train.seed, "buckets", counts_of(shares))
+    costs = tuple(row_cost(c, shape) for shape in shapes)
+    return Schedule(dealt, c.train.global_batch // c.train.micro_batch, sizes, costs)
+
+
+def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
+    """The bucket of each clip; -1 for a clip that is too short for every one."""
+    ranked, drawn = _ranked(facts, buckets), _drawn(facts.keys, buckets, seed)
+    keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
+    found = np.full(len(ranked), -1)
+    for place in range(len(buckets)):
+        candidate = ranked[:, place]
+        is_last = ranked[:, place + 1] < 0
+        taken = (found < 0) & (candidate >= 0) & (is_last | (drawn[number, candidate] < keep[candidate]))
+        found[taken] = candidate[taken]
+    return found
+
+
+def _drawn(names: Sequence[str], buckets: Sequence[Bucket], seed: int) -> NDArray[np.float64]:
+    """One number in [0, 1) for each clip and bucket; 0 where every clip is kept anyway."""
+    drawn = np.zeros((len(names), len(buckets)))
+    for i, bucket in enumerate(buckets):
+        if bucket.keep < 1:
+            drawn[:, i] = [keys.key(seed, "bucket", i, name) / 2.0**63 for name in names]
+    return drawn
+
+
+def _ranked(facts: Facts, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
+    """The buckets of each clip in the order in which it would take them, -1 behind the last: (clips, buckets + 1)."""
+    sizes = np.array([(b.num_frames, b.height, b.width) for b in buckets], np.float64)
+    long_enough = facts.frames[:, None] >= sizes[None, :, 0]
+    enlarged = (facts.width[:, None] < sizes[None, :, 2]) | (facts.height[:, None] < sizes[None, :, 1])
+    fits = long_enough & ~enlarged
+    # A clip smaller than every bucket is enlarged as little as can be, not left out.
+    none = ~fits.any(axis=1) & long_enough.any(axis=1)
+    pixels = sizes[:, 1] * sizes[:, 2]
+    smallest = np.where(long_enough, pixels[None], np.inf).min(axis=1, initial=np.inf)
+    fits[none] = long_enough[none] & (pixels[None] == smallest[none, None])
+    aspect = np.log(facts.width / facts.height)
+    off = np.abs(aspect[:, None] - np.log(sizes[:, 2] / sizes[:, 1])[None])
+    off = np.where(fits, off, np.inf)
+    best = off.min(axis=1, keepdims=True)
+    fits &= off <= best + NEAR
+    order = np.lexsort((-sizes[:, 0], -pixels))  # the largest first, then the longest
+    ranked = np.full((len(fits), len(buckets) + 1), -1)
+    filled = np.zeros(len(fits), np.int64)
+    for bucket in order:
+        rows = fits[:, bucket]
+        ranked[rows, filled[rows]] = bucket
+        filled[rows] += 1
+    return ranked

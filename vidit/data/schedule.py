@@ -1,0 +1,75 @@
+"""Which micro-batches an optimizer step is made of, and which rank works on which: a pure function of numbers.
+
+A micro-batch holds clips of one bucket, as many as cost about what one of any other bucket costs. The micro-batches of
+a step are the same for every number of ranks. A round is what all ranks work on at the same time, and where weights or
+gradients are divided all wait for the slowest, so the micro-batches of a step are sorted by cost before they are dealt:
+those of a round cost about the same.
+"""
+
+from dataclasses import dataclass
+
+from vidit.data.order import Shares
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """`number` counts those of its bucket from the start of the run; `rows` are its rows' numbers in the run."""
+
+    bucket: int
+    number: int
+    rows: range
+    step_rows: int
+    """How many rows its step has, over all ranks."""
+    round_rows: tuple[int, ...] = ()
+    """The rows that all ranks work on at the same time."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Micro-batches of a run: `per_step` to a step, dealt over the buckets by `shares`.
+
+    `sizes` are the rows of a micro-batch of each bucket, `costs` what one row costs, in any unit.
+    """
+
+    shares: Shares
+    per_step: int
+    sizes: tuple[int, ...]
+    costs: tuple[float, ...]
+
+    @property
+    def stride(self) -> int:
+        """The numbers that are set aside for the rows of a step."""
+        return self.per_step * max(self.sizes)
+
+    def step(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of an optimizer step (from 0), in the order of their places."""
+        dealt = [self.shares.at(step * self.per_step + i) for i in range(self.per_step)]
+        total, first, found = sum(self.sizes[bucket] for bucket, _ in dealt), step * self.stride, []
+        for bucket, number in dealt:
+            size = self.sizes[bucket]
+            found.append(MicroBatch(bucket, number, range(first, first + size), total))
+            first += size
+        return found
+
+    def cost(self, of: MicroBatch) -> float:
+        return len(of.rows) * self.costs[of.bucket]
+
+    def rounds(self, step: int, world: int) -> list[list[MicroBatch]]:
+        """For each round of a step what each of `world` ranks works on, dearest round first."""
+        assert self.per_step % world == 0, f"{self.per_step} micro-batches a step on {world} ranks"
+        ordered = sorted(self.step(step), key=self.cost, reverse=True)
+        return [ordered[first : first + world] for first in range(0, self.per_step, world)]
+
+    def of_rank(self, index: int, rank: int, world: int) -> MicroBatch:
+        """Micro-batch `index` of a rank, counted from the start of the run."""
+        per_rank = self.per_step // world
+        together = self.rounds(index // per_rank, world)[index % per_rank]
+        own = together[rank]
+        rows = tuple(row for one in together for row in one.rows)
+        return MicroBatch(own.bucket, own.number, own.rows, own.step_rows, rows)
+
+    def imbalance(self, step: int, world: int) -> float:
+        """What the step costs where every round waits for its slowest rank, over what it costs when dealt evenly."""
+        rounds = self.rounds(step, world)
+        waited = sum(max(map(self.cost, together)) for together in rounds)
+        return waited * world / sum(self.cost(one) for together in rounds for one in together)
