@@ -33,6 +33,7 @@ from parallel.failure import read_report
 
 POLL_S = 0.1
 STRAGGLERS_S = 30.0  # as the agent would give its workers
+FORCED = "forcefully exiting"  # as torchrun says of a rank that SIGTERM does not end
 FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+) ")
 
 
@@ -207,6 +208,8 @@ def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
         told = next((report for report in reports if report.rank in killed), reports[0])
         code = codes.get(told.rank, 1) if told.rank is not None else 1
         how = f"{_how(code)}: " if told.rank in killed else ""
+        if how and FORCED in agent_log:
+            how = "did not leave when asked, so it was killed: "
         return Failure(told.rank, how + told.message, _code(code), told.trace)
     for rank in [*killed, *codes]:
         return Failure(rank, f"{_how(codes[rank])} without a message", _code(codes[rank]), "")

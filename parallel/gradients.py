@@ -19,6 +19,17 @@ from parallel.dtensor import local
 Key = tuple[DeviceMesh | None, tuple[int, ...], bool]
 
 
+def complete_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Zero gradients for parameters that took no part in a step on this rank.
+
+    Which of them have none depends on how a layer is computed, and so on the layout; an optimizer leaves such a
+    parameter alone, but decays one of gradient 0.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
 @torch.no_grad()
 def gradient_norm(
     parameters: Iterable[nn.Parameter], pipeline: DeviceMesh | None = None, shared: Collection[nn.Parameter] = ()

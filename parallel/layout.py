@@ -108,6 +108,15 @@ class Layout:
                 f"use one of {words(divisors(num_heads))}"
             )
 
+    def width_faults(self, name: str, width: int) -> Iterator[str]:
+        """What keeps the columns of a layer, `name` of the config, from being divided by `tensor`."""
+        if width % self.tensor:
+            near = [n for n in (width // self.tensor * self.tensor, -(-width // self.tensor) * self.tensor) if n]
+            yield (
+                f"{name}={width} is not divisible by parallel.tensor={self.tensor}; use "
+                f"{' or '.join(map(str, near))}, or parallel.tensor of one of {words(divisors(width))}"
+            )
+
     def ulysses_faults(self, num_heads: int) -> Iterator[str]:
         """The same for a sequence axis that divides heads (DeepSpeed-Ulysses, 2309.14509)."""
         if num_heads % self.tensor:

@@ -383,7 +383,9 @@ class Parallel(Section):
     stages_per_rank: Positive = Field(
         1, description="stages of each pipeline rank, for interleaved; zero_bubble: 1 or 2"
     )
-    vae_context: bool = Field(False, description="the sequence ranks divide the frames of the VAE")
+    vae_context: Literal["none", "time", "rows"] = Field(
+        "none", description="what the sequence ranks divide in the VAE: its frames, or its pictures from top to bottom"
+    )
     count_communication: bool = Field(
         False, description="count calls and bytes of every collective of the second step, on every rank"
     )

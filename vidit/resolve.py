@@ -44,9 +44,9 @@ def grid_of(config: RunConfig, num_frames: int, height: int, width: int) -> Grid
 
 
 def ranks_of(config: RunConfig) -> int:
-    """How many ranks a config is made for: what its layout says, or where that takes what is left, what it launches."""
-    p = config.parallel
-    return p.ranks_per_row * p.replicate * p.shard if p.shard else config.launch.local
+    """How many ranks a config is made for: what it launches, or what its layout says where that is left to others."""
+    p, local = config.parallel, config.launch.local
+    return p.ranks_per_row * p.replicate * p.shard if local == 1 and p.shard else local
 
 
 def resolve(config: RunConfig, world_size: int | None = None) -> Resolved:

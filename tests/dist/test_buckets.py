@@ -23,7 +23,8 @@ Configure = Callable[..., RunConfig]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "dp2": (2, {"zero": 0}),
     "zero3 x3": (3, {}),
-    "sp2 window": (2, {"sequence": 2, "sequence_kind": "window"}),
+    "sp2 ulysses": (2, {"sequence": 2, "sequence_kind": "ulysses"}),
+    "sp2 ring x zero3": (4, {"sequence": 2, "sequence_kind": "ring"}),
     "tp2 x zero3": (4, {"tensor": 2}),
 }
 BUCKETS = tuple(

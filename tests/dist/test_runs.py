@@ -220,7 +220,24 @@ def test_what_is_sent_is_counted(pool: Pool, configure: Configure, tmp_path: Pat
     assert {row["slowest_rank"] for row in rows if "slowest_rank" in row} <= {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("layout", [{"zero": 3}, {"sequence": 2, "vae_context": True}], ids=["zero3", "context"])
+def test_weights_that_take_no_part_decay_on_every_layout(pool: Pool, configure: Configure, tmp_path: Path) -> None:
+    """Of a one-frame clip a window over frames needs no query, and whether it then has a gradient is the layout's."""
+    found = []
+    for world, parallel in ((1, {}), (2, {"sequence": 2, "sequence_kind": "ulysses"})):
+        train = {**TRAIN, "steps": WHOLE, "checkpoint_every": WHOLE, "weight_decay": 0.1}
+        data = {"num_frames": 1, "num_validation": 4}
+        config = configure(tmp_path / str(world), train=train, data=data, parallel=parallel, sample={"prompts": ()})
+        assert all(pool.run(world, start, config))
+        found.append(config)
+    assert_alike(found[1], found[0])
+
+
+VAE_LAYOUTS = {
+    "zero3": {"zero": 3}, "time": {"sequence": 2, "vae_context": "time"}, "rows": {"sequence": 2, "vae_context": "rows"}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", VAE_LAYOUTS.values(), ids=VAE_LAYOUTS)
 def test_vae(pool: Pool, configure: Configure, tmp_path: Path, layout: dict[str, Any]) -> None:
     found = []
     for world, parallel in ((1, {}), (2, layout)):

@@ -47,7 +47,7 @@ CASES = [
     ("train.muon_momentum=0.9", [], ["train.optimizer=muon"]),
     ("train.final_learning_rate=0.1", [], ["train.schedule=cosine"]),
     ("parallel.sequence_kind=ring", [], ["parallel.sequence=2"]),
-    ("parallel.vae_context=true", [], ["parallel.sequence=2"]),
+    ("parallel.vae_context=time", [], ["parallel.sequence=2"]),
     ("parallel.ulysses=2", ["parallel.sequence=4"], ["parallel.sequence=4", "parallel.sequence_kind=ulysses_ring"]),
     ("parallel.sharded_norms=true", [], ["parallel.tensor=2"]),
     ("parallel.schedule=gpipe", [], ["parallel.pipeline=2"]),

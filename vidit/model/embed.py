@@ -82,7 +82,8 @@ class AbsolutePosition(nn.Module):
                 f"a grid of {grid.shape} latent tokens exceeds the position tables' {largest}; "
                 "sample at most the training size, or train with model.absolute_position=false"
             )
-        time = self.time[: grid.frames, None, :]
+        # Times one: of a grid of one token, autograd would give both tables one tensor as their gradient.
+        time = self.time[: grid.frames, None, :] * 1
         space = self.space[: grid.height, : grid.width].reshape(1, grid.height * grid.width, -1)
         table = (time + space).flatten(0, 1)
         if grid.image_B is None:

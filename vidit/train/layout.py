@@ -9,7 +9,7 @@ from importlib.metadata import version
 from parallel.dealing import rank_tokens
 from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_degree
 from parallel.layout import Layout
-from parallel.parts import context_faults
+from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
 from vidit.config import Bucket, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
@@ -39,7 +39,7 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     kind = changes.get("sequence_kind", p.sequence_kind)
     if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
-    if p.sharded_norms == "auto" and layout.tensor > 1:
+    if p.sharded_norms == "auto" and config.train.task == "dit" and layout.tensor > 1:
         changes["sharded_norms"] = not (layout.sequence > 1 and kind == "window")
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     refuse([*layout_faults(fixed, ranks_per_node)])
@@ -87,8 +87,13 @@ def _grids(config: RunConfig) -> list[Window]:
 
 
 def _context_faults(config: RunConfig) -> Iterator[str]:
-    for frames in dict.fromkeys(grid[0] for grid in _grids(config)):
-        yield from context_faults(frames, config.parallel.sequence)
+    p = config.parallel
+    if p.vae_context == "time":
+        for frames in dict.fromkeys(grid[0] for grid in _grids(config)):
+            yield from context_faults(frames, p.sequence)
+    elif p.vae_context == "rows":
+        for rows in dict.fromkeys(shape.height // config.vae.spatial_stride for shape in _shapes(config)):
+            yield from row_faults(rows, p.sequence)
 
 
 def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Iterator[str]:
@@ -97,17 +102,16 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
     yield from layout.faults(layout.world, ranks_per_node)
     yield from _whatever_the_ranks(config)
     if config.train.task == "vae":
-        if p.vae_context:
-            yield from _context_faults(config)
+        yield from _context_faults(config)
     else:
         yield from _sequence_faults(config, layout, ranks_per_node)
         yield from _micro_batch_faults(config)
-        if p.vae_context and config.data.cache_latents:
+        if p.vae_context != "none" and config.data.cache_latents:
             yield (
-                "parallel.vae_context=true divides the frames of one clip, but with data.cache_latents=true every rank "
+                f"parallel.vae_context={p.vae_context} divides one clip, but with data.cache_latents=true every rank "
                 "encodes clips of its own; leave one out"
             )
-        elif p.vae_context:
+        else:
             yield from _context_faults(config)
     if layout.data * layout.sequence == 1:
         if p.cpu_offload:
@@ -116,6 +120,13 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
             yield f"parallel.reduce_dtype={p.reduce_dtype} has no effect: ranks sum no gradient; leave it out"
         if p.zero != 3:
             yield f"parallel.zero={p.zero} has no effect: no ranks share parameters; leave it out"
+    elif layout.shard * layout.sequence == 1 and p.zero in (1, 2):
+        yield (
+            f"parallel.zero={p.zero} divides nothing: replicate={layout.replicate} keeps whole copies and shard x "
+            "sequence is 1; use zero=0, or parallel.shard instead of replicate"
+        )
+    if p.reduce_dtype == "bf16" and config.train.precision == "fp64":
+        yield "parallel.reduce_dtype=bf16 rounds the gradients that train.precision=fp64 is to prove; leave it out"
     if layout.world == 1:
         for name, default in (("count_communication", False), ("timeout_s", 600.0)):
             if getattr(p, name) != default:
@@ -133,6 +144,7 @@ def _whatever_the_ranks(config: RunConfig) -> Iterator[str]:
         return
     p, m = config.parallel, config.model
     yield from Layout(tensor=p.tensor).head_faults(m.num_heads)
+    yield from Layout(tensor=p.tensor).width_faults("model.mlp_width", m.mlp_width)
     yield from stage_faults(m.num_layers, p.schedule, p.pipeline, p.stages_per_rank)
     yield from _torch_faults(config)
 
@@ -179,8 +191,8 @@ def _vae_faults(config: RunConfig) -> Iterator[str]:
     for name in ("pipeline", "tensor"):
         if getattr(p, name) > 1:
             yield f"parallel.{name}={getattr(p, name)} does not apply to train.task=vae; use shard or replicate"
-    if p.sequence > 1 and not p.vae_context:
+    if p.sequence > 1 and p.vae_context == "none":
         yield (
-            f"parallel.sequence={p.sequence} divides nothing of a VAE without parallel.vae_context=true; set that, or "
-            "use parallel.shard"
+            f"parallel.sequence={p.sequence} divides nothing of a VAE without parallel.vae_context=time or rows; set "
+            "that, or use parallel.shard"
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 from parallel.exchange import exchange, in_order, together
 from parallel.failure import is_shared
-from parallel.gradients import clip_gradients, gradient_norm
+from parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from parallel.telemetry import Communication
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
@@ -109,6 +109,7 @@ def train_loop(
             sent = Communication() if counts and state.step == first_step + COUNTED else None
             with task.counted(sent):
                 own = task.passes.forward_backward(batches)
+                complete_gradients(parameters)
                 norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
             own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
             told = exchange(own_losses, rows)

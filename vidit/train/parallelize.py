@@ -58,9 +58,10 @@ def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh:
 
 
 def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
-    """Let the sequence ranks share the frames of a VAE, trained or frozen, where the config asks for it."""
-    if mesh is not None and config.parallel.vae_context:
-        apply_context(vae, context_plan(config.vae), mesh.sequence)
+    """Let the sequence ranks share the frames or rows of a VAE, trained or frozen, where the config asks for it."""
+    over = config.parallel.vae_context
+    if mesh is not None and over != "none":
+        apply_context(vae, context_plan(config.vae), mesh.sequence, over)
 
 
 def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:

@@ -32,13 +32,14 @@ def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
         ({"sequence": 4, "sequence_kind": "ulysses_ring", "ulysses": 3}, 4, ["parallel.ulysses=3", "1 2 4"]),
         ({"pipeline": 32}, 32, ["32 stages", "24 blocks", "at most 24"]),
         ({"pipeline": 4, "schedule": "interleaved"}, 4, ["stages_per_rank=1", "2 or more"]),
-        ({"pipeline": 4, "stages_per_rank": 2, "schedule": "interleaved", "vae_context": True, "sequence": 8}, 32,
+        ({"pipeline": 4, "stages_per_rank": 2, "schedule": "interleaved", "vae_context": "time", "sequence": 8}, 32,
          ["5 latent frames", "8 ranks"]),
         ({"sharded_norms": True, "tensor": 2, "sequence": 2, "sequence_kind": "window"}, 4, ["whole windows"]),
         ({"cpu_offload": True}, 2, ["cpu_offload", "train.device=cpu"]),
         ({"cpu_offload": True, "tensor": 2}, 2, ["cpu_offload=true has no effect"]),
         ({"reduce_dtype": "bf16", "pipeline": 2}, 2, ["reduce_dtype=bf16 has no effect"]),
         ({"count_communication": True}, 1, ["count_communication=True has no effect"]),
+        ({"zero": 2, "replicate": 2}, 2, ["parallel.zero=2 divides nothing", "replicate=2", "zero=0"]),
         ({"cpu_offload": True, "zero": 0}, 2, ["cpu_offload", "parallel.zero=0", "zero=1, 2 or 3"]),
     ],
     ids=lambda value: " ".join(f"{k}{v}" for k, v in value.items()) if isinstance(value, dict) else "",
@@ -65,7 +66,7 @@ def test_what_torch_does_not_run_together() -> None:
 
 
 def test_a_vae_divided_while_every_rank_encodes_its_own_clips() -> None:
-    c = config({"sequence": 2, "vae_context": True})
+    c = config({"sequence": 2, "vae_context": "time"})
     assert with_layout(c, 2)
     cached = c.model_copy(update={"data": c.data.model_copy(update={"cache_latents": True})})
     with pytest.raises(ConfigError, match="encodes clips of its own; leave one out"):
@@ -82,7 +83,8 @@ def test_all_faults_at_once(ranks: int) -> None:
     """Those of the model too where the ranks do not fit the layout."""
     with pytest.raises(ConfigError) as caught:
         with_layout(config({"tensor": 3, "pipeline": 32}), ranks)
-    assert len(caught.value.faults) == (2 if ranks == 96 else 3)
+    assert len(caught.value.faults) == (3 if ranks == 96 else 4)
+    assert any("model.mlp_width=4096 is not divisible by parallel.tensor=3" in line for line in caught.value.faults)
     assert any("16 heads" in line for line in caught.value.faults)
     assert any("32 stages" in line for line in caught.value.faults)
 
@@ -142,8 +144,9 @@ def test_tokens_of_a_rank() -> None:
     [
         ({"tensor": 2}, ["parallel.tensor=2 does not apply to train.task=vae"]),
         ({"pipeline": 2}, ["parallel.pipeline=2 does not apply to train.task=vae"]),
-        ({"sequence": 2}, ["divides nothing of a VAE without parallel.vae_context=true"]),
-        ({"sequence": 8, "vae_context": True}, ["5 latent frames"]),
+        ({"sequence": 2}, ["divides nothing of a VAE without parallel.vae_context=time or rows"]),
+        ({"sequence": 8, "vae_context": "time"}, ["5 latent frames"]),
+        ({"sequence": 3, "vae_context": "rows"}, ["16 latent rows are not divisible by 3 ranks"]),
     ],
 )
 def test_a_vae(parallel: dict[str, Any], parts: list[str]) -> None:
