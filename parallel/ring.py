@@ -53,8 +53,9 @@ class RingCore(nn.Module):
     ) -> Tensor:
         inner: Any = self.inner
         pairs = inner.pairs(grid, q_BsNK.device, text)
-        if pairs is None:
-            return v_BsNK
+        if pairs is None:  # where a token's place does not matter
+            kept: Tensor = inner(q_BsNK, k_BsNK, v_BsNK, grid, bias)
+            return kept
         own = q_BsNK.shape[1]
         first = self.rank * own
         real = max(0, min(own, grid.num_tokens - first))
