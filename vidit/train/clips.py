@@ -1,11 +1,12 @@
 """The clips of a run: which are for training and which for validation, which are usable, and the fixed batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
+from vidit.data.curation.table import select_clips
 from vidit.data.loader import Batch, MicroBatches, usable
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
@@ -22,10 +23,13 @@ class Split:
     dropped: Reasons
     cropped: list[str]
     fingerprint: Fingerprint
+    selection: tuple[str, ...] = ()
+    """What each rule of `data.select` drops, for the log."""
 
     def report(self) -> dict[str, Any]:
         """As data.json has it."""
-        return {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+        report = {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+        return report | ({"select": self.selection} if self.selection else {})
 
 
 Splits = tuple[Split, Split]
@@ -40,10 +44,13 @@ def fingerprints(splits: Splits) -> dict[str, Fingerprint]:
 def read_splits(config: RunConfig) -> Splits:
     """(training, validation): two folders, or the last `num_validation` clips of one.
 
-    Raises ShardError for a damaged dataset, ConfigError and ValueError where a split has no usable clip.
+    `data.select` chooses among the clips of `data.train` before they are split, so a validation that is taken from
+    them is curated alike; a folder of its own is left as it is. Raises ShardError for a damaged dataset, ConfigError
+    and ValueError where a split has no usable clip, ValueError where scores are missing.
     """
     d = config.data
-    refs: Sequence[ClipRef] = read_index(d.train)
+    chosen = select_clips(read_index(d.train), d.select)
+    refs: Sequence[ClipRef] = chosen.refs
     if d.validation:
         validation: Sequence[ClipRef] = read_index(d.validation)[: d.num_validation]
     elif d.num_validation >= len(refs):
@@ -54,6 +61,7 @@ def read_splits(config: RunConfig) -> Splits:
         cut = len(refs) - d.num_validation
         refs, validation = refs[:cut], refs[cut:]
     train, held = _split(refs, config), _split(validation, config)
+    train = replace(train, dropped=chosen.dropped + train.dropped, selection=tuple(chosen.lines))
     if not train.refs:
         raise ValueError(f"no clip of {d.train} is usable: {len(train.dropped)} dropped, {_first(train)}")
     if held.dropped and not held.refs:

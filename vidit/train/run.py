@@ -159,6 +159,8 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
         "validation": held.report() | {"replaced": replaced}
     }
     from_first(lambda: write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n"))
+    for line in train.selection:
+        reporter.say(line)
     size = f"{config.data.height}x{config.data.width}"
     for name, part in (("", report), ("validation ", report["validation"])):
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
