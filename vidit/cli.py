@@ -298,9 +298,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--overwrite", action="store_true")
     p = add("score", score, "score every clip of a data set for curation, beside its shards")
     p.add_argument("dataset")
-    p.add_argument(
-        "--plugin", action="append", default=[], help="module:function of yours; may be given more than once"
-    )
+    p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")
     p.add_argument("--duplicate-bits", type=whole(0), help="how far hashes of copies may differ; default 12 of 192")
     p.add_argument("--workers", type=whole(0), default=2)
     p = add("data", data_report, "look at a data set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -62,21 +63,16 @@ def histogram(values: Sequence[float], keeps: Sequence[bool], limits: Sequence[f
         share = math.log(value / low) / math.log(high / low) if is_log else (value - low) / (high - low)
         return round(_MARGIN + share * (WIDTH - 2 * _MARGIN), 1)
 
+    bins = zip(pairwise(edges.tolist()), all_counts.tolist(), kept_counts.tolist(), strict=True)
+    most = int(all_counts.max())
     bars = tuple(
-        _bar(
-            place(float(start)),
-            place(float(end)),
-            int(n),
-            int(n_kept),
-            int(all_counts.max()),
-            f"{start:.3g} to {end:.3g}",
-        )
-        for start, end, n, n_kept in zip(edges, edges[1:], all_counts, kept_counts, strict=True)
-        if n
+        _bar(place(start), place(end), num, num_kept, most, f"{start:.3g} to {end:.3g}")
+        for (start, end), num, num_kept in bins
+        if num
     )
     middle = math.sqrt(low * high) if is_log else (low + high) / 2
-    ticks = (Mark(place(low), f"{low:.3g}", "start"), Mark(place(middle), f"{middle:.3g}"))
-    ticks += (Mark(place(high), f"{high:.3g}", "end"),)
+    ends = Mark(place(low), f"{low:.3g}", "start"), Mark(place(high), f"{high:.3g}", "end")
+    ticks = (ends[0], Mark(place(middle), f"{middle:.3g}"), ends[1])
     marks = tuple(Mark(place(limit), f"{limit:.3g}") for limit in limits if low <= limit <= high)
     return Histogram(bars, ticks, marks, is_log)
 

@@ -28,7 +28,8 @@ svg { width: 100%; max-width: 30rem; height: auto; } svg text { font-size: 10px;
 {% macro figure(card) %}
 <figure>{% if card.jpeg %}<img src="data:image/jpeg;base64,{{ card.jpeg }}" alt="{{ card.caption }}">
 {% else %}<div class="none">no picture</div>{% endif %}
-<figcaption><b>{{ card.key }}</b> <span class="faint">{{ card.value }}</span><p>{{ card.caption }}</p></figcaption></figure>
+<figcaption><b>{{ card.key }}</b> <span class="faint">{{ card.value }}</span>
+<p>{{ card.caption }}</p></figcaption></figure>
 {% endmacro %}
 {% macro groups(section) %}
 {% for group in section.groups %}<div class="group"><h4>{{ group.title }}</h4>
