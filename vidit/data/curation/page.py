@@ -13,8 +13,9 @@ th:first-child, td:first-child { text-align: left; } code { font: .9em ui-monosp
 .rule { border-top: 1px solid var(--line); padding-top: .8rem; margin-top: 1.4rem; }
 .group h4 { font-size: .85rem; font-weight: 600; margin: .9rem 0 .3rem; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(17.5rem, 1fr)); gap: .8rem; }
-.scores { display: grid; grid-template-columns: repeat(auto-fill, minmax(23rem, 1fr)); gap: 1.2rem; }
-.scores section { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem 1rem; }
+.scores { columns: 22rem; column-gap: 1.2rem; }
+.scores section { border: 1px solid var(--line); border-radius: .5rem; padding: .2rem 1rem .8rem; margin: 0 0 1.2rem;
+break-inside: avoid; }
 .scores .cards { grid-template-columns: 1fr; }
 figure { margin: 0; } figure img { width: 100%; max-height: 9rem; object-fit: contain; object-position: left;
 border-radius: .25rem; display: block; } .none { background: #f0f2f6; padding: 1.4rem; text-align: center; }

@@ -23,6 +23,8 @@ from vidit.data.shards import read_index
 from vidit.whole_file import full_disk_explained, write_whole
 
 NUM_SHOWN = 4
+FACTS = {"duration_s", "fps", "height", "num_frames", "width"}
+"""Scores whose extremes look like any other clip."""
 MEANINGS = {
     "aspect": "width over height",
     "bits_per_pixel": "of the video file",
@@ -156,7 +158,7 @@ def _score_sections(table: ScoreTable, selection: Selection) -> list[Section]:
         numbers = _numbers(table, name)
         order = sorted(range(len(numbers)), key=numbers.__getitem__)
         groups: tuple[Group, ...] = ()
-        if name not in ruled and numbers[order[0]] < numbers[order[-1]]:
+        if name not in ruled | FACTS and numbers[order[0]] < numbers[order[-1]]:
             half = min(2, len(order) // 2)
             groups = (
                 _group(table, "lowest", order[:half], name),

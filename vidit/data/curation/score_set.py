@@ -10,7 +10,7 @@ import fcntl
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,7 +76,6 @@ def score_set(
         tasks = {shard: _tasks(group, stored[shard], scorers) for shard, group in shards.items()}
         num_scored = sum(map(len, tasks.values()))
         _score(shards, stored, tasks, workers, lambda done: progress(len(refs) - num_scored + done, len(refs)))
-        _check_names(stored)
         _mark_duplicates(refs, stored, max_distance)
         for shard, group in shards.items():
             write_shard_scores(shard, group, stored[shard])
@@ -119,6 +118,32 @@ def _tasks(refs: Sequence[ClipRef], stored: ShardScores, scorers: dict[str, str]
     return tasks
 
 
+class _Names:
+    """Each scorer must give every clip the same scores, and no two may use one name. Found at once, not at the end."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[str, set[str]]] = {}
+        self._owner: dict[str, str] = {}
+
+    def check(self, row: Row) -> None:
+        """RuntimeError, naming clips, scorers and the score."""
+        for scorer, scores in row.by.items() if not row.fault else ():
+            if scorer not in self._first:
+                self._claim(scorer, scores)
+            key, names = self._first.setdefault(scorer, (row.key, set(scores)))
+            if names != set(scores):
+                raise RuntimeError(
+                    f"{scorer} gave {' '.join(sorted(names))} for clip {key}, {' '.join(sorted(scores))} for "
+                    f"{row.key}; a plug-in must give the same scores for each clip"
+                )
+
+    def _claim(self, scorer: str, names: Iterable[str]) -> None:
+        for name in names:
+            other = self._owner.setdefault(name, scorer)
+            if other.rpartition("@")[0] != scorer.rpartition("@")[0]:
+                raise RuntimeError(f"{other} and {scorer} both give a score {name!r}; rename it in the plug-in")
+
+
 def _score(
     shards: dict[Path, list[ClipRef]],
     stored: dict[Path, ShardScores],
@@ -128,7 +153,9 @@ def _score(
 ) -> None:
     """Compute every row that is missing; a shard's file is written as soon as it is whole."""
     results = mapped(score_clip, [task for group in tasks.values() for task in group], workers)
-    count = itertools.count(1)
+    count, names = itertools.count(1), _Names()
+    for row in (row for scores in stored.values() for row in scores.rows.values()):
+        names.check(row)
     for shard, group in tasks.items():
         rows, path = stored[shard].rows, partial_path(shard)
         if group:
@@ -136,31 +163,14 @@ def _score(
             write_whole(path, "".join(map(line_of, rows.values())))
             with path.open("a", encoding="utf-8", buffering=1) as file:
                 for _, row in zip(group, results, strict=False):
+                    joined = rows[row.key].joined(row) if row.key in rows else row
+                    names.check(joined)
+                    rows[row.key] = joined
                     file.write(line_of(row))
-                    rows[row.key] = rows[row.key].joined(row) if row.key in rows else row
                     done(next(count))
             stored[shard].duplicates = None
             write_shard_scores(shard, shards[shard], stored[shard])
         path.unlink(missing_ok=True)
-
-
-def _check_names(stored: dict[Path, ShardScores]) -> None:
-    """Each scorer must give every clip the same scores, and no two may use one name."""
-    first: dict[str, tuple[str, set[str]]] = {}
-    for row in (row for scores in stored.values() for row in scores.rows.values() if not row.fault):
-        for scorer, scores in row.by.items():
-            key, names = first.setdefault(scorer, (row.key, set(scores)))
-            if names != set(scores):
-                raise RuntimeError(
-                    f"{scorer} gave {' '.join(sorted(names))} for clip {key}, {' '.join(sorted(scores))} for "
-                    f"{row.key}; a plug-in must give the same scores for each clip"
-                )
-    owner: dict[str, str] = {}
-    for scorer, (_, names) in first.items():
-        for name in names:
-            other = owner.setdefault(name, scorer)
-            if other.rpartition("@")[0] != scorer.rpartition("@")[0]:
-                raise RuntimeError(f"{other} and {scorer} both give a score {name!r}; rename it in the plug-in")
 
 
 def _mark_duplicates(refs: Sequence[ClipRef], stored: dict[Path, ShardScores], max_distance: int) -> None:
