@@ -174,11 +174,13 @@ def score(arguments: argparse.Namespace) -> int:
         from vidit.data.curation.score_report import print_scored, progress_bar
         from vidit.data.curation.score_set import DISTANCE, score_set
 
-    bits = DISTANCE if arguments.duplicate_bits is None else arguments.duplicate_bits
-    folder = Path(arguments.dataset)
-    with progress_bar() as progress:
-        report = score_set(folder, arguments.plugin, max_distance=bits, workers=arguments.workers, progress=progress)
-    print_scored(folder, report)
+        bits = DISTANCE if arguments.duplicate_bits is None else arguments.duplicate_bits
+        folder = Path(arguments.dataset)
+        with progress_bar() as progress:
+            report = score_set(
+                folder, arguments.plugin, max_distance=bits, workers=arguments.workers, progress=progress
+            )
+        print_scored(folder, report)
     return 0
 
 

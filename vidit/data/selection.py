@@ -20,7 +20,7 @@ Column = Sequence[Score]
 _NAME = r"(?P<name>[A-Za-z_]\w*)"
 _NUMBER = r"q?[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _COMPARE = re.compile(rf"\s*{_NAME}\s*(?P<op>>=|<=|==|!=|>|<)\s*(?P<bound>{_NUMBER})\s*")
-_RANGE = re.compile(rf"\s*{_NAME}\s+in\s+(?P<low>{_NUMBER}?)\s*\.\.\s*(?P<high>{_NUMBER})\s*")
+_RANGE = re.compile(rf"\s*{_NAME}\s+in\s+(?P<low>(?:{_NUMBER})?)\s*\.\.\s*(?P<high>{_NUMBER})\s*")
 _NONE = re.compile(rf"\s*{_NAME}\s+is\s+(?P<no>not\s+)?none\s*")
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
@@ -165,9 +165,7 @@ def _numbers(rule: Rule, column: Column) -> list[float]:
     numbers = []
     for value in column:
         if isinstance(value, str) or value is None:
-            raise ValueError(
-                f"rule {rule.text!r}: {rule.name} is no number; write `{rule.name} is none` or `is not none`"
-            )
+            raise ValueError(f"rule {rule.text!r}: {rule.name} is no number; write `{rule.name} is none`")
         numbers.append(value)
     return numbers
 

@@ -6,11 +6,10 @@ therefore counts as two cuts.
 
 from __future__ import annotations
 
-import cv2
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
-from scenedetect import FrameTimecode, StatsManager
-from scenedetect.detectors import ContentDetector
 
 THRESHOLD = 27.0
 
@@ -19,7 +18,11 @@ class CutFinder:
     """Takes frames in order; ``frames`` are the numbers of those that begin a new scene."""
 
     def __init__(self, fps: float) -> None:
-        self._fps = fps
+        # Not at the top: importing the package starts a process to look for ffmpeg.
+        from scenedetect import FrameTimecode, StatsManager
+        from scenedetect.detectors import ContentDetector
+
+        self._timecode = functools.partial(FrameTimecode, fps=fps)
         self._detector = ContentDetector(threshold=THRESHOLD, min_scene_len=0)
         self._detector.stats_manager = self._stats = StatsManager()
         self._peak = 0.0
@@ -27,9 +30,11 @@ class CutFinder:
 
     def add(self, index: int, image_HWC: NDArray[np.uint8]) -> bool:
         """Whether frame ``index``, RGB, begins a new scene."""
-        timecode = FrameTimecode(index, self._fps)
+        import cv2
+
+        timecode = self._timecode(index)
         is_cut = bool(self._detector.process_frame(timecode, np.asarray(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2BGR))))
-        (change,) = self._stats.get_metrics(timecode, [ContentDetector.FRAME_SCORE_KEY])
+        (change,) = self._stats.get_metrics(timecode, [self._detector.FRAME_SCORE_KEY])
         self._peak = max(self._peak, float(change or 0.0))
         if is_cut:
             self.frames.append(index)

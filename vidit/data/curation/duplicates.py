@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +32,8 @@ def clip_hash(stills: Sequence[NDArray[np.uint8]]) -> int:
 
 
 def _picture_hash(image_HWC: NDArray[np.uint8]) -> int:
+    import cv2
+
     luma = cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY)
     small = np.asarray(cv2.resize(luma, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA), dtype=np.float32)
     if small.std() < _FLAT:

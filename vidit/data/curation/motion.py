@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -37,6 +36,8 @@ class MotionMeter:
 
     def add(self, time_s: float, image_HWC: NDArray[np.uint8], is_cut: bool) -> None:
         """One frame, RGB; frames that no burst needs cost nothing. No burst spans a cut."""
+        import cv2
+
         if is_cut:
             self._close()
         elif time_s < (self._burst[-1][0] + STEP_S if self._burst else self._next_s) - _GRACE_S:
@@ -76,6 +77,8 @@ class MotionMeter:
 
 def _flow(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Pixels (x, y) from each point of one frame to where it is in the next: (H, W, 2)."""
+    import cv2
+
     blank = np.zeros((*before.shape, 2), np.float32)
     flow_HW2 = cv2.calcOpticalFlowFarneback(
         before, after, blank, pyr_scale=0.5, levels=4, winsize=15, iterations=3, poly_n=5, poly_sigma=1.2, flags=0

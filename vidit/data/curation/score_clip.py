@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,6 +30,8 @@ def score_clip(task: tuple[ClipRef, tuple[str, ...], bool]) -> Row:
 
     A clip that cannot be decoded gives a row with its fault. RuntimeError from a plug-in, ShardError.
     """
+    import cv2
+
     ref, plugins, built_in = task
     # Workers are the parallelism, and threads would make sums depend on the machine.
     cv2.setNumThreads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +20,8 @@ def still_scores(stills: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
     the variance of the Laplacian, the median over the stills; ``black_border`` the share of the picture that bars
     at its edges take, black in every still.
     """
+    import cv2
+
     lumas = [np.asarray(cv2.cvtColor(image_HWC, cv2.COLOR_RGB2GRAY)) for image_HWC in stills]
     return {
         "brightness": float(np.mean([luma.mean() for luma in lumas])),

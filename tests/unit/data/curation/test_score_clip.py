@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -102,7 +103,7 @@ def test_hard_cuts_are_found_at_their_frames(tmp_path: Path, cuts: list[int]) ->
     bounds = [0, *cuts, 48]
     parts = [
         np.stack([np.roll(texture(9, 120, 160), 40 * i, axis=-1) // 2 + 100 * (i % 2)] * (end - start))
-        for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+        for i, (start, end) in enumerate(pairwise(bounds))
     ]
     row = scored(tmp_path, np.concatenate(parts).astype(np.uint8))
     assert list(row.cut_frames) == cuts
