@@ -33,7 +33,9 @@ def test_there_are_commands() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md, VIDEOS, and a trained runs/clips."""
+    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md, VIDEOS, and a
+    trained runs/clips.
+    """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py")):
         text = (ROOT / "docs" / page).read_text()

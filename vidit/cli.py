@@ -201,7 +201,7 @@ def _extra_explained(extra: str, *modules: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in modules:
             raise
-        raise RuntimeError(f"{error.name} is not installed; run `pip install 'vidit[{extra}]'`") from error
+        raise RuntimeError(f"{error.name} is not installed; run `pip install -e '.[{extra}]'` in the clone") from error
 
 
 def scenes(arguments: argparse.Namespace) -> int:

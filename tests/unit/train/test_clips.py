@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,6 +107,24 @@ def test_rules_choose_clips_before_they_are_split(configure: Configure, tmp_path
     )
     everything = configure(tmp_path, data={"train": str(folder), "num_validation": 1})
     assert fingerprint([*train.refs, *held.refs]) != fingerprint([*read_splits(everything)[0].refs, *held.refs])
+
+
+def test_a_run_says_what_its_rules_drop(
+    configure: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vidit.train.run import run
+
+    folder = scored(tmp_path / "data", [1, 0, 2, 3, 2, 0])
+    data = {"train": str(folder), "num_validation": 1, "select": ("motion >= 5",)}
+    assert run(configure(tmp_path / "run", data=data, train={"steps": 1}, sample={"prompts": ()}))
+    line = "select motion >= 5: drops 2 of 6 clips, 2 of them alone"
+    assert line in capsys.readouterr().out
+    report = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert report["select"] == [line, "select keeps 4 of 6 clips"]
+    assert report["dropped"] == [["clip-01", "not motion >= 5"], ["clip-05", "not motion >= 5"]]
+    other = configure(tmp_path / "run", data={**data, "select": ()}, train={"steps": 1}, sample={"prompts": ()})
+    with pytest.raises(ValueError, match="data.select: the run has"):
+        run(other)
 
 
 def test_rules_are_checked_with_the_config_and_need_scores(configure: Configure, tmp_path: Path) -> None:
