@@ -123,7 +123,7 @@ def test_a_run_says_what_its_rules_drop(
     assert report["select"] == [line, "select keeps 4 of 6 clips"]
     assert report["dropped"] == [["clip-01", "not motion >= 5"], ["clip-05", "not motion >= 5"]]
     other = configure(tmp_path / "run", data={**data, "select": ()}, train={"steps": 1}, sample={"prompts": ()})
-    with pytest.raises(ValueError, match="data.select: the run has"):
+    with pytest.raises(ValueError, match=r"data\.select: the run has"):
         run(other)
 
 
