@@ -33,10 +33,13 @@ def test_there_are_commands() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: the configs, the config of docs/configs.md, VIDEOS, and a trained runs/clips."""
+    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md, VIDEOS, and a
+    trained runs/clips.
+    """
     folder = tmp_path_factory.mktemp("docs")
-    page = (ROOT / "docs" / "configs.md").read_text()
-    (folder / "mine.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py")):
+        text = (ROOT / "docs" / page).read_text()
+        (folder / name).write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
     (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "VIDEOS").mkdir()
     for index in range(2):

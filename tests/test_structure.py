@@ -47,7 +47,7 @@ TABLE = {
     "vidit.config": Rule((), ("pydantic",)),
     "vidit.overrides": Rule(("vidit.config",), ("pydantic",)),
     "vidit.idle": Rule(("vidit.config", "vidit.overrides"), ()),
-    "vidit.resolve": Rule(("vidit.config", "vidit.idle"), ()),
+    "vidit.resolve": Rule(("vidit.config", "vidit.idle", "vidit.data.selection"), ()),
     "vidit.keys": Rule((), ("numpy", "torch")),
     "vidit.dtypes": Rule((), ("torch",)),
     "vidit.whole_file": Rule((), ()),
@@ -56,6 +56,7 @@ TABLE = {
     "vidit.vae": Rule(CONFIG),
     "vidit.vae.stored": Rule(("vidit.config", "vidit.resolve"), ("pydantic",)),  # `vidit config` reads the folder
     "vidit.text": Rule(CONFIG),
+    "vidit.data.selection": Rule((), ()),  # `vidit config` checks the rules of data.select
     "vidit.data": Rule((*CONFIG, "vidit.text.encoder")),  # CaptionTokenizer and TextTokens, the loader's interface
     "vidit.data.buckets": Rule((*CONFIG, "vidit.resolve", "vidit.model.flops", "vidit.data")),  # what a row costs
     "vidit.train": Rule(RUN, distributed=True),

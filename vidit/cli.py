@@ -169,6 +169,41 @@ def pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def score(arguments: argparse.Namespace) -> int:
+    with _extra_explained("curate", "cv2", "scenedetect"):
+        from vidit.data.curation.score_report import print_scored, progress_bar
+        from vidit.data.curation.score_set import DISTANCE, score_set
+
+        bits = DISTANCE if arguments.duplicate_bits is None else arguments.duplicate_bits
+        folder = Path(arguments.dataset)
+        with progress_bar() as progress:
+            report = score_set(
+                folder, arguments.plugin, max_distance=bits, workers=arguments.workers, progress=progress
+            )
+        print_scored(folder, report)
+    return 0
+
+
+def data_report(arguments: argparse.Namespace) -> int:
+    from vidit.data.curation.report import write_data_report
+
+    for verdict in write_data_report(Path(arguments.dataset), arguments.select, Path(arguments.out)).verdicts:
+        print(verdict.line())
+    print(arguments.out)
+    return 0
+
+
+@contextmanager
+def _extra_explained(extra: str, *modules: str) -> Iterator[None]:
+    """A package that only an extra installs and that is not there, as an error that names the cure."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in modules:
+            raise
+        raise RuntimeError(f"{error.name} is not installed; run `pip install -e '.[{extra}]'` in the clone") from error
+
+
 def scenes(arguments: argparse.Namespace) -> int:
     from vidit.data.scene_pack import pack_scenes
 
@@ -263,6 +298,18 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--allow-empty-captions", action="store_true")
     p.add_argument("--workers", type=whole(0), default=2)
     p.add_argument("--overwrite", action="store_true")
+    p = add("score", score, "score every clip of a data set for curation, beside its shards")
+    p.add_argument("dataset")
+    p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")
+    p.add_argument("--duplicate-bits", type=whole(0), help="how far hashes of copies may differ; default 12 of 192")
+    p.add_argument("--workers", type=whole(0), default=2)
+    p = add("data", data_report, "look at a data set")
+    views = p.add_subparsers(dest="view", required=True, metavar="VIEW")
+    text = "write one page about a scored data set: histograms, what rules drop, clips around each limit"
+    p = views.add_parser("report", help=text, description=text)
+    p.add_argument("dataset")
+    p.add_argument("--select", action="append", default=[], metavar="RULE", help="may be given more than once")
+    p.add_argument("--out", required=True, help="the page, such as report.html")
     p = add("scenes", scenes, "write procedural captioned clips as shards")
     p.add_argument("out")
     p.add_argument("--clips", type=whole(1), default=1000)

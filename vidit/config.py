@@ -287,6 +287,7 @@ class Source(Section):
 
     path: str = Field(min_length=1)
     weight: float = Field(gt=0, description="share of the clips drawn, next to the weights of the others")
+    select: tuple[str, ...] = Field((), description="rules over its scores, besides those of data.select")
 
 
 class Data(Section):
@@ -300,6 +301,7 @@ class Data(Section):
     num_frames: int = Field(17, gt=0)
     height: int = Field(128, gt=0)
     width: int = Field(128, gt=0)
+    select: tuple[str, ...] = Field((), description="rules over the scores of `vidit score`, such as 'motion >= q0.25'")
     fps: float = Field(0.0, ge=0, le=1000, description="frames a second after resampling; 0 keeps each clip's own")
     random_crop: bool = Field(False, description="random crop and start (keyed); else the middle")
     image_rows: int = Field(0, ge=0, description="rows of a micro-batch made of T independent images each")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vidit.config import RunConfig, Window, refuse, whole_window
+from vidit.data.selection import rule_faults
 from vidit.idle import idle_faults
 
 Grid = tuple[int, int, int]
@@ -96,6 +97,9 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
     yield from _input_faults(c)
     yield from _bucket_faults(c)
+    yield from (f"data.select: {fault}" for fault in rule_faults(c.data.select))
+    for number, source in enumerate(c.data.mixture):
+        yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
     if c.train.task == "dit":
         yield from _caption_faults(c)
         d = c.diffusion

@@ -16,8 +16,8 @@ FORMAT, VERSION = "vidit-shards", 1
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is part of a data set: a shard, an index or the manifest."""
-    return name == MANIFEST or bool(re.fullmatch(r"shard-\d{6}\.(tar|index\.jsonl)", name))
+    """Whether a file of this name is part of a data set: a shard, its index, its scores or the manifest."""
+    return name == MANIFEST or bool(re.fullmatch(r"shard-\d{6}\.(tar|(index|scores|scores\.partial)\.jsonl)", name))
 
 
 def sha256_of(path: Path) -> str:

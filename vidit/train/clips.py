@@ -1,12 +1,13 @@
 """The clips of a run: which are for training and which for validation, which are usable, and the fixed batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
 from vidit.data.catalog import Catalog, Dropped, catalogue
+from vidit.data.curation.table import select_clips
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
@@ -21,6 +22,8 @@ class Split:
     dropped: Dropped
     cropped: list[str]
     fingerprint: Fingerprint
+    selection: tuple[str, ...] = ()
+    """What each rule of `data.select` drops, for the log."""
 
     @property
     def refs(self) -> Sequence[ClipRef]:
@@ -28,7 +31,8 @@ class Split:
 
     def report(self) -> dict[str, Any]:
         """As data.json has it."""
-        return {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+        report = {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+        return report | ({"select": self.selection} if self.selection else {})
 
 
 Splits = tuple[Split, Split]
@@ -43,10 +47,13 @@ def fingerprints(splits: Splits) -> dict[str, Fingerprint]:
 def read_splits(config: RunConfig) -> Splits:
     """(training, validation): folders of their own, or the last `num_validation` clips of one.
 
-    Raises ShardError for a damaged dataset, ConfigError and ValueError where a split has no usable clip.
+    `data.select` chooses among the clips of each data set before they are split, so a validation that is taken from
+    them is curated alike; a folder of its own is left as it is. Raises ShardError for a damaged dataset, ConfigError
+    and ValueError where a split has no usable clip, ValueError where scores are missing.
     """
     d = config.data
-    sources: list[Sequence[ClipRef]] = [read_index(source.path) for source in d.sources]
+    chosen = [select_clips(read_index(source.path), (*d.select, *source.select)) for source in d.sources]
+    sources: list[Sequence[ClipRef]] = [one.refs for one in chosen]
     validation: Sequence[ClipRef] = ()
     if d.validation:
         validation = read_index(d.validation)[: d.num_validation]
@@ -60,6 +67,10 @@ def read_splits(config: RunConfig) -> Splits:
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
     train, held = _split(sources, config), _split([validation], alone(config))
+    unwanted = [entry for one in chosen for entry in one.dropped]
+    train = replace(
+        train, dropped=unwanted + train.dropped, selection=tuple(line for one in chosen for line in one.lines)
+    )
     if not train.refs:
         where = " ".join(source.path for source in d.sources)
         raise ValueError(f"no clip of {where} is usable: {len(train.dropped)} dropped, {_first(train)}")

@@ -162,6 +162,8 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
     }
     from_first(lambda: write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n"))
     size = " ".join(dict.fromkeys(f"{shape.height}x{shape.width}" for shape in config.data.shapes))
+    for line in train.selection:
+        reporter.say(line)
     for name, part in (("", report), ("validation ", report["validation"])):
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
         if part["used"]:
