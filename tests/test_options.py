@@ -6,6 +6,7 @@ attributes, and of what is assigned from them. A read that cannot be traced so i
 """
 
 import ast
+import typing
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 # They check and print options; what is read nowhere else steers nothing.
 RULES = {f"vidit/{name}.py" for name in ("config", "overrides", "resolve", "idle", "describe")}
 SAME_TYPE = {"model_copy", "model_validate", "model_validate_json", "preset"}
+ENTRIES = {"Bucket", "Source"}  # of lists that are empty by default: what makes one up is given
+SEQUENCES = {"tuple", "list", "Sequence", "Iterable"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Env = dict[str, str]
 
@@ -25,6 +28,14 @@ Env = dict[str, str]
 def sections() -> dict[str, type[config.Section]]:
     found = [c for c in vars(config).values() if isinstance(c, type) and issubclass(c, config.Section)]
     return {c.__name__: c for c in found if c is not config.Section}
+
+
+def held(annotation: object) -> str:
+    """The name of a field's type; of a tuple of one type, "[X]"."""
+    first = next(iter(typing.get_args(annotation)), None)
+    if typing.get_origin(annotation) is tuple and isinstance(first, type):
+        return f"[{first.__name__}]"
+    return getattr(annotation, "__name__", "")
 
 
 class Reads:
@@ -36,20 +47,34 @@ class Reads:
         nodes = [n for tree in self.trees.values() for n in ast.walk(tree)]
         self.attributes: dict[str, Env] = {n.name: {} for n in nodes if isinstance(n, ast.ClassDef)}
         for name, section in sections().items():
-            types = {f: getattr(info.annotation, "__name__", "") for f, info in section.model_fields.items()}
-            self.attributes[name] = {f: t for f, t in types.items() if t in sections()}
+            types = {f: held(info.annotation) for f, info in section.model_fields.items()}
+            types |= {f: self.named(code.returns) for f, code in properties(name).items()}
+            self.attributes[name] = {f: t for f, t in types.items() if t.strip("[]") in sections()}
         self.returns = {n.name: t for n in nodes if isinstance(n, Function) and (t := self.named(n.returns))}
         for _ in range(4):  # the attributes of one class may be typed by those of another, read later
             for file, tree in self.trees.items():
                 self.body(tree, {}, "", file)
 
     def named(self, annotation: ast.expr | None) -> str:
-        """The class of an annotation; of `X | None`, X."""
+        """The class of an annotation; of `X | None`, X; of a sequence of X, "[X]"."""
         if isinstance(annotation, ast.BinOp):
             return self.named(annotation.left) or self.named(annotation.right)
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             return self.named(ast.parse(annotation.value, mode="eval").body)
+        if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in SEQUENCES:
+            first = annotation.slice.elts[0] if isinstance(annotation.slice, ast.Tuple) else annotation.slice
+            return f"[{one}]" if (one := self.named(first)) else ""
         return annotation.id if isinstance(annotation, ast.Name) and annotation.id in self.attributes else ""
+
+    def each(self, target: ast.expr, items: ast.expr, env: Env) -> None:
+        """Bind what a loop over `items` takes, of zip and enumerate too."""
+        if isinstance(items, ast.Call) and isinstance(items.func, ast.Name) and isinstance(target, ast.Tuple):
+            given = {"zip": items.args, "enumerate": [ast.Constant(0), *items.args[:1]]}.get(items.func.id, [])
+            for one, its in zip(target.elts, given, strict=False):
+                self.each(one, its, env)
+        elif isinstance(target, ast.Name):
+            kind = self.type_of(items, env)
+            env[target.id] = kind[1:-1] if kind.startswith("[") else ""
 
     def type_of(self, node: ast.expr, env: Env) -> str:
         if isinstance(node, ast.Name):
@@ -73,6 +98,9 @@ class Reads:
                 if inside and isinstance(scope, ast.ClassDef) and arguments:
                     typed[arguments[0].arg] = inside
                 self.body(node, {**env, **typed}, inside, file)
+            elif isinstance(node, ast.For | ast.ListComp | ast.GeneratorExp | ast.SetComp | ast.DictComp):
+                for loop in [node] if isinstance(node, ast.For) else node.generators:
+                    self.each(loop.target, loop.iter, env)
             elif isinstance(node, ast.AnnAssign) and isinstance(scope, ast.ClassDef) and scope.name not in sections():
                 self.attributes[inside][ast.unparse(node.target)] = self.named(node.annotation)
             elif isinstance(node, ast.AnnAssign) and node.value:
@@ -180,4 +208,4 @@ def test_reads_are_traced(source: str, field: str) -> None:
 def test_every_field_has_a_type_and_a_default(section: str) -> None:
     for name, field in sections()[section].model_fields.items():
         assert field.annotation is not None
-        assert name == "name" or not field.is_required()
+        assert name == "name" or section in ENTRIES or not field.is_required()

@@ -48,6 +48,7 @@ TABLE = {
     "vidit.overrides": Rule(("vidit.config",), ("pydantic",)),
     "vidit.idle": Rule(("vidit.config", "vidit.overrides"), ()),
     "vidit.resolve": Rule(("vidit.config", "vidit.idle", "vidit.data.selection"), ()),
+    "vidit.batching": Rule(("vidit.config", "vidit.resolve", "vidit.model.flops"), ()),
     "vidit.keys": Rule((), ("numpy", "torch")),
     "vidit.dtypes": Rule((), ("torch",)),
     "vidit.whole_file": Rule((), ()),
@@ -57,8 +58,9 @@ TABLE = {
     "vidit.vae.stored": Rule(("vidit.config", "vidit.resolve"), ("pydantic",)),  # `vidit config` reads the folder
     "vidit.text": Rule(CONFIG),
     "vidit.data.selection": Rule((), ()),  # `vidit config` checks the rules of data.select
-    "vidit.data": Rule((*CONFIG, "vidit.text.encoder")),  # CaptionTokenizer and TextTokens, the loader's interface
-    "vidit.data.buckets": Rule((*CONFIG, "vidit.resolve", "vidit.model.flops", "vidit.data")),  # what a row costs
+    "vidit.data": Rule(
+        (*CONFIG, "vidit.text.encoder", "vidit.batching")
+    ),  # CaptionTokenizer and TextTokens, the loader's interface
     "vidit.train": Rule(RUN, distributed=True),
     # The arithmetic of a layout: the command line checks it before ranks are started.
     "vidit.train.layout": Rule(
@@ -80,6 +82,7 @@ TABLE = {
     # `vidit config` describes a run on a login node.
     "vidit.describe": Rule(
         (
+            "vidit.batching",
             "vidit.config",
             "vidit.resolve",
             "vidit.model.flops",

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vidit.batching import micro_batch_rows, row_cost
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, parameter_count, training_flops
 from vidit.resolve import ranks_of, resolve
@@ -17,6 +18,12 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
     config = with_layout(adopt_vae(config, ranks), ranks)
     resolved = resolve(config, ranks)
     derived: dict[str, Any] = asdict(resolved)
+    if config.data.buckets:
+        shapes = zip(config.data.buckets, micro_batch_rows(config), strict=True)
+        derived["buckets"] = [
+            {"shape": [b.num_frames, b.height, b.width], "rows": rows, "cost": rows * row_cost(config, b)}
+            for b, rows in shapes
+        ]
     if config.parallel.pipeline > 1:
         derived["stages"] = [f"{layers.start}-{layers.stop - 1}" for layers in stages_of(config)]
     if config.train.task == "dit":

@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidit import keys
+from vidit.batching import micro_batch_rows, row_cost
 from vidit.config import Bucket, RunConfig
 from vidit.data.order import Shares, counts_of
 from vidit.data.schedule import Schedule
-from vidit.model.flops import forward_flops
-from vidit.resolve import grid_of
 
 NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
 
@@ -29,30 +28,6 @@ class Facts:
     frames: NDArray[np.int64]
     width: NDArray[np.int64]
     height: NDArray[np.int64]
-
-
-def row_cost(config: RunConfig, shape: Bucket) -> float:
-    """What a row of a shape costs: as the config says, else the denoiser's forward FLOPs, or a VAE's pixels."""
-    c = config
-    if shape.cost:
-        return shape.cost
-    if c.train.task == "vae":
-        return float(shape.num_frames * shape.height * shape.width)
-    grid = grid_of(c, shape.num_frames, shape.height, shape.width)
-    return float(forward_flops(c.model, grid, c.vae.latent_channels, c.text.width, c.text.max_tokens))
-
-
-def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:
-    """Rows of a micro-batch of each bucket: `rows`, or as many as cost what `train.micro_batch` of the dearest do."""
-    shapes = config.data.shapes
-    costs = [row_cost(config, shape) for shape in shapes]
-    budget = config.train.micro_batch * max(costs)
-    return tuple(shape.rows or max(1, round(budget / cost)) for shape, cost in zip(shapes, costs, strict=True))
-
-
-def numbers_per_step(config: RunConfig) -> int:
-    """How many numbers are set aside for the rows of a step."""
-    return config.train.global_batch // config.train.micro_batch * max(micro_batch_rows(config))
 
 
 def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:

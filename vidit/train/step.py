@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidit import keys
+from vidit.batching import numbers_per_step
 from vidit.config import RunConfig
-from vidit.data.buckets import numbers_per_step
 from vidit.data.loader import Batch, Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective

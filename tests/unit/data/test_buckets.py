@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vidit.batching import micro_batch_rows, row_cost
 from vidit.config import Bucket, ConfigError, RunConfig
-from vidit.data.buckets import Facts, assign, micro_batch_rows, row_cost, schedule_of
+from vidit.data.buckets import Facts, assign, schedule_of
 from vidit.resolve import resolve
 
 Configure = Callable[..., RunConfig]
