@@ -32,6 +32,7 @@ CONFIG = ("vidit.config", "vidit.keys", "vidit.dtypes", "vidit.whole_file")
 MODULES = ("vidit.model", "vidit.diffusion", "vidit.vae", "vidit.text", "vidit.data")
 RESOLVE = ("vidit.overrides", "vidit.resolve")
 RUN = (
+    "vidit.batching",
     *CONFIG,
     *RESOLVE,
     *MODULES,
