@@ -6,7 +6,8 @@ gradients are divided all wait for the slowest, so the micro-batches of a step a
 those of a round cost about the same.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 from vidit.data.order import Shares
 
@@ -56,20 +57,28 @@ class Schedule:
 
     def rounds(self, step: int, world: int) -> list[list[MicroBatch]]:
         """For each round of a step what each of `world` ranks works on, dearest round first."""
-        assert self.per_step % world == 0, f"{self.per_step} micro-batches a step on {world} ranks"
-        ordered = sorted(self.step(step), key=self.cost, reverse=True)
-        return [ordered[first : first + world] for first in range(0, self.per_step, world)]
+        return _rounds(self, step, world)
 
     def of_rank(self, index: int, rank: int, world: int) -> MicroBatch:
         """Micro-batch `index` of a rank, counted from the start of the run."""
         per_rank = self.per_step // world
-        together = self.rounds(index // per_rank, world)[index % per_rank]
-        own = together[rank]
-        rows = tuple(row for one in together for row in one.rows)
-        return MicroBatch(own.bucket, own.number, own.rows, own.step_rows, rows)
+        return self.rounds(index // per_rank, world)[index % per_rank][rank]
 
     def imbalance(self, step: int, world: int) -> float:
         """What the step costs where every round waits for its slowest rank, over what it costs when dealt evenly."""
         rounds = self.rounds(step, world)
         waited = sum(max(map(self.cost, together)) for together in rounds)
         return waited * world / sum(self.cost(one) for together in rounds for one in together)
+
+
+@functools.lru_cache(maxsize=8)
+def _rounds(schedule: Schedule, step: int, world: int) -> list[list[MicroBatch]]:
+    per_step = schedule.per_step
+    assert per_step % world == 0, f"{per_step} micro-batches a step on {world} ranks"
+    ordered = sorted(schedule.step(step), key=schedule.cost, reverse=True)
+    found = []
+    for first in range(0, per_step, world):
+        together = ordered[first : first + world]
+        rows = tuple(row for one in together for row in one.rows)
+        found.append([replace(one, round_rows=rows) for one in together])
+    return found
