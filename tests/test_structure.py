@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,3 +480,11 @@ class TestBans:
     def test_file_names(self):
         names = {"utils.py", "helpers.py", "common.py", "misc.py"}
         assert [str(p) for p in sources(*PACKAGES) if p.name in names] == []
+
+
+def test_every_folder_of_tests_is_collected(request: pytest.FixtureRequest) -> None:
+    """pytest passes over some names of folders without a word."""
+    skipped = request.config.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {Path("tests/dist"), Path("tests/unit/data")} <= folders
+    assert [str(f) for f in folders if any(fnmatch(part, name) for part in f.parts for name in skipped)] == []

@@ -181,7 +181,7 @@ class TestResolve:
     def test_a_folder_that_cannot_be_read_hides_its_strides_alone(self):
         wrong = run(data=Data(train="", height=100), vae=Vae(weights="x", latent_channels=7))
         assert list(all_faults(wrong, geometry_known=False)) == [
-            "data.train is not set; give a folder written by `vidit pack`"
+            "data.train is not set; give a folder written by `vidit pack`, or several as data.mixture"
         ]
         assert len(list(all_faults(wrong))) == 3
 
