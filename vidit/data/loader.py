@@ -19,7 +19,7 @@ from vidit.config import RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.limits import ClipError
 from vidit.data.order import clip_at, rows_of, split_places, substitute
-from vidit.data.shards import ClipRef, read_clip
+from vidit.data.shards import ClipRef, expect_clips, read_clip
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
@@ -110,6 +110,7 @@ class MicroBatches(TorchDataset[Batch]):
             clips = Clips([self.refs[i].key for i in chosen], latents=latents)
             captions = [self.store.captions[i] for i in chosen]
         else:
+            expect_clips(self.refs[clip_at(self.seed, stream, place, len(self.refs))] for place in places)
             read = [self._read(stream, place, skipped) for place in places]
             clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
             captions = [caption for _, _, caption in read]

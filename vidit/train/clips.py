@@ -7,6 +7,7 @@ from typing import Any
 from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
 from vidit.data.loader import Batch, MicroBatches, usable
+from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.fingerprint import Fingerprint, fingerprint
@@ -43,9 +44,10 @@ def read_splits(config: RunConfig) -> Splits:
     Raises ShardError for a damaged dataset, ConfigError and ValueError where a split has no usable clip.
     """
     d = config.data
-    refs: Sequence[ClipRef] = read_index(d.train)
+    reach = Reach(d.cache_dir, d.cache_gib, d.stall_s, d.patience_s)
+    refs: Sequence[ClipRef] = read_index(d.train, reach)
     if d.validation:
-        validation: Sequence[ClipRef] = read_index(d.validation)[: d.num_validation]
+        validation: Sequence[ClipRef] = read_index(d.validation, reach)[: d.num_validation]
     elif d.num_validation >= len(refs):
         raise ConfigError(
             [f"data.num_validation={d.num_validation} leaves none of the {len(refs)} clips of {d.train} to train on"]
