@@ -110,7 +110,10 @@ class HttpSource:
             async with session.get(url, headers=headers, timeout=timeout, max_redirects=_MAX_REDIRECTS) as response:
                 _check_answer(url, response, first, last)
                 yield response
-        except (aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL, aiohttp.TooManyRedirects) as error:
+        except (
+            aiohttp.ClientConnectorCertificateError, aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError,
+            aiohttp.TooManyRedirects,
+        ) as error:  # fmt: skip
             raise ShardError(f"{url} cannot be opened: {_words(error)}; correct the address or the server") from error
         except TimeoutError as error:
             raise TransientError(f"nothing came for {stall_s:.3g} s") from error

@@ -28,9 +28,8 @@ def is_remote(place: Path | str) -> bool:
 def folder_of(place: Path | str, reach: Reach) -> Folder:
     """The folder that a user names. ValueError for a URL that is not opened."""
     if isinstance(place, str) and is_remote(place):
-        url = place.rstrip("/")
-        check_url(url)
-        return RemoteFolder(url, reach)
+        check_url(place)
+        return RemoteFolder(place.rstrip("/"), reach)
     return Path(place)
 
 
