@@ -293,7 +293,7 @@ class Source(Section):
 class Data(Section):
     """Clips: where they are and how they are cut."""
 
-    train: str = Field("", description="folder written by `vidit pack` (WebDataset shards and index)")
+    train: str = Field("", description="folder written by `vidit pack` (WebDataset shards and index), or its URL")
     mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
     buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
     validation: str | None = Field(None, description="the same for validation; none = the last clips of train")
@@ -310,6 +310,20 @@ class Data(Section):
     num_workers: int = Field(1, ge=0)
     prefetch: int = Field(4, gt=0, description="micro-batches ready ahead of the step, per worker")
     max_skipped: float = Field(0.01, ge=0, le=1, description="fraction of clips that may fail to decode")
+    cache_dir: str = Field("", description="local folder that keeps what was read from a URL; empty = nothing is kept")
+    cache_gib: float = Field(32.0, gt=0, description="most that data.cache_dir holds; what was used longest ago goes")
+    stall_s: float = Field(
+        30.0, gt=0, description="how long a remote read waits for its next byte before it is retried"
+    )
+    patience_s: float = Field(
+        300.0, gt=0, description="how long a remote read is retried without a byte; then an error"
+    )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the clips lie behind a URL."""
+        places = [source.path for source in self.mixture] + [self.train, self.validation or ""]
+        return any("://" in place for place in places)
 
     @property
     def sources(self) -> tuple[Source, ...]:

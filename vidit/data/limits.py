@@ -1,4 +1,4 @@
-"""What one video may ask of the machine, and the error that refuses a video."""
+"""What one video may ask of the machine, and the errors that refuse a video, a shard or a storage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ class ClipError(ValueError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class ShardError(ValueError):
+    """A shard, index or manifest that cannot be used; the message names the file and the cure."""
+
+
+class StorageError(RuntimeError):
+    """A remote file that could not be read however often it was tried; the message says how often and how long."""
 
 
 def check_pixels(width: int, height: int) -> None:

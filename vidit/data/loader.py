@@ -21,7 +21,7 @@ from vidit.data.catalog import Catalog
 from vidit.data.limits import ClipError
 from vidit.data.order import ClipOrder, split_places
 from vidit.data.schedule import MicroBatch
-from vidit.data.shards import ClipRef, read_clip
+from vidit.data.shards import ClipRef, expect_clips, read_clip
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
@@ -126,6 +126,7 @@ class MicroBatches(TorchDataset[Batch]):
             clips = Clips([self.refs[i].key for i in chosen], latents=latents)
             captions = [self.store.captions[i] for i in chosen]
         else:
+            expect_clips(self.refs[self._order(stream, of.bucket).at(place)] for place in places)
             read = [self._read(stream, of.bucket, place, skipped) for place in places]
             clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
             captions = [caption for _, _, caption in read]

@@ -6,9 +6,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from vidit.data.tar import CURE, ShardError
+from vidit.data.limits import ShardError
+from vidit.data.remote import RemoteFile, RemoteFolder
+from vidit.data.storage import Folder, read_text
+from vidit.data.tar import CURE
 from vidit.whole_file import write_whole
 
 MANIFEST = "dataset.json"
@@ -47,14 +50,7 @@ def check_manifest(folder: Path, shards: list[Path]) -> bool:
     path = folder / MANIFEST
     if not path.exists():
         return False
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = (manifest["format"], manifest["version"])
-        listed = {str(row["name"]): int(row["num_bytes"]) for row in manifest["shards"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not a manifest ({type(error).__name__}: {error}); {CURE}") from error
-    if version != (FORMAT, VERSION):
-        raise ShardError(f"{path}: format {version}, this version reads {(FORMAT, VERSION)}; {CURE}")
+    listed, allow_empty = _parsed(path)
     present = {shard.name: shard for shard in shards}
     if set(present) != set(listed):
         differing = ", ".join(sorted(set(present) ^ set(listed))[:5])
@@ -66,4 +62,50 @@ def check_manifest(folder: Path, shards: list[Path]) -> bool:
         found = present[name].stat().st_size
         if found != num_bytes:
             raise ShardError(f"{present[name]}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
-    return manifest.get("allow_empty_captions") is True
+    return allow_empty
+
+
+def remote_shards(folder: RemoteFolder) -> tuple[dict[RemoteFile, int], bool]:
+    """The shards of a remote folder with their sizes, in the order of their names, and whether captions may be empty.
+
+    A URL cannot be listed, so its manifest says what is there; a name that is not a shard's is refused. The files
+    returned belong to this state of the data set: a cache keeps it apart from any other. ShardError, StorageError.
+    """
+    text = read_text(folder / MANIFEST)
+    folder = RemoteFolder(folder.url, folder.reach, text)
+    listed, allow_empty = _parsed(folder / MANIFEST, text)
+    for name in listed:
+        if not (is_ours(name) and name.endswith(".tar")):
+            raise ShardError(f"{folder}/{MANIFEST} lists {name[:120]!r}, which is no shard's name; {CURE}")
+    if not listed:
+        raise ShardError(f"{folder}/{MANIFEST} lists no shard; {CURE}")
+    return {folder / name: listed[name] for name in sorted(listed)}, allow_empty
+
+
+def shard_hashes(folder: Folder) -> dict[str, str]:
+    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+    if isinstance(folder, Path):
+        path = folder / MANIFEST
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    else:
+        text = folder.manifest
+    return {row["name"]: row["sha256"] for row in json.loads(text)["shards"]} if text else {}
+
+
+class _Manifest(NamedTuple):
+    """Bytes of each shard, and whether empty captions are there on purpose."""
+
+    shards: dict[str, int]
+    allow_empty: bool
+
+
+def _parsed(path: Path | RemoteFile, text: str | None = None) -> _Manifest:
+    try:
+        manifest = json.loads(read_text(path) if text is None else text)
+        version = (manifest["format"], manifest["version"])
+        listed = {str(row["name"]): int(row["num_bytes"]) for row in manifest["shards"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{path} is not a manifest ({type(error).__name__}: {error}); {CURE}") from error
+    if version != (FORMAT, VERSION):
+        raise ShardError(f"{path}: format {version}, this version reads {(FORMAT, VERSION)}; {CURE}")
+    return _Manifest(listed, manifest.get("allow_empty_captions") is True)

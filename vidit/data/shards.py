@@ -5,7 +5,8 @@ A data set is a folder of WebDataset tars, ``shard-000000.tar`` and so on, each 
 tar lies ``shard-000000.index.jsonl``, one row a clip, and at the end ``dataset.json`` names every shard with
 its size and SHA-256. The tars are a pure function of what was added, byte for byte, so a hash identifies a
 data set. The index holds the CRC-32 of what was added, and each read is compared with it. Tars made by others,
-without index or manifest and with ``.txt`` captions, are read as well, unchecked.
+without index or manifest and with ``.txt`` captions, are read as well, unchecked. A data set may also lie behind a
+URL (``vidit/data/storage.py``), then with index and manifest.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from vidit.data.limits import ClipError
-from vidit.data.manifest import check_manifest
+from vidit.data.manifest import MANIFEST, check_manifest, remote_shards
+from vidit.data.remote import DIRECT, STREAMS, Reach, RemoteFile, RemoteFolder, RemotePart, Span
+from vidit.data.storage import File, Readable, folder_of, read_range, read_text, size_of
 from vidit.data.tar import (
     BLOCK,
     CAPTION_SUFFIXES,
@@ -48,7 +52,7 @@ class ClipRef:
     is None in a tar that has no index, or one whose index has none.
     """
 
-    shard_path: Path
+    shard_path: File
     key: str
     video_offset: int
     video_size: int
@@ -72,34 +76,67 @@ _CRCS = {"video_crc32", "json_crc32"}
 Dataset = tuple[ClipRef, ...]
 
 
-def index_path(shard: Path) -> Path:
+LARGEST_GAP = 64 * 1024
+"""Bytes between the two members of a clip up to which a remote clip is fetched as one range."""
+
+
+@overload
+def index_path(shard: Path) -> Path: ...
+@overload
+def index_path(shard: File) -> File: ...
+def index_path(shard: File) -> File:
     """The index that belongs to a tar."""
     return shard.with_suffix(".index.jsonl")
 
 
-def read_index(folder: Path | str) -> Dataset:
-    """All clips of a data set, shards in the order of their names; writes nothing.
+def read_index(folder: Path | str, reach: Reach = DIRECT) -> Dataset:
+    """All clips of a data set in a local folder or behind a URL, shards in the order of their names; writes nothing.
 
-    A shard without an index is scanned, and its videos probed where the sidecar does not give their shape.
-    Raises ShardError for every fault found in a file, one message each, and ClipError never.
+    A local shard without an index is scanned, and its videos probed where the sidecar does not give their shape.
+    Raises ShardError for every fault found in a file, one message each, ValueError for a URL that is not opened,
+    StorageError for a storage that does not answer, and ClipError never.
     """
-    folder = Path(folder)
+    place = folder_of(folder, reach)
+    found, allow_empty = _remote_refs(place) if isinstance(place, RemoteFolder) else _local_refs(place)
+    refs: dict[str, ClipRef] = {}
+    for ref in found:
+        ref = replace(ref, allow_empty_caption=True) if allow_empty else ref
+        other = refs.setdefault(ref.key, ref)
+        if other is not ref:
+            raise ShardError(f"{ref.shard_path}: key {ref.key!r} is also in {other.shard_path.name}; keys must differ")
+    return tuple(refs.values())
+
+
+def _local_refs(folder: Path) -> tuple[Iterator[ClipRef], bool]:
+    """The clips of a folder, and whether their captions may be empty."""
     if not folder.is_dir():
-        raise ShardError(f"{folder} is not a folder; name the folder that `vidit pack` wrote (no URL, no pipe)")
+        raise ShardError(f"{folder} is not a folder; name the folder that `vidit pack` wrote, or its URL (no pipe)")
     shards = sorted(folder.glob("*.tar"))
     if not shards:
         raise ShardError(
             f"{folder} holds no .tar file; name the folder that `vidit pack` wrote (.tar.gz must be unpacked)"
         )
     allow_empty = check_manifest(folder, shards)
-    refs: dict[str, ClipRef] = {}
-    for shard in shards:
-        for found in _read_shard_index(shard) if index_path(shard).exists() else build_index(shard):
-            ref = replace(found, allow_empty_caption=True) if allow_empty else found
-            other = refs.setdefault(ref.key, ref)
-            if other is not ref:
-                raise ShardError(f"{shard}: key {ref.key!r} is also in {other.shard_path.name}; keys must differ")
-    return tuple(refs.values())
+    per_shard = (_read_shard_index(shard) if index_path(shard).exists() else build_index(shard) for shard in shards)
+    return (ref for refs in per_shard for ref in refs), allow_empty
+
+
+def _remote_refs(folder: RemoteFolder) -> tuple[Iterator[ClipRef], bool]:
+    """As ``_local_refs``, many shards at a time, since each costs a few answers of a distant server."""
+    shards, allow_empty = remote_shards(folder)
+
+    def refs_of(shard: RemoteFile) -> list[ClipRef]:
+        if (found := size_of(shard)) != shards[shard]:
+            raise ShardError(f"{shard}: {found} bytes, {MANIFEST} says {shards[shard]}; {CURE}")
+        return _read_shard_index(shard)
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        try:
+            per_shard = list(pool.map(refs_of, shards))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return (ref for refs in per_shard for ref in refs), allow_empty
 
 
 def build_index(shard: Path) -> list[ClipRef]:
@@ -127,14 +164,38 @@ def read_clip(ref: ClipRef) -> tuple[bytes, str, dict[str, Any]]:
     Raises ShardError if the tar is not the one that the index is of, ClipError if the clip was damaged since.
     """
     video = Member(f"{ref.key}.{ref.video_suffix}", ref.video_offset, ref.video_size, ref.video_crc32)
-    sidecar = read_sidecar(ref)
-    return read(ref.shard_path, video), sidecar["caption"], sidecar
+    source: Readable = ref.shard_path
+    if isinstance(source, RemoteFile) and (span := _span_of(ref)):
+        source = RemotePart(source, *span[1:])
+    sidecar = sidecar_of(source, _caption_member(ref))
+    return read(source, video), sidecar["caption"], sidecar
 
 
 def read_sidecar(ref: ClipRef) -> dict[str, Any]:
     """The caption, under that name, and what came with it; the video is not read. Errors as ``read_clip``."""
-    member = Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size, ref.json_crc32)
-    return sidecar_of(ref.shard_path, member)
+    return sidecar_of(ref.shard_path, _caption_member(ref))
+
+
+def expect_clips(refs: Iterable[ClipRef]) -> None:
+    """Begin to fetch the remote ones of these clips, all at once; ``read_clip`` of each then waits for less."""
+    spans: dict[RemoteFolder, list[Span]] = {}
+    for ref in refs:
+        if isinstance(ref.shard_path, RemoteFile) and (span := _span_of(ref)):
+            spans.setdefault(ref.shard_path.parent, []).append(span)
+    for folder, wanted in spans.items():
+        folder.expect(wanted)
+
+
+def _caption_member(ref: ClipRef) -> Member:
+    return Member(f"{ref.key}.{ref.caption_suffix}", ref.json_offset, ref.json_size, ref.json_crc32)
+
+
+def _span_of(ref: ClipRef) -> Span | None:
+    """Both members of a clip, headers included, as one range; None where something else lies between them."""
+    start = min(ref.video_offset, ref.json_offset) - BLOCK
+    size = max(ref.video_offset + ref.video_size, ref.json_offset + ref.json_size) - start
+    members = sum(BLOCK + padded(each) for each in (ref.video_size, ref.json_size))
+    return (ref.shard_path.name, start, size) if size <= members + LARGEST_GAP else None
 
 
 def _is_count(value: object, least: int) -> bool:
@@ -154,7 +215,7 @@ def facts_of(sidecar: Mapping[str, Any], read_video: Callable[[], bytes]) -> dic
     return {name: getattr(info, name) for name in (*counts, "fps")}
 
 
-def ref_of(shard: Path, key: str, video: Member, caption: Member, facts: Mapping[str, Any]) -> ClipRef:
+def ref_of(shard: File, key: str, video: Member, caption: Member, facts: Mapping[str, Any]) -> ClipRef:
     """One clip from where its members lie and from ``facts``, the other fields of ClipRef."""
     return ClipRef(shard, key, video.offset, video.size, caption.offset, caption.size, **facts)
 
@@ -165,10 +226,10 @@ def row_of(ref: ClipRef) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _read_shard_index(shard: Path) -> list[ClipRef]:
+def _read_shard_index(shard: File) -> list[ClipRef]:
     path = index_path(shard)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ShardError(f"{path} cannot be read: {error}; delete it, or {CURE}") from error
     refs = [_parsed(shard, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
@@ -178,7 +239,7 @@ def _read_shard_index(shard: Path) -> list[ClipRef]:
     return refs
 
 
-def _parsed(shard: Path, line: str, place: str) -> ClipRef:
+def _parsed(shard: File, line: str, place: str) -> ClipRef:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -198,9 +259,9 @@ def _parsed(shard: Path, line: str, place: str) -> ClipRef:
     return ClipRef(shard_path=shard, **row)
 
 
-def _check_agreement(shard: Path, refs: list[ClipRef]) -> None:
+def _check_agreement(shard: File, refs: list[ClipRef]) -> None:
     """Compare an index with its tar: sizes for all rows, headers for the first, the last, and the end."""
-    num_bytes = shard.stat().st_size
+    num_bytes = size_of(shard)
     spans = [(ref.video_offset, ref.video_size, ref) for ref in refs]
     spans += [(ref.json_offset, ref.json_size, ref) for ref in refs]
     spans.sort(key=lambda span: span[0])
@@ -212,14 +273,11 @@ def _check_agreement(shard: Path, refs: list[ClipRef]) -> None:
                 f"has {num_bytes} bytes and the member before ends at {end}; delete the index, or {CURE}"
             )
         end = offset + padded(size)
-    with shard.open("rb") as file:
-        for ref in (refs[0], refs[-1]):
-            file.seek(ref.video_offset - BLOCK)
-            member = Member(f"{ref.key}.{ref.video_suffix}", ref.video_offset, ref.video_size)
-            check_header(shard, member, file.read(BLOCK))
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise ShardError(
-                f"{shard}: the index ends at byte {end}, the tar goes on to {num_bytes}, or breaks off; "
-                f"delete the index, or {CURE}"
-            )
+    for ref in (refs[0], refs[-1]):
+        member = Member(f"{ref.key}.{ref.video_suffix}", ref.video_offset, ref.video_size)
+        check_header(shard, member, read_range(shard, ref.video_offset - BLOCK, BLOCK))
+    if end + BLOCK > num_bytes or read_range(shard, end, BLOCK) != bytes(BLOCK):
+        raise ShardError(
+            f"{shard}: the index ends at byte {end}, the tar goes on to {num_bytes}, or breaks off; "
+            f"delete the index, or {CURE}"
+        )

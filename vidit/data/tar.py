@@ -9,7 +9,6 @@ means that the file is not what it is taken for.
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -17,17 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from vidit.data.limits import ClipError
+from vidit.data.limits import ClipError, ShardError
+from vidit.data.storage import Readable, read_range
 
 VIDEO_SUFFIXES = frozenset({"mp4", "mov", "mkv", "webm", "avi", "asf", "m4v"})
 CAPTION_SUFFIXES = frozenset({"json", "txt"})
 BLOCK = 512
 CURE = "run `vidit pack` again, or fetch the file again"
 _MAX_HEADER_READ = 1 << 20
-
-
-class ShardError(ValueError):
-    """A shard, index or manifest that cannot be used; the message names the file and the cure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +161,7 @@ def caption_of(shard: Path, key: str, members: Mapping[str, Member]) -> tuple[Me
     return member, sidecar_of(shard, member)
 
 
-def sidecar_of(shard: Path, member: Member, caption_needed: bool = True) -> dict[str, Any]:
+def sidecar_of(shard: Readable, member: Member, caption_needed: bool = True) -> dict[str, Any]:
     """The object in a .json, or the text of a .txt as its ``caption``. ShardError; ClipError as from ``read``."""
     content = read(shard, member)
     try:
@@ -178,19 +174,25 @@ def sidecar_of(shard: Path, member: Member, caption_needed: bool = True) -> dict
     return sidecar
 
 
-def read(shard: Path, member: Member) -> bytes:
+def read(shard: Readable, member: Member) -> bytes:
     """A member's content, after its tar header and its CRC-32 were compared with what the index says.
 
-    Raises ShardError for a tar that does not belong to its index, ClipError for content that was damaged later.
+    Raises ShardError for a tar that does not belong to its index, ClipError for content that was damaged later. What
+    differs in a remote tar is read once more, past the cache, since it may have been damaged on the way.
     """
     try:
-        descriptor = os.open(shard, os.O_RDONLY)
+        return _read_once(shard, member)
+    except (ClipError, ShardError):
+        if isinstance(shard, Path):
+            raise
+        return _read_once(shard, member, fresh=True)
+
+
+def _read_once(shard: Readable, member: Member, fresh: bool = False) -> bytes:
+    try:
+        block = read_range(shard, member.offset - BLOCK, BLOCK + member.size, fresh)
     except OSError as error:
         raise ShardError(f"{shard}: cannot be read: {error.strerror}; {CURE}") from error
-    try:
-        block = os.pread(descriptor, BLOCK + member.size, member.offset - BLOCK)
-    finally:
-        os.close(descriptor)
     check_header(shard, member, block[:BLOCK])
     if len(block) != BLOCK + member.size:
         raise ShardError(f"{shard}: truncated: {member.name} has {len(block) - BLOCK} of {member.size} bytes; {CURE}")
@@ -200,7 +202,7 @@ def read(shard: Path, member: Member) -> bytes:
     return content
 
 
-def check_header(shard: Path, member: Member, header: bytes) -> None:
+def check_header(shard: Readable, member: Member, header: bytes) -> None:
     """Compare a tar header with what an index says of its member. ShardError where they differ."""
     place = f"{shard}: at byte {member.offset} the index expects {member.name} of {member.size} bytes"
     try:

@@ -9,6 +9,7 @@ from vidit.config import ConfigError, RunConfig
 from vidit.data.catalog import Catalog, Dropped, catalogue
 from vidit.data.curation.table import select_clips
 from vidit.data.loader import Batch, MicroBatches
+from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.fingerprint import Fingerprint, fingerprint
@@ -52,11 +53,12 @@ def read_splits(config: RunConfig) -> Splits:
     and ValueError where a split has no usable clip, ValueError where scores are missing.
     """
     d = config.data
-    chosen = [select_clips(read_index(source.path), (*d.select, *source.select)) for source in d.sources]
+    reach = Reach(d.cache_dir, d.cache_gib, d.stall_s, d.patience_s)
+    chosen = [select_clips(read_index(source.path, reach), (*d.select, *source.select)) for source in d.sources]
     sources: list[Sequence[ClipRef]] = [one.refs for one in chosen]
     validation: Sequence[ClipRef] = ()
     if d.validation:
-        validation = read_index(d.validation)[: d.num_validation]
+        validation = read_index(d.validation, reach)[: d.num_validation]
     elif d.num_validation:
         (refs,) = sources
         if d.num_validation >= len(refs):

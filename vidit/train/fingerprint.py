@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TypedDict
 
-from vidit.data.manifest import MANIFEST
+from vidit.data.manifest import shard_hashes
 from vidit.data.shards import ClipRef
+from vidit.data.storage import Folder
 
 
 class Fingerprint(TypedDict):
@@ -25,19 +25,11 @@ def fingerprint(refs: Sequence[ClipRef]) -> Fingerprint:
 def digest(refs: Iterable[ClipRef]) -> str:
     """SHA-256 over what identifies each clip. A shard with a manifest is known by its hash, captions included."""
     hashed = hashlib.sha256()
-    hashes: dict[Path, dict[str, str]] = {}
+    hashes: dict[Folder, dict[str, str]] = {}
     for ref in refs:
         folder, shard = ref.shard_path.parent, ref.shard_path.name
         if folder not in hashes:
-            hashes[folder] = _shard_hashes(folder)
+            hashes[folder] = shard_hashes(folder)
         row = (shard, hashes[folder].get(shard), ref.key, ref.video_offset, ref.video_size, ref.json_size)
         hashed.update(json.dumps(row).encode())
     return hashed.hexdigest()
-
-
-def _shard_hashes(folder: Path) -> dict[str, str]:
-    """Shard name -> SHA-256, as the manifest has it; empty without one. `read_index` has checked the manifest."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        return {}
-    return {row["name"]: row["sha256"] for row in json.loads(path.read_text(encoding="utf-8"))["shards"]}

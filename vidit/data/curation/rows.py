@@ -69,6 +69,13 @@ class ShardScores:
     duplicates: Duplicates | None = None
 
 
+def shard_of(ref: ClipRef) -> Path:
+    """The tar that a clip lies in, beside which its scores are. ValueError for one behind a URL."""
+    if not isinstance(ref.shard_path, Path):
+        raise ValueError(f"{ref.shard_path}: scores are kept beside local shards only; score and select a local copy")
+    return ref.shard_path
+
+
 def video_of(ref: ClipRef) -> tuple[int, int | None]:
     """What ties a row to its clip."""
     return ref.video_size, ref.video_crc32

@@ -25,6 +25,7 @@ from vidit.data.curation.rows import (
     partial_path,
     read_partial,
     read_shard_scores,
+    shard_of,
     video_of,
     write_shard_scores,
 )
@@ -70,7 +71,7 @@ def score_set(
         raise ValueError(f"plug-ins {' '.join(plugins)}: one is named twice; name each once")
     scorers = {BUILT_IN: "", **{load_plugin(name).scorer: name for name in plugins}}
     refs = read_index(folder)
-    shards = {shard: list(group) for shard, group in itertools.groupby(refs, key=lambda ref: ref.shard_path)}
+    shards = {shard: list(group) for shard, group in itertools.groupby(refs, key=shard_of)}
     with _only_one(folder), full_disk_explained(folder):
         stored = {shard: _stored(shard, group) for shard, group in shards.items()}
         tasks = {shard: _tasks(group, stored[shard], scorers) for shard, group in shards.items()}
@@ -175,7 +176,7 @@ def _score(
 
 def _mark_duplicates(refs: Sequence[ClipRef], stored: dict[Path, ShardScores], max_distance: int) -> None:
     """Fill in ``duplicate_of``; of several copies the one with most pixels is kept, then the first."""
-    found = [(ref, stored[ref.shard_path].rows[ref.key]) for ref in refs]
+    found = [(ref, stored[shard_of(ref)].rows[ref.key]) for ref in refs]
     digest = hashlib.sha256("".join(f"{row.key}\0{row.hash}\n" for _, row in found).encode()).hexdigest()
     hashed = [(ref, row) for ref, row in found if row.hash]
     hashed.sort(key=lambda pair: -pair[0].width * pair[0].height)
@@ -184,6 +185,6 @@ def _mark_duplicates(refs: Sequence[ClipRef], stored: dict[Path, ShardScores], m
         original = None if match is None else hashed[match[0]][1].key
         distance = None if match is None else match[1]
         marked: Row = replace(row, duplicate_of=original, duplicate_distance=distance)
-        stored[ref.shard_path].rows[ref.key] = marked
+        stored[shard_of(ref)].rows[ref.key] = marked
     for scores in stored.values():
         scores.duplicates = Duplicates(max_distance, digest)

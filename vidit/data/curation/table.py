@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vidit.data.curation.rows import Duplicates, Row, read_shard_scores, scores_path, video_of
+from vidit.data.curation.rows import Duplicates, Row, read_shard_scores, scores_path, shard_of, video_of
 from vidit.data.selection import Score, select
 from vidit.data.shards import ClipRef
 
@@ -60,7 +60,7 @@ def _command(refs: Sequence[ClipRef]) -> str:
 
 
 def _rows(refs: Sequence[ClipRef]) -> list[Row]:
-    shards = {ref.shard_path: None for ref in refs}
+    shards = {shard_of(ref): None for ref in refs}
     stored = {}
     for shard in shards:
         if not scores_path(shard).is_file():
@@ -71,7 +71,7 @@ def _rows(refs: Sequence[ClipRef]) -> list[Row]:
         raise ValueError(f"the scores of {refs[0].shard_path.parent} are unfinished; run `{_command(refs)}` again")
     rows = []
     for ref in refs:
-        row = stored[ref.shard_path].rows.get(ref.key)
+        row = stored[shard_of(ref)].rows.get(ref.key)
         if row is None or row.video != video_of(ref):
             raise ValueError(
                 f"the scores beside {ref.shard_path} are not of its clip {ref.key}; run `{_command(refs)}`"
