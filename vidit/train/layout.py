@@ -67,7 +67,7 @@ def own_tokens(config: RunConfig, grid: Window, layer: int, sequence_rank: int) 
     p, tokens = config.parallel, grid[0] * grid[1] * grid[2]
     if p.sequence > 1 and p.sequence_kind == "window":
         return rank_tokens(window_of(config.model, layer), grid, p.sequence)[sequence_rank]
-    for ranks in (p.sequence, p.tensor if p.sharded_norms else 1):
+    for ranks in (p.sequence, p.tensor if p.sharded_norms is True else 1):
         tokens = -(-tokens // ranks)
     return tokens
 

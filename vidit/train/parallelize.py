@@ -76,7 +76,7 @@ def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
         apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads)
     if layout.sequence > 1:
         apply_sequence(dit, plan, mesh, kind_of(config))
-    if layout.tensor > 1 and p.sharded_norms:
+    if layout.tensor > 1 and p.sharded_norms is True:
         cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
         apply_sharded_norms(
             dit, cut, plan.vectors, plan.regions, plan.gather, plan.counted, plan.before, mesh.tensor, layout.sequence
