@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -276,6 +277,28 @@ class TestTrain:
         newest = checkpoint.steps(run_dir / "checkpoints")[-1]
         assert newest >= 4
         assert checkpoint.verify(checkpoint.folder_of(run_dir / "checkpoints", newest))["step"] == newest
+
+    def test_killed_and_resumed_on_more_ranks(
+        self,
+        command: Callable[..., subprocess.Popen[str]],
+        vidit: Callable[..., subprocess.CompletedProcess[str]],
+        config: str,
+        tmp_path: Path,
+    ) -> None:
+        """The clips that 2 ranks of 2 workers and then 3 have consumed are those of one process without a stop."""
+        given = ("train.global_batch=6", "train.micro_batch=1", "data.num_workers=2", "train.checkpoint_every=2")
+        killed, whole = tmp_path / "killed", tmp_path / "whole"
+        process = command("train", config, f"run_dir={killed}", "launch.local=2", "train.steps=400", *given)
+        self.wait_for_step(process, killed, random.Random(11).randint(3, 9))
+        for rank in ranks_under(process.pid):
+            os.kill(rank, signal.SIGKILL)
+        process.communicate(timeout=WAIT_S)
+        steps = f"train.steps={checkpoint.steps(killed / 'checkpoints')[-1] + 4}"
+        for folder, ranks in ((killed, 3), (whole, 1)):
+            done = vidit("train", config, f"run_dir={folder}", f"launch.local={ranks}", steps, *given)
+            assert (done.returncode, done.stderr) == (0, "")
+        one, other = ([(r["step"], r["keys"]) for r in read_metrics(f) if "loss" in r] for f in (killed, whole))
+        assert one == other
 
     @staticmethod
     def wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
