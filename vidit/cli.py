@@ -152,19 +152,28 @@ def config(arguments: argparse.Namespace) -> int:
 
 
 def pack(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from vidit.data.pack import pack
+    from vidit.data.pack_progress import progress
     from vidit.data.pack_report import print_report
 
-    report = pack(
-        Path(arguments.source),
-        Path(arguments.out),
-        captions=Path(arguments.captions) if arguments.captions else None,
-        min_frames=arguments.min_frames,
-        min_side=arguments.min_side,
-        allow_empty_captions=arguments.allow_empty_captions,
-        overwrite=arguments.overwrite,
-        workers=arguments.workers,
-    )
+    with progress(Console()) as watch:
+        report = pack(
+            Path(arguments.source),
+            Path(arguments.out),
+            captions=Path(arguments.captions) if arguments.captions else None,
+            file_column=arguments.file_column,
+            caption_column=arguments.caption_column,
+            clips_per_shard=arguments.clips_per_shard,
+            min_frames=arguments.min_frames,
+            min_side=arguments.min_side,
+            allow_empty_captions=arguments.allow_empty_captions,
+            drop_duplicates=arguments.drop_duplicates,
+            overwrite=arguments.overwrite,
+            workers=arguments.workers,
+            watch=watch,
+        )
     print_report(report)
     return 0
 
@@ -289,15 +298,19 @@ def parser() -> argparse.ArgumentParser:
 
     takes_config(add("train", train, "train a run, or resume the one in its directory"))
     takes_config(add("config", config, "print a resolved run with every derived number, as JSON"))
-    p = add("pack", pack, "check a folder of videos and write it as shards")
-    p.add_argument("source")
-    p.add_argument("out")
-    p.add_argument("--captions", help="JSON lines with file and caption; default SOURCE/clips.jsonl")
+    p = add("pack", pack, "check videos and write them as shards; the same command again goes on after a kill")
+    p.add_argument("source", help="a folder of videos, a .csv .tsv .jsonl or .parquet table, a .tar or folder of tars")
+    p.add_argument("out", help="a new folder")
+    p.add_argument("--captions", help="table for a folder of videos; default SOURCE/clips.jsonl, or a file beside each")
+    p.add_argument("--file-column", help="of a table; default file")
+    p.add_argument("--caption-column", help="of a table, or field of the .json in a tar; default caption")
+    p.add_argument("--clips-per-shard", type=whole(1), default=1000)
     p.add_argument("--min-frames", type=whole(1), default=1)
-    p.add_argument("--min-side", type=whole(1), default=16)
+    p.add_argument("--min-side", type=whole(1), default=16, help="pixels, as shown")
     p.add_argument("--allow-empty-captions", action="store_true")
-    p.add_argument("--workers", type=whole(0), default=2)
-    p.add_argument("--overwrite", action="store_true")
+    p.add_argument("--drop-duplicates", action="store_true", help="keep one of the files with the same bytes")
+    p.add_argument("--workers", type=whole(0), default=2, help="processes that decode")
+    p.add_argument("--overwrite", action="store_true", help="replace the data set in OUT")
     p = add("score", score, "score every clip of a data set for curation, beside its shards")
     p.add_argument("dataset")
     p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")

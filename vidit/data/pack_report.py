@@ -19,6 +19,8 @@ class PackReport:
     """(file, reason)"""
     cleaned: tuple[tuple[str, tuple[str, ...]], ...]
     """(file, what was changed in its caption)"""
+    duplicates: tuple[tuple[str, str], ...]
+    """(file, the first one with the same bytes); kept as well, unless they were to be dropped"""
     captions_without_file: tuple[str, ...]
     num_shards: int
     num_bytes: int
@@ -37,8 +39,8 @@ def print_report(report: PackReport) -> None:
     from rich.table import Table
 
     console = Console()
-    total = Table("kept", "rejected", "captions cleaned", "shards", "MiB", title="vidit pack")
-    counts = (len(report.kept), len(report.rejected), len(report.cleaned), report.num_shards)
+    total = Table("kept", "rejected", "duplicates", "captions cleaned", "shards", "MiB", title="vidit pack")
+    counts = (len(report.kept), len(report.rejected), len(report.duplicates), len(report.cleaned), report.num_shards)
     total.add_row(*map(str, counts), f"{report.num_bytes / 2**20:.1f}")
     console.print(total)
     if report.rejected:
@@ -46,6 +48,11 @@ def print_report(report: PackReport) -> None:
         for name, reason in report.rejected:
             table.add_row(escape(name), escape(reason))
         console.print(table)
+    dropped = {name for name, _ in report.rejected}
+    for name, first in report.duplicates:
+        if name not in dropped:
+            text = f"kept though it has the same bytes as {escape(first)}: {escape(name)}"
+            console.print(text, highlight=False)
     changes = Counter(change for _, names in report.cleaned for change in names)
     for change, count in sorted(changes.items()):
         console.print(f"caption changes: {change} in {count}", highlight=False)

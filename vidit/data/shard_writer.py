@@ -1,8 +1,13 @@
-"""Write clips into tar shards, with an index beside each and a manifest at the end."""
+"""Write clips into tar shards, with an index beside each and a manifest at the end.
+
+Where a shard ends depends on the sizes of the clips alone, so it can be known before a video is read (``is_full``).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -31,12 +36,35 @@ class _Shard:
     facts: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class ShardLimits:
+    """How large a shard grows: up to ``max_clips``, and up to ``max_bytes`` unless one clip alone is larger."""
+
+    max_clips: int = 1000
+    max_bytes: int = 1 << 30
+
+    def is_full(self, num_clips: int, num_bytes: int, more_bytes: int) -> bool:
+        """Whether a shard of so many clips and bytes ends before a clip of ``more_bytes``."""
+        return num_clips >= self.max_clips or (num_clips > 0 and num_bytes + more_bytes > self.max_bytes)
+
+
+def sidecar_text(sidecar: Mapping[str, Any]) -> bytes:
+    """The bytes of a sidecar, the same for the same content. ValueError for what JSON cannot hold."""
+    return json.dumps(dict(sidecar), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def bytes_in_tar(*sizes: int) -> int:
+    """What members of these sizes take up in a tar, headers included."""
+    return sum(BLOCK + padded(size) for size in sizes)
+
+
 class ShardWriter:
     """Writes clips in the order in which they are added; a context manager.
 
     A shard appears under its name when it is whole; the manifest appears on ``close``. After an exception in
     the ``with`` block the unfinished shard and the manifest are not written. Without ``allow_empty_captions``
-    a reader takes an empty caption for a fault of its clip.
+    a reader takes an empty caption for a fault of its clip. With ``resume`` the folder may hold shards of an earlier
+    try: those that are adopted stay, all others are replaced, or removed on ``close``.
     """
 
     def __init__(
@@ -45,22 +73,29 @@ class ShardWriter:
         max_clips_per_shard: int = 1000,
         max_bytes: int = 1 << 30,
         allow_empty_captions: bool = False,
+        resume: bool = False,
     ) -> None:
         if max_clips_per_shard < 1 or max_bytes < 1:
             raise ValueError(f"max_clips_per_shard={max_clips_per_shard}, max_bytes={max_bytes}; use 1 or more")
         out_dir.mkdir(parents=True, exist_ok=True)
         present = sorted(path.name for path in out_dir.iterdir() if is_ours(path.name))
-        if present:
+        if present and not resume:
             raise ShardError(f"{out_dir} already holds {present[0]}; write to an empty folder")
-        self._out_dir, self._max_clips, self._max_bytes = out_dir, max_clips_per_shard, max_bytes
+        self._out_dir, self._limits = out_dir, ShardLimits(max_clips_per_shard, max_bytes)
         self._allow_empty_captions = allow_empty_captions
         self._keys: set[str] = set()
         self._done: list[dict[str, Any]] = []
         self._shard: _Shard | None = None
 
-    def add(self, key: str, video: bytes, sidecar: Mapping[str, Any], suffix: str = "mp4") -> None:
-        """Append one clip. ``sidecar`` needs a ``caption``; a width, height, fps or num_frames that it lacks
-        is probed for the index. Raises ValueError for a bad key, suffix or sidecar, ClipError from the probe.
+    @property
+    def next_path(self) -> Path:
+        """Where the shard that is being written, or else the next one, will lie."""
+        return self._out_dir / f"shard-{len(self._done):06d}.tar"
+
+    def add(self, key: str, video: bytes, sidecar: Mapping[str, Any], suffix: str = "mp4") -> str:
+        """Append one clip and return the SHA-256 of its video. ``sidecar`` needs a ``caption``; a width, height, fps
+        or num_frames that it lacks is probed for the index. Raises ValueError for a bad key, suffix or sidecar,
+        ClipError from the probe.
         """
         if not _KEY.fullmatch(key):
             raise ValueError(f"key {key!r} is not 1 to 90 letters, digits, - and _ starting with no dash")
@@ -70,18 +105,32 @@ class ShardWriter:
             raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES))}")
         if not isinstance(sidecar.get("caption"), str):
             raise ValueError(f"{key}: the sidecar has no caption text")
-        text = json.dumps(dict(sidecar), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+        text = sidecar_text(sidecar)
         facts = facts_of(sidecar, lambda: video)
-        size = sum(BLOCK + padded(len(part)) for part in (video, text))
+        size, digest = bytes_in_tar(len(video), len(text)), hashlib.sha256(video).hexdigest()
         shard = self._room_for(size)
         shard.tar.write({"__key__": key, "json": text, suffix: video})
         shard.facts[key] = facts | {
             "caption_chars": len(sidecar["caption"]),
             "video_crc32": zlib.crc32(video),
             "json_crc32": zlib.crc32(text),
+            "video_sha256": digest,
         }
         shard.num_bytes += size
         self._keys.add(key)
+        return digest
+
+    def cut(self) -> dict[str, Any]:
+        """End the shard that is being written, which holds a clip or more, and return its row of the manifest."""
+        assert self._shard
+        self._finish(self._shard)
+        return self._done[-1]
+
+    def adopt(self, row: dict[str, Any]) -> None:
+        """Take the shard at ``next_path``, whose row of the manifest this is, as it lies there with its index."""
+        assert self._shard is None
+        assert row["name"] == self.next_path.name
+        self._done.append(row)
 
     def close(self) -> dict[str, Any]:
         """Finish the last shard, write the manifest and return it. Raises ValueError if no clip was added."""
@@ -89,6 +138,8 @@ class ShardWriter:
             self._finish(self._shard)
         if not self._done:
             raise ValueError(f"no clip was added, so {self._out_dir} would be an empty data set")
+        for path in sorted(self._out_dir.glob("shard-*"))[2 * len(self._done) :]:
+            path.unlink()
         return write_manifest(self._out_dir, self._done, self._allow_empty_captions)
 
     def __enter__(self) -> Self:
@@ -106,7 +157,7 @@ class ShardWriter:
 
     def _room_for(self, size: int) -> _Shard:
         shard = self._shard
-        if shard and (len(shard.facts) >= self._max_clips or shard.num_bytes + size > self._max_bytes):
+        if shard and self._limits.is_full(len(shard.facts), shard.num_bytes, size):
             self._finish(shard)
             shard = None
         return shard or self._start()
@@ -115,7 +166,7 @@ class ShardWriter:
         # Imported here because it costs a second, which a reader has no use for.
         from webdataset import TarWriter
 
-        path = self._out_dir / f"shard-{len(self._done):06d}.tar"
+        path = self.next_path
         partial = path.with_name(f".{path.name}.partial")
         file = partial.open("wb")
         # An open file, so that no name is ever taken for a `pipe:` command.
@@ -125,6 +176,8 @@ class ShardWriter:
 
     def _finish(self, shard: _Shard) -> None:
         shard.tar.close()
+        shard.file.flush()
+        os.fsync(shard.file.fileno())
         shard.file.close()
         # The reader's own scan gives the offsets, so what was written is proven readable before it is named.
         rows = []

@@ -4,9 +4,9 @@ A data set is a folder of WebDataset tars, ``shard-000000.tar`` and so on, each 
 ``<key>.json`` (the sidecar, with the caption) and ``<key>.mp4`` (or another allow-listed suffix). Beside each
 tar lies ``shard-000000.index.jsonl``, one row a clip, and at the end ``dataset.json`` names every shard with
 its size and SHA-256. The tars are a pure function of what was added, byte for byte, so a hash identifies a
-data set. The index holds the CRC-32 of what was added, and each read is compared with it. Tars made by others,
-without index or manifest and with ``.txt`` captions, are read as well, unchecked. A data set may also lie behind a
-URL (``vidit/data/storage.py``), then with index and manifest.
+data set. The index holds the CRC-32 of what was added, with which each read is compared, and the SHA-256 of each
+video. Tars made by others, without index or manifest and with ``.txt`` captions, are read as well, unchecked. A data
+set may also lie behind a URL (``vidit/data/storage.py``), then with index and manifest.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -67,12 +68,16 @@ class ClipRef:
     caption_suffix: str = "json"
     video_crc32: int | None = None
     json_crc32: int | None = None
+    video_sha256: str | None = None
+    """In hexadecimal digits; None where the index has none. Two clips with the same one are the same file."""
     allow_empty_caption: bool = False
     """Whether its data set was packed with empty captions on purpose; the manifest says so, not the index."""
 
 
 _NOT_IN_INDEX = {"shard_path", "allow_empty_caption"}
 _CRCS = {"video_crc32", "json_crc32"}
+_OPTIONAL = _CRCS | {"video_sha256"}
+"""What an index that an earlier version wrote may lack."""
 Dataset = tuple[ClipRef, ...]
 
 
@@ -206,6 +211,10 @@ def _is_rate(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
+def _is_sha256(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value))
+
+
 def facts_of(sidecar: Mapping[str, Any], read_video: Callable[[], bytes]) -> dict[str, Any]:
     """Length, rate and size of a clip, from its sidecar if all are there, else from the video. ClipError."""
     counts = ("num_frames", "width", "height")
@@ -245,13 +254,14 @@ def _parsed(shard: File, line: str, place: str) -> ClipRef:
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{place} is not JSON: {error}; delete the index, or {CURE}") from error
     expected = {item.name for item in fields(ClipRef)} - _NOT_IN_INDEX
-    if not isinstance(row, dict) or set(row) not in (expected, expected - _CRCS):
+    if not isinstance(row, dict) or not expected - _OPTIONAL <= set(row) <= expected:
         raise ShardError(f"{place} does not have the fields {' '.join(sorted(expected))}; {CURE}")
     counts = {"video_offset": 512, "json_offset": 512, "num_frames": 1, "width": 1, "height": 1}
     counts |= {"video_size": 0, "json_size": 0, "caption_chars": 0} | dict.fromkeys(_CRCS & set(row), 0)
     wrong = [name for name, least in counts.items() if not _is_count(row[name], least)]
     wrong += [] if _is_rate(row["fps"]) else ["fps"]
     wrong += [] if isinstance(row["key"], str) and row["key"] else ["key"]
+    wrong += [] if _is_sha256(row.get("video_sha256", "0" * 64)) else ["video_sha256"]
     wrong += [] if row["video_suffix"] in VIDEO_SUFFIXES else ["video_suffix"]
     wrong += [] if row["caption_suffix"] in CAPTION_SUFFIXES else ["caption_suffix"]
     if wrong:

@@ -1,91 +1,52 @@
-"""The videos of a folder and the captions that belong to them, from a list or from a file beside each."""
+"""Where videos to pack come from: a folder, a table, or tars; the one place that tells them apart."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from vidit.data.tar import VIDEO_SUFFIXES, Limits
-
-_MAX_KEY_CHARS = 80
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One video file and the caption that was found for it."""
-
-    path: Path
-    name: str
-    key: str
-    caption: bytes | str | None
-    origin: dict[str, Any]
+from vidit.data.candidates import Found
+from vidit.data.caption_table import TABLES, Columns, read_table
+from vidit.data.source_folder import files_below, find_in_folder
+from vidit.data.source_table import find_in_table
+from vidit.data.source_tars import find_in_tars
+from vidit.data.tar import VIDEO_SUFFIXES
 
 
-def caption_rows(source: Path, captions: Path | None) -> dict[str, dict[str, Any]]:
-    """File name -> row of the caption list."""
-    path = captions or source / "clips.jsonl"
-    if not path.is_file():
-        if captions:
-            raise ValueError(f"{captions} is not a file; name a list of captions, one JSON object a line")
-        return {}
-    rows: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8", "replace"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-            raise ValueError(f"{path}, line {number} has no `file`; give each line `file` and `caption`")
-        name = Path(row["file"]).as_posix()
-        if name in rows:
-            raise ValueError(f"{path}, line {number}: {name} was captioned before; give one line a file")
-        rows[name] = row
-    return rows
+def find(source: Path, captions: Path | None = None, columns: Columns | None = None) -> Found:
+    """Every video of ``source`` with what belongs to it.
+
+    ``source`` is a folder of videos, whose captions stand in ``captions`` (default: its ``clips.jsonl``) or beside
+    each video; a table of files and captions; a tar, or a folder of them. Raises ValueError for what is none of
+    these, for a malformed table, and for a choice of columns or captions that the source has no use for.
+    """
+    columns = columns or Columns()
+    if source.is_dir():
+        tars = files_below(source, frozenset({"tar"}))
+        if not tars:
+            return _find_with_captions(source, captions, columns)
+        if files_below(source, VIDEO_SUFFIXES):
+            raise ValueError(f"{source} holds both tars and videos; pack them one after the other, from two folders")
+        _refuse(source, captions=captions, file_column=columns.file)
+        return find_in_tars(source, tars, columns)
+    if source.suffix.lower() == ".tar" and source.is_file():
+        _refuse(source, captions=captions, file_column=columns.file)
+        return find_in_tars(source.parent, [source], columns)
+    if source.suffix.lower() in TABLES and source.is_file():
+        _refuse(source, captions=captions)
+        return find_in_table(source, columns)
+    raise ValueError(f"{source} is not a folder, nor a file that ends in one of {' '.join(TABLES)} .tar")
 
 
-def find_sources(source: Path, rows: dict[str, dict[str, Any]]) -> list[Source]:
-    """All videos below a folder, sorted by key; hidden files are editors' and file systems' litter."""
-    paths = [path for path in source.rglob("*") if path.suffix[1:].lower() in VIDEO_SUFFIXES and path.is_file()]
-    names = {path: path.relative_to(source) for path in paths}
-    names = {path: name for path, name in names.items() if not any(part[0] == "." for part in name.parts)}
-    plain = Counter(_plain_key(name) for name in names.values())
-    found = []
-    for path, name in names.items():
-        key = _plain_key(name)
-        # A key that had to be changed, or that two files share, is told apart by a hash of the name.
-        if plain[key] > 1 or key != name.with_suffix("").as_posix():
-            digest = hashlib.sha256(name.as_posix().encode("utf-8", "surrogateescape")).hexdigest()
-            key = f"{key}-{digest[:8]}"
-        found.append(Source(path, name.as_posix(), key, *_caption_of(path, rows.get(name.as_posix()))))
-    return sorted(found, key=lambda item: item.key)
+def _find_with_captions(folder: Path, captions: Path | None, columns: Columns) -> Found:
+    path = captions or folder / "clips.jsonl"
+    if captions or path.is_file():
+        return find_in_folder(folder, read_table(path, columns))
+    _refuse(folder, file_column=columns.file, caption_column=columns.caption)
+    return find_in_folder(folder, {})
 
 
-def _plain_key(name: Path) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name.with_suffix("").as_posix()).lstrip("_-")[:_MAX_KEY_CHARS] or "clip"
-
-
-def _caption_of(video: Path, row: dict[str, Any] | None) -> tuple[bytes | str | None, dict[str, Any]]:
-    """(caption as found, the other fields that came with it)."""
-    limit = Limits().max_caption_bytes
-    text, sidecar = video.with_suffix(".txt"), video.with_suffix(".json")
-    if row is None and text.is_file():
-        with text.open("rb") as file:
-            return file.read(limit), {}
-    if row is None and sidecar.is_file():
-        try:
-            with sidecar.open("rb") as file:
-                row = json.loads(file.read(limit).decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return None, {}
-    if not isinstance(row, dict):
-        return None, {}
-    caption = row.get("caption")
-    origin = {name: value for name, value in row.items() if name not in ("caption", "file")}
-    return caption if isinstance(caption, str) else None, origin
+def _refuse(source: Path, **options: object) -> None:
+    for name, value in options.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value} has no effect: captions of {source} do not come from such a table")

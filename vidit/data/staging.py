@@ -1,12 +1,13 @@
 """A folder beside the final one, which a data set is written to and moved from when it is whole.
 
-Its name is fixed, so that what a killed process left is found and removed by the next one; a lock in it keeps
-two processes that write the same data set apart.
+Its name is fixed, so that what a killed process left is found by the next one, which goes on from there or removes
+it; a lock in it keeps two processes that write the same data set apart.
 """
 
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +23,8 @@ from vidit.data.manifest import MANIFEST, is_ours, sha256_of
 from vidit.data.pack_report import REPORT
 from vidit.whole_file import full_disk_explained
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -30,6 +33,11 @@ class Stage:
     folder: Path
     out: Path
     overwrite: bool
+
+    @property
+    def journal(self) -> Path:
+        """A file for what a later process needs to know to go on."""
+        return self.folder.parent / "journal.jsonl"
 
     def publish(self) -> bool:
         """Move everything into place; True if ``out`` had the same shards and keeps them."""
@@ -40,7 +48,7 @@ class Stage:
             if (self.folder / REPORT).exists():
                 (self.folder / REPORT).replace(self.out / REPORT)
             return True
-        if held and not self.overwrite:
+        if held and not self.overwrite and not self._is_half_moved(held):
             raise ValueError(f"{self.out} holds another data set; write elsewhere, or overwrite it on purpose")
         # The new manifest comes first: until every shard that it names is there, readers refuse the folder.
         new.replace(old)
@@ -51,18 +59,29 @@ class Stage:
             path.replace(self.out / path.name)
         return False
 
+    def discard(self) -> None:
+        """Keep nothing for a later process."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.journal.unlink(missing_ok=True)
+
     def _same_shards(self) -> bool:
-        return all(
-            (self.out / path.name).is_file() and sha256_of(self.out / path.name) == sha256_of(path)
-            for path in self.folder.iterdir()
-            if path.name != REPORT
-        )
+        return all(self._is_same(path.name) for path in self.folder.iterdir() if path.name != REPORT)
+
+    def _is_half_moved(self, held: list[Path]) -> bool:
+        """Whether ``out`` holds this data set less what a process that died had not moved yet."""
+        return (self.out / MANIFEST) in held and all(self._is_same(path.name) for path in held if path.name != REPORT)
+
+    def _is_same(self, name: str) -> bool:
+        there, here = self.out / name, self.folder / name
+        return there.is_file() and here.is_file() and sha256_of(there) == sha256_of(here)
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool) -> Iterator[Stage]:
+def staged(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Stage]:
     """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal.
 
+    With ``resume`` it holds what an earlier process left, and is removed when all went well; else it stays, unless
+    it was discarded.
     Raises ValueError for an ``out`` with other content, RuntimeError while another process writes it.
     """
     foreign = sorted(path.name for path in out.iterdir() if not _may_be_here(path.name)) if out.exists() else []
@@ -71,13 +90,22 @@ def staged(out: Path, overwrite: bool) -> Iterator[Stage]:
     final = out.resolve()
     root = final.parent / f".{final.name}.partial"
     with _leaving_on_sigterm(), full_disk_explained(out), _locked(root, out):
-        folder = root / "data"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        stage = Stage(root / "data", out, overwrite)
+        if not resume:
+            stage.discard()
+        stage.folder.mkdir(exist_ok=True)
+        for path in stage.folder.iterdir():
+            if path.name.startswith(".") or path.name in (MANIFEST, REPORT):
+                path.unlink()
         try:
-            yield Stage(folder, out, overwrite)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            yield stage
+        except BaseException:
+            if not resume:
+                stage.discard()
+            elif stage.journal.exists():
+                log.warning("%s keeps what was done; the same command goes on from there, or delete it", root)
+            raise
+        stage.discard()
 
 
 @contextmanager

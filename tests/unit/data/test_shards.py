@@ -80,7 +80,9 @@ class TestRoundTrip:
         data = read_index(tmp_path)
         for path in tmp_path.glob("*.jsonl"):
             path.unlink()
-        assert read_index(tmp_path) == tuple(replace(ref, video_crc32=None, json_crc32=None) for ref in data)
+        assert read_index(tmp_path) == tuple(
+            replace(ref, video_crc32=None, json_crc32=None, video_sha256=None) for ref in data
+        )
 
     def test_the_index_holds_the_crc_of_what_was_added(self, tmp_path: Path) -> None:
         write(tmp_path)
@@ -88,15 +90,17 @@ class TestRoundTrip:
             assert ref.video_crc32 == zlib.crc32(video_of(index))
             caption = ref.shard_path.read_bytes()[ref.json_offset : ref.json_offset + ref.json_size]
             assert ref.json_crc32 == zlib.crc32(caption)
+            assert ref.video_sha256 == hashlib.sha256(video_of(index)).hexdigest()
 
-    def test_an_index_without_crcs_is_read(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("lacks", [("video_sha256",), ("video_crc32", "json_crc32", "video_sha256")])
+    def test_an_index_of_an_earlier_version_is_read(self, tmp_path: Path, lacks: tuple[str, ...]) -> None:
         write(tmp_path, 2)
         data = read_index(tmp_path)
         path = index_path(tmp_path / "shard-000000.tar")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        bare = [{name: value for name, value in row.items() if "crc" not in name} for row in rows]
+        bare = [{name: value for name, value in row.items() if name not in lacks} for row in rows]
         path.write_text("".join(json.dumps(row) + "\n" for row in bare))
-        assert read_index(tmp_path) == tuple(replace(ref, video_crc32=None, json_crc32=None) for ref in data)
+        assert read_index(tmp_path) == tuple(replace(ref, **dict.fromkeys(lacks)) for ref in data)
         assert [read_clip(ref)[0] for ref in read_index(tmp_path)] == [video_of(0), video_of(1)]
 
     @pytest.mark.parametrize("allowed", [False, True])
@@ -225,6 +229,7 @@ class TestDamage:
             ({"caption_suffix": "pkl"}, "caption_suffix='pkl'"),
             ({"video_crc32": "8"}, "video_crc32='8'"),
             ({"json_crc32": -1}, "json_crc32=-1"),
+            ({"video_sha256": "8"}, "video_sha256='8'"),
             ({"extra": 1}, "does not have the fields"),
         ],
     )

@@ -1,0 +1,50 @@
+"""The videos below a folder, and the captions that belong to them: from a table, or from a file beside each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from vidit.data.candidates import Candidate, Found, place_of, plain_text, with_keys
+from vidit.data.caption_table import Columns, Row, row_of_cells
+from vidit.data.tar import VIDEO_SUFFIXES, Limits
+
+
+def files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    """Files of these suffixes, sorted; hidden ones are editors' and file systems' litter."""
+    paths = [path for path in folder.rglob("*") if path.suffix[1:].lower() in suffixes]
+    return sorted(path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def find_in_folder(folder: Path, rows: Mapping[str, Row]) -> Found:
+    """All videos below a folder; ``rows``: file name, relative to it -> what a table says."""
+    candidates = []
+    for path in files_below(folder, VIDEO_SUFFIXES):
+        place = place_of(path)
+        if place:
+            name = plain_text(path.relative_to(folder).as_posix())
+            row = rows.get(name) or _row_beside(path)
+            candidates.append(Candidate(place, name, "", row.caption, row.origin))
+    if not candidates:
+        raise ValueError(f"{folder} holds no video; suffixes read: {' '.join(sorted(VIDEO_SUFFIXES))}, or tar")
+    unused = tuple(sorted(set(rows) - {item.name for item in candidates}))
+    return Found(with_keys(candidates), captions_without_file=unused)
+
+
+def _row_beside(video: Path) -> Row:
+    """From a .txt, else from a .json of the same stem."""
+    limit = Limits().max_caption_bytes
+    text, sidecar = video.with_suffix(".txt"), video.with_suffix(".json")
+    if text.is_file():
+        with text.open("rb") as file:
+            return Row(file.read(limit), {})
+    if sidecar.is_file():
+        try:
+            with sidecar.open("rb") as file:
+                cells = json.loads(file.read(limit).decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            return Row(None, {})
+        if isinstance(cells, dict):
+            return row_of_cells(cells, Columns())
+    return Row(None, {})
