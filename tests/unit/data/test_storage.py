@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
 import shutil
@@ -129,7 +130,7 @@ class TestRetries:
             assert read_clip(ref) == read_clip(read_index(tiny_clips)[0])
             assert read_clip(ref)[0], "the second, whole answer is what the cache holds"
             web.mischief = lambda path: "flip"
-            with pytest.raises((ClipError, ShardError), match="damaged|not valid"):
+            with pytest.raises((ClipError, ShardError), match=r"damaged|not valid"):
                 read_clip(other)
 
 
@@ -205,7 +206,7 @@ class TestRefused:
             read_index("memory://evil")
 
     def test_a_package_that_is_missing_is_named(self) -> None:
-        if not all(map(__import__, ())) or "s3fs" in fsspec.available_protocols():
+        if importlib.util.find_spec("s3fs"):
             pytest.skip("s3fs is there")
         with pytest.raises(ValueError, match=r's3:// needs the package s3fs: pip install -e "\.\[s3\]"'):
             read_index("s3://bucket/clips")
@@ -225,7 +226,7 @@ class TestRefused:
         system = fsspec.filesystem("memory")
         shard = next(tiny_clips.glob("*.tar"))
         system.pipe_file(f"/clips/{shard.name}", shard.read_bytes() + bytes(512))
-        with pytest.raises(ShardError, match="bytes, dataset.json says"):
+        with pytest.raises(ShardError, match=r"bytes, dataset\.json says"):
             read_index(in_memory)
         with pytest.raises(ShardError, match="exceed the limit"):
             RemoteFile(folder_of("memory://clips", Reach()), shard.name).read_range(0, 1 << 40)  # type: ignore[arg-type]
