@@ -106,8 +106,13 @@ class HttpSource:
         headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=stall_s, sock_read=stall_s)
         session = await self.system.set_session()
+        patience = stall_s + (last + 1 - first) / LEAST_RATE
         try:
-            async with session.get(url, headers=headers, timeout=timeout, max_redirects=_MAX_REDIRECTS) as response:
+            # The client's own time-outs are for each byte; this one ends a try whatever it waits for.
+            async with (
+                asyncio.timeout(patience),
+                session.get(url, headers=headers, timeout=timeout, max_redirects=_MAX_REDIRECTS) as response,
+            ):
                 _check_answer(url, response, first, last)
                 yield response
         except (
@@ -116,7 +121,7 @@ class HttpSource:
         ) as error:  # fmt: skip
             raise ShardError(f"{url} cannot be opened: {_words(error)}; correct the address or the server") from error
         except TimeoutError as error:
-            raise TransientError(f"nothing came for {stall_s:.3g} s") from error
+            raise TransientError(f"nothing came for {stall_s:.3g} s, or not all in {patience:.3g} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise TransientError(_words(error)) from error
 

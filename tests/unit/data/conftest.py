@@ -38,6 +38,7 @@ class WebServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # head and content in one packet: each in its own waits 40 ms for the other's acknowledgement
     web: WebServer
 
     def log_message(self, *_: object) -> None:
@@ -87,6 +88,7 @@ class Handler(BaseHTTPRequestHandler):
         if fate == "flip" and content:
             content = content[:-1] + bytes([content[-1] ^ 1])
         self.wfile.write(content)
+        self.wfile.flush()
 
 
 class Quiet(ThreadingHTTPServer):
