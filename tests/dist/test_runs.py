@@ -186,10 +186,10 @@ def start_with_other_clips(config: RunConfig) -> bool:
     """As `start`; a clip that tensor rank 0 reads cannot be read by rank 1."""
     decode, calls = MicroBatches.decode, itertools.count()
 
-    def broken(self: MicroBatches, ref: Any, name: str = "", image: bool = False) -> Any:
+    def broken(self: MicroBatches, ref: Any, name: str = "", *rest: Any) -> Any:
         if dist.get_rank() == 1 and name == "clips/1" and next(calls) == 0:
             raise ClipError("not readable here")
-        return decode(self, ref, name, image)
+        return decode(self, ref, name, *rest)
 
     with patch.object(MicroBatches, "decode", broken):
         return start(config)
