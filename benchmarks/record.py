@@ -15,5 +15,8 @@ def write_result(question: str, answer: Mapping[str, Any]) -> Path:
     """Write benchmarks/results/YYYY-MM-DD-<question>.json; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{datetime.now(UTC).date().isoformat()}-{question}.json"
-    path.write_text(json.dumps({**answer, "environment": environment()}, indent=1) + "\n")
+    measured_in = environment()
+    # Where things lie on the machine is nobody's business: of a whole path the last name is kept.
+    measured_in["command"] = [Path(word).name if Path(word).is_absolute() else word for word in measured_in["command"]]
+    path.write_text(json.dumps({**answer, "environment": measured_in}, indent=1) + "\n")
     return path
