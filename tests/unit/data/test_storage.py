@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vidit.config import RunConfig
+from vidit.data.catalog import Catalog
 from vidit.data.limits import ClipError, ShardError, StorageError
 from vidit.data.loader import MicroBatches, batches
 from vidit.data.remote import Reach, RemoteFile
@@ -58,7 +59,7 @@ class TestEqualToLocal:
         self, serve: Serve, chaos: Any, configure: Callable[..., RunConfig], tiny_clips: Path
     ) -> None:
         config = configure(data={"num_workers": 0})
-        local = list(batches(MicroBatches(config, read_index(tiny_clips), None, 3), 0, 8))
+        local = list(batches(MicroBatches(config, Catalog.plain(read_index(tiny_clips)), None, 3), 0, 8))
         with serve(tiny_clips) as web:
             # An index has no checksum of its own, so that only clips are flipped.
             web.mischief = chaos(3, 0.3, FATES[:-1])
