@@ -65,7 +65,7 @@ class TestEqualToLocal:
             web.mischief = chaos(3, 0.3, FATES[:-1])
             refs = read_index(web.url, QUICK)
             web.mischief = chaos(4, 0.4, FATES[:-1])
-            remote = list(batches(MicroBatches(config, refs, None, 3), 0, 8))
+            remote = list(batches(MicroBatches(config, Catalog.plain(refs), None, 3), 0, 8))
             assert {*FATES[:-1], "ok"} <= set(web.done), "each kind of failure was met"
         assert sum(len(batch.keys) for batch in remote) == 16
         for one, other in zip(local, remote, strict=True):
@@ -118,7 +118,7 @@ class TestRetries:
             refs = read_index(web.url, Reach(stall_s=0.5, patience_s=1.0))
             web.mischief = lambda path: "503"
             with pytest.raises(StorageError, match=r"the last: HTTP 503 .*raise data\.patience_s=1"):
-                list(batches(MicroBatches(configure(data=data), refs, None, 3), 0, 4))
+                list(batches(MicroBatches(configure(data=data), Catalog.plain(refs), None, 3), 0, 4))
 
     def test_damage_on_the_way_is_read_again_and_damage_that_stays_is_the_clips(
         self, serve: Serve, tiny_clips: Path, tmp_path: Path
