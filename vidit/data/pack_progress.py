@@ -49,6 +49,6 @@ def progress(console: Console, log_every_s: float = LOG_EVERY_S) -> Iterator[Wat
         now_s = time.monotonic()
         if now_s - last_s >= log_every_s:
             last_s = now_s
-            console.print(progress_line(tally, now_s - begin_s), markup=False, highlight=False, soft_wrap=True)
+            print(progress_line(tally, now_s - begin_s), file=console.file, flush=True)
 
     yield log
