@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,8 @@ def test_there_are_commands() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md, VIDEOS, and a
-    trained runs/clips.
+    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md; VIDEOS, as tables and
+    tars too; and a trained runs/clips.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py")):
@@ -46,6 +47,12 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
         scene = sample_scene(0, index, "train")
         (folder / "VIDEOS" / f"{index}.mp4").write_bytes(encode_mp4(render(scene), float(scene.fps)))
         (folder / "VIDEOS" / f"{index}.txt").write_text(caption(scene))
+    (folder / "clips.csv").write_text("path,text\nVIDEOS/0.mp4,one\nVIDEOS/1.mp4,two\n")
+    (folder / "names.csv").write_text("path,text\n0.mp4,one\n1.mp4,two\n")
+    (folder / "TARS").mkdir()
+    with tarfile.open(folder / "TARS" / "00000.tar", "w") as tar:
+        for name in ("0.mp4", "0.txt", "1.mp4", "1.txt"):
+            tar.add(folder / "VIDEOS" / name, name)
     assert run(configure(folder / "runs" / "clips", train={"steps": 2}, sample={"prompts": ()}))
     return folder
 

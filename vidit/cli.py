@@ -152,13 +152,11 @@ def config(arguments: argparse.Namespace) -> int:
 
 
 def pack(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from vidit.data.pack import pack
     from vidit.data.pack_progress import progress
     from vidit.data.pack_report import print_report
 
-    with progress(Console()) as watch:
+    with progress() as watch:
         report = pack(
             Path(arguments.source),
             Path(arguments.out),

@@ -27,10 +27,12 @@ def progress_line(tally: Tally, elapsed_s: float) -> str:
 
 
 @contextmanager
-def progress(console: Console, log_every_s: float = LOG_EVERY_S) -> Iterator[Watch]:
-    """What ``pack`` calls after each file: moves a bar where ``console`` is a terminal, else prints lines."""
+def progress(console: Console | None = None, log_every_s: float = LOG_EVERY_S) -> Iterator[Watch]:
+    """What ``pack`` calls after each file: moves a bar where ``console``, by default stdout, is a terminal, else prints lines."""
+    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
+    console = console or Console()
     begin_s = time.monotonic()
     if console.is_terminal:
         with Progress(BarColumn(None), TextColumn("{task.description}"), console=console, transient=True) as bar:
@@ -49,6 +51,6 @@ def progress(console: Console, log_every_s: float = LOG_EVERY_S) -> Iterator[Wat
         now_s = time.monotonic()
         if now_s - last_s >= log_every_s:
             last_s = now_s
-            print(progress_line(tally, now_s - begin_s), file=console.file, flush=True)
+            console.print(progress_line(tally, now_s - begin_s), highlight=False, soft_wrap=True)
 
     yield log
