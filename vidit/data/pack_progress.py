@@ -28,7 +28,7 @@ def progress_line(tally: Tally, elapsed_s: float) -> str:
 
 @contextmanager
 def progress(console: Console | None = None, log_every_s: float = LOG_EVERY_S) -> Iterator[Watch]:
-    """What ``pack`` calls after each file: moves a bar where ``console``, by default stdout, is a terminal, else prints lines."""
+    """What ``pack`` calls after each file: moves a bar where ``console`` (stdout) is a terminal, else prints lines."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
 
