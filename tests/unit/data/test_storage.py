@@ -22,8 +22,6 @@ from vidit.data.loader import MicroBatches, batches
 from vidit.data.remote import Reach, RemoteFile
 from vidit.data.shards import ClipRef, expect_clips, read_clip, read_index
 from vidit.data.storage import folder_of
-from vidit.train.fingerprint import fingerprint
-from vidit.train.run import run
 
 Serve = Callable[[Path], Any]
 QUICK = Reach(stall_s=0.3, patience_s=20)
@@ -52,7 +50,6 @@ class TestEqualToLocal:
         local, remote = read_index(tiny_clips), read_index(in_memory)
         assert spread(remote) == spread(local)
         assert [read_clip(ref) for ref in remote] == [read_clip(ref) for ref in local]
-        assert fingerprint(remote) == fingerprint(local)
         assert pickle.loads(pickle.dumps(remote)) == remote
 
     def test_an_epoch_over_a_bad_line(
@@ -72,28 +69,13 @@ class TestEqualToLocal:
             assert (one.keys, one.rows, other.skipped) == (other.keys, other.rows, [])
             assert torch.equal(one.clips.pixels, other.clips.pixels)
 
-    def test_a_run_by_http_in_worker_processes_has_the_losses_of_a_local_one(
-        self, serve: Serve, chaos: Any, configure: Callable[..., RunConfig], tiny_clips: Path, tmp_path: Path
-    ) -> None:
-        losses = []
-        with serve(tiny_clips) as web:
-            web.mischief = chaos(5, 0.2, ("drop", "truncate", "503"))
-            for name, place in (("local", {}), ("http", {"train": web.url, "cache_dir": str(tmp_path / "cache")})):
-                folder = tmp_path / name
-                assert run(configure(folder, data={"num_workers": 1, **place}, sample={"prompts": ()}))
-                rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-                losses.append([{k: v for k, v in row.items() if "loss" in k or k == "keys"} for row in rows])
-            assert any(name.endswith(".tar") for name, _, _ in web.asked)
-        assert losses[0] == losses[1]
-        assert len(losses[0]) >= 6
-
 
 class TestRetries:
     def test_a_broken_answer_goes_on_where_it_broke_off(self, serve: Serve, tmp_path: Path) -> None:
         (tmp_path / "a.tar").write_bytes(bytes(range(256)) * 64)
         with serve(tmp_path) as web:
             fates = iter(["truncate", "truncate", "ok"])
-            web.mischief = lambda path: next(fates)
+            web.mischief = lambda path: next(fates, "ok")
             folder = folder_of(web.url, QUICK)
             assert (folder / "a.tar").read_range(100, 8000) == (tmp_path / "a.tar").read_bytes()[100:8100]
             assert web.asked == [("a.tar", 100, 8099), ("a.tar", 4100, 8099), ("a.tar", 6100, 8099)]
@@ -124,10 +106,10 @@ class TestRetries:
         self, serve: Serve, tiny_clips: Path, tmp_path: Path
     ) -> None:
         with serve(tiny_clips) as web:
-            reach = Reach(cache_dir=str(tmp_path), stall_s=1, patience_s=5)
+            reach = Reach(cache_dir=str(tmp_path), stall_s=10, patience_s=60)
             ref, other = read_index(web.url, reach)[:2]
             fates = iter(["flip", "ok"])
-            web.mischief = lambda path: next(fates)
+            web.mischief = lambda path: next(fates, "ok")
             assert read_clip(ref) == read_clip(read_index(tiny_clips)[0])
             assert read_clip(ref)[0], "the second, whole answer is what the cache holds"
             web.mischief = lambda path: "flip"
@@ -137,7 +119,7 @@ class TestRetries:
 
 class TestCache:
     def test_what_was_read_once_is_not_asked_for_again(self, serve: Serve, tiny_clips: Path, tmp_path: Path) -> None:
-        reach = Reach(cache_dir=str(tmp_path), stall_s=1, patience_s=5)
+        reach = Reach(cache_dir=str(tmp_path), stall_s=10, patience_s=60)
         with serve(tiny_clips) as web:
             first = [read_clip(ref) for ref in read_index(web.url, reach)]
             web.asked.clear()
@@ -145,7 +127,7 @@ class TestCache:
             assert {name for name, _, _ in web.asked} == {"dataset.json"}, "which tells whether all is as it was"
 
     def test_a_data_set_that_was_packed_anew_is_noticed(self, serve: Serve, tiny_clips: Path, tmp_path: Path) -> None:
-        reach = Reach(cache_dir=str(tmp_path / "cache"), stall_s=1, patience_s=5)
+        reach = Reach(cache_dir=str(tmp_path / "cache"), stall_s=10, patience_s=60)
         shutil.copytree(tiny_clips, tmp_path / "set")
         with serve(tmp_path / "set") as web:
             before = read_index(web.url, reach)
