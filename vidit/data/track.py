@@ -17,6 +17,7 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -109,7 +110,7 @@ class Track:
     def _packets(self) -> Iterator[PacketTimes]:
         num_packets = 0
         try:
-            for packet in self.container.demux(self.stream):
+            for packet in self._demuxed():
                 self.check_deadline()
                 if packet.size == 0:
                     continue
@@ -122,6 +123,14 @@ class Track:
                     yield PacketTimes(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
         except _FAULTS as error:
             raise _clip_error(f"truncated or damaged after packet {num_packets}", error) from error
+
+    def _demuxed(self) -> Iterator[Packet[VideoStream]]:
+        """The track's packets, from where the file stands.
+
+        PyAV frees a packet when its iterator is closed, not when it is dropped: 150 bytes of every clip that is not
+        read to its end. ``yield from`` closes it.
+        """
+        yield from self.container.demux(self.stream)
 
     def _check_complete(self, num_packets: int, duration_s: float) -> None:
         num_listed = len(self.stream.index_entries)
@@ -149,7 +158,7 @@ class Track:
         can_skip = bool(wanted) and context.name == "h264"
         try:
             self.container.seek(start, stream=self.stream)
-            for number, packet in enumerate(self.container.demux(self.stream)):
+            for number, packet in enumerate(self._demuxed()):
                 self.check_deadline()
                 if wanted and number == 0 and not packet.is_keyframe:
                     return
