@@ -33,8 +33,8 @@ from parallel.failure import read_report
 
 POLL_S = 0.1
 STRAGGLERS_S = 30.0  # as the agent would give its workers
-FORCED = "forcefully exiting"  # as torchrun says of a rank that SIGTERM does not end
-FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+) ")
+FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+) \(pid: (\d+)\)")
+FORCED = re.compile(r"Unable to shutdown process (\d+) via .*, forcefully exiting")  # what SIGTERM did not end
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,9 @@ class Failure(NamedTuple):
 
 def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
     """The cause among all that the ranks reported and the agent saw: the first report, or a rank without one."""
-    codes = {int(rank): int(code) for rank, code in FAILURE.findall(agent_log)}
+    seen = FAILURE.findall(agent_log)
+    codes = {int(rank): int(code) for rank, code, _ in seen}
+    forced = {int(rank) for rank, _, process in seen if process in FORCED.findall(agent_log)}
     paths = sorted(folder.glob("torch/*/attempt_*/*/error.json"))
     found = [(path.parent.name, report) for path in paths if (report := read_report(path))]
     # What a rank says of itself comes before what others say of it, and that in the order of time.
@@ -208,7 +210,7 @@ def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
         told = next((report for report in reports if report.rank in killed), reports[0])
         code = codes.get(told.rank, 1) if told.rank is not None else 1
         how = f"{_how(code)}: " if told.rank in killed else ""
-        if how and FORCED in agent_log:
+        if told.rank in forced:
             how = "did not leave when asked, so it was killed: "
         return Failure(told.rank, how + told.message, _code(code), told.trace)
     for rank in [*killed, *codes]:

@@ -289,6 +289,11 @@ class Source(Section):
     weight: float = Field(gt=0, description="share of the clips drawn, next to the weights of the others")
     select: tuple[str, ...] = Field((), description="rules over its scores, besides those of data.select")
 
+    @property
+    def name(self) -> str:
+        """What records put before the keys of its clips."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
 
 class Data(Section):
     """Clips: where they are and how they are cut."""

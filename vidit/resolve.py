@@ -179,6 +179,11 @@ def _input_faults(c: RunConfig) -> Iterator[str]:
         yield f"data.train={c.data.train} and data.mixture are two ways to say the same; give one"
     if c.data.mixture and not c.data.validation and c.data.num_validation:
         yield "data.mixture has no last clips to validate on; give a folder as data.validation, or num_validation=0"
+    if c.data.mixture and c.data.cache_latents:
+        yield "data.cache_latents=true keeps the clips of one data set, data.mixture draws from several; leave one out"
+    names = list({source.path: source.name for source in c.data.mixture}.values())
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.mixture holds {names.count(name)} folders named {name}, which tells their clips apart; rename one"
     paths = [source.path for source in c.data.mixture]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         yield f"data.mixture names {path} {paths.count(path)} times; give it once, with the sum of the weights"

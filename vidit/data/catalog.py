@@ -82,7 +82,7 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     labels: tuple[str, ...] = ("",)
     if len(sources) > 1:
         weights = tuple(one.weight for one in d.sources)
-        labels = tuple(f"{one.path.rstrip('/').rpartition('/')[2]}/" for one in d.sources)
+        labels = tuple(f"{one.name}/" for one in d.sources)
     shapes, frames = d.shapes, np.array([_available(ref, d.fps) for ref in refs], np.int64)
     width, height = (np.array([getattr(ref, side) for ref in refs], np.int64) for side in ("width", "height"))
     names = [labels[of] + ref.key for of, ref in zip(source.tolist(), refs, strict=True)]

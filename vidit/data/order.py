@@ -7,7 +7,7 @@ blocks of fixed counts. Both answer in O(1): a run resumes at any place without 
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,9 @@ from vidit import keys
 BLOCK = 4096
 
 
-@functools.lru_cache(maxsize=64)
 def epoch_order(seed: int, stream: str, epoch: int, num_clips: int) -> NDArray[np.int64]:
     """The permutation of `num_clips` clips in one epoch."""
     return keys.generator(seed, "order", stream, epoch).permutation(num_clips)
-
-
-def clip_at(seed: int, stream: str, place: int, num_clips: int) -> int:
-    """The clip at a place of the endless stream."""
-    epoch, offset = divmod(place, num_clips)
-    return int(epoch_order(seed, stream, epoch, num_clips)[offset])
 
 
 def substitute(seed: int, place: int, attempt: int, num_clips: int) -> int:
@@ -92,20 +85,22 @@ class ClipOrder:
     stream: str
     parts: tuple[NDArray[np.int64], ...]
     weights: tuple[float, ...] = (1.0,)
+    _epochs: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, compare=False, repr=False)
+    """The epoch that each part was last asked for: of large data sets a permutation is large."""
 
     @functools.cached_property
     def shares(self) -> Shares:
         return Shares(self.seed, f"{self.stream}/data sets", counts_of(self.weights))
 
-    @functools.cached_property
-    def num_clips(self) -> int:
-        return sum(map(len, self.parts))
-
     def at(self, place: int) -> int:
         """The number of the clip at a place of the endless stream."""
         part, nth = self.shares.at(place)
-        stream = self.stream if len(self.parts) == 1 else f"{self.stream}/{part}"
-        return int(self.parts[part][clip_at(self.seed, stream, nth, len(self.parts[part]))])
+        clips = self.parts[part]
+        epoch, offset = divmod(nth, len(clips))
+        if self._epochs.get(part, (-1,))[0] != epoch:
+            stream = self.stream if len(self.parts) == 1 else f"{self.stream}/{part}"
+            self._epochs[part] = epoch, epoch_order(self.seed, stream, epoch, len(clips))
+        return int(clips[self._epochs[part][1][offset]])
 
     def instead(self, place: int, attempt: int) -> int:
         """The number of the clip that stands in for the one at a place: of the same bucket and data set."""

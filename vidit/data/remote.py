@@ -1,6 +1,6 @@
 """Remote files as the reader of shards sees them: byte ranges, tried until they come, cached, fetched early.
 
-A ``RemoteFolder`` reads through a ``Source`` (one try), ``persist`` (many) and a ``RangeCache`` (none). The key of
+A ``RemoteFolder`` reads through a ``Transport`` (one try), ``persist`` (many) and a ``RangeCache`` (none). The key of
 a cached range holds the SHA-256 of the data set's manifest, so that a data set which was packed anew is another
 one. All requests of a process run in fsspec's thread for network traffic, at most ``STREAMS`` of a folder at once.
 Folders and files are values: they can be pickled and compared, and each process opens its own connections.
@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from vidit.data.limits import ShardError
 from vidit.data.range_cache import RangeCache
 from vidit.data.retries import persist
-from vidit.data.source import Source, source_of
+from vidit.data.transports import Transport, transport_of
 
 STREAMS = 16
 """Requests that one process makes of one folder at a time: a latency of 50 ms then costs 3 ms a clip."""
@@ -71,8 +71,8 @@ class RemoteFolder:
         return hashlib.sha256(self.manifest.encode()).hexdigest() if self.manifest else ""
 
     @cached_property
-    def _source(self) -> Source:
-        return source_of(self.url)
+    def _transport(self) -> Transport:
+        return transport_of(self.url)
 
     @cached_property
     def _cache(self) -> RangeCache | None:
@@ -119,7 +119,7 @@ class RemoteFolder:
         from fsspec.asyn import get_loop  # here, since a run on local files needs none of this
 
         # Opened by the caller: some file systems log in, and wait, when they are made.
-        _ = self._source, self._cache
+        _ = self._transport, self._cache
         return asyncio.run_coroutine_threadsafe(work(*arguments), get_loop())
 
     async def _read(self, span: Span, fresh: bool) -> bytes:
@@ -131,7 +131,7 @@ class RemoteFolder:
         async def fetched() -> bytes:
             got = bytearray()
             await persist(
-                lambda stall_s: self._source.fetch(name, offset, size, got, stall_s),
+                lambda stall_s: self._transport.fetch(name, offset, size, got, stall_s),
                 what, self.reach.stall_s, self.reach.patience_s, lambda: len(got), size,
             )  # fmt: skip
             return bytes(got)
@@ -141,7 +141,7 @@ class RemoteFolder:
     async def _size(self, name: str) -> int:
         async def asked() -> bytes:
             size = await persist(
-                lambda stall_s: self._source.size(name, stall_s),
+                lambda stall_s: self._transport.size(name, stall_s),
                 f"{self.url}/{name}: its size", self.reach.stall_s, self.reach.patience_s,
             )  # fmt: skip
             return b"%d" % size

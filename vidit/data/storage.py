@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vidit.data.limits import ShardError
 from vidit.data.remote import Reach, RemoteFile, RemoteFolder, RemotePart
-from vidit.data.source import check_url
+from vidit.data.transports import check_url
 
 Folder = Path | RemoteFolder
 File = Path | RemoteFile

@@ -94,7 +94,7 @@ class Pairs(NamedTuple):
     unchanged_B: Tensor | None
 
 
-def unchanged(v: Tensor, q: Tensor, k: Tensor, bias_NWW: Tensor | None) -> Tensor:
+def kept_values(v: Tensor, q: Tensor, k: Tensor, bias_NWW: Tensor | None) -> Tensor:
     """The values, with gradients of 0 for the rest, as rows of images have them beside rows of clips.
 
     Ranks that divide parameters sum the gradients of the same ones, whatever clips each of them has.
@@ -129,7 +129,7 @@ class WindowCore(nn.Module):
         text: TextKeys | None = None,
     ) -> Tensor:
         if self.keeps_values(grid):
-            return unchanged(v_BSNK, q_BSNK, k_BSNK, bias_NWW)
+            return kept_values(v_BSNK, q_BSNK, k_BSNK, bias_NWW)
         window = whole_window(self.window, grid.shape)
         q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
         return merge(self.within(q, k, v, grid, bias_NWW, text), window, grid)
@@ -153,7 +153,7 @@ class WindowCore(nn.Module):
         `own` chooses the windows that are here, out of all of the grid in the order of `partition`.
         """
         if self.keeps_values(grid):
-            return unchanged(v_XWNK, q_XWNK, k_XWNK, bias_NWW)
+            return kept_values(v_XWNK, q_XWNK, k_XWNK, bias_NWW)
         window = whole_window(self.window, grid.shape)
         mask = self._own_keys(window, grid, q_XWNK, own)
         k, v = k_XWNK, v_XWNK

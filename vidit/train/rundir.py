@@ -111,11 +111,13 @@ def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
     for key in after:
         if before.get(key) == after[key] or key in FREE or key.startswith(FREE_SECTIONS):
             continue
-        if key == "train.micro_batch" and not new.data.image_rows:  # the rows of a step are the same, cut elsewhere
+        # Without these the rows of a step are the same, cut elsewhere.
+        counted = "data.image_rows" if new.data.image_rows else "data.buckets" if new.data.buckets else ""
+        if key == "train.micro_batch" and not counted:
             continue
         fault = f"{key}: the run has {before.get(key)!r}, this config {after[key]!r}"
         if key == "train.micro_batch":
-            fault += ", and data.image_rows counts the image rows of each micro-batch"
+            fault += f", and {counted} says what each micro-batch holds"
         if key != "train.steps":
             yield fault
         elif new.train.schedule != "constant":

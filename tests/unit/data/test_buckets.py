@@ -110,6 +110,14 @@ def test_rows_cost_about_the_same(configure: Configure) -> None:
         ({"mixture": [{"path": "a", "weight": 1}]}, {}, "two ways to say the same"),
         ({"train": "", "mixture": [{"path": "a", "weight": 1}]}, {}, "has no last clips to validate on"),
         (
+            {"train": "", "num_validation": 0, "mixture": [{"path": p, "weight": 1} for p in ("x/a", "y/a/")]}, {},
+            "holds 2 folders named a",
+        ),
+        (
+            {"train": "", "num_validation": 0, "mixture": [{"path": "a", "weight": 1}], "cache_latents": True}, {},
+            "draws from several",
+        ),
+        (
             {"train": "", "num_validation": 0, "mixture": [{"path": "a", "weight": 1}] * 2}, {},
             "names a 2 times",
         ),

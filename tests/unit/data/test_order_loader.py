@@ -18,7 +18,7 @@ from vidit.config import RunConfig
 from vidit.data.catalog import Catalog, catalogue
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches, batches
-from vidit.data.order import Shares, clip_at, epoch_order, split_places, substitute
+from vidit.data.order import ClipOrder, Shares, epoch_order, split_places, substitute
 from vidit.data.schedule import Schedule
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_index
@@ -65,7 +65,8 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another() -> None:
     assert not np.array_equal(orders[0], orders[1])
     assert not np.array_equal(orders[0], epoch_order(4, "clips", 0, 101))
     assert not np.array_equal(orders[0], epoch_order(3, "images", 0, 101))
-    stream = [clip_at(3, "clips", place, 101) for place in range(303)]
+    order = ClipOrder(3, "clips", (np.arange(101),))
+    stream = [order.at(place) for place in range(303)]
     assert stream == [int(i) for order in orders for i in order]
 
 
@@ -155,7 +156,8 @@ def test_a_broken_clip_is_replaced_and_named(configure: Configure, tmp_path: Pat
     assert len(skipped) >= 4, "two epochs meet both"
     assert all("clip-2" not in batch.keys and "clip-5" not in batch.keys for batch in seen)
     assert all("does not open" in reason for batch in seen for _, reason in batch.skipped)
-    place = next(p for p in range(16) if refs[clip_at(0, "clips", p, 8)].key == "clip-2")
+    order = ClipOrder(0, "clips", (np.arange(8),))
+    place = next(p for p in range(16) if refs[order.at(p)].key == "clip-2")
     stand_in = refs[substitute(0, place, 0, 8)].key
     if stand_in not in ("clip-2", "clip-5"):
         assert seen[place // 2].keys[place % 2] == stand_in

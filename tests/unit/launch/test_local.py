@@ -17,7 +17,7 @@ SEEN = """[{index}]:
   time      : 2026-11-26_20:50:26
   host      : localhost
   rank      : {rank} (local_rank: {rank})
-  exitcode  : {code} (pid: 77)
+  exitcode  : {code} (pid: 77{rank})
   error_file: <N/A>
   traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
 """
@@ -127,6 +127,16 @@ class TestFailure:
         found = find_failure(tmp_path, log, 1)
         assert (found.rank, found.code) == (2, 128 + signal.SIGKILL)
         assert found.message == "ended by SIGKILL: gives no sign of life, last in data"
+
+    @pytest.mark.parametrize(
+        ("process", "how"), [(771, "did not leave when asked, so it was killed"), (770, "ended by SIGKILL")]
+    )
+    def test_a_rank_that_torchrun_had_to_kill(self, tmp_path: Path, process: int, how: str) -> None:
+        """Stopped, not killed: the SIGKILL came at the end. Of another rank that line says nothing."""
+        leave(tmp_path, 0, RankError(1, "gives no sign of life"), 10.0)
+        forced = f"W Unable to shutdown process {process} via Signals.SIGTERM, forcefully exiting via Signals.SIGKILL\n"
+        found = find_failure(tmp_path, forced + SEEN.format(index=0, rank=1, code=-9), 1)
+        assert found.message == f"{how}: gives no sign of life"
 
     def test_no_report(self, tmp_path: Path) -> None:
         found = find_failure(tmp_path, SEEN.format(index=0, rank=1, code=-11), 1)

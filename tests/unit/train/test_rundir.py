@@ -60,6 +60,23 @@ def test_what_it_may_not(configure: Configure, tmp_path: Path) -> None:
     assert "give the old value, or a new run_dir" in message
 
 
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ({"image_rows": 1}, "data.image_rows says"),
+        ({"buckets": [{"num_frames": 5, "height": 32, "width": 32}]}, "data.buckets says"),
+        ({}, ""),
+    ],
+)
+def test_rows_that_are_counted_by_the_micro_batch(configure: Configure, tmp_path: Path, data: dict, why: str) -> None:
+    begin(configure(tmp_path, data=data))
+    other = configure(tmp_path, data=data, train={"micro_batch": 4})
+    if why:
+        assert f"train.micro_batch: the run has 2, this config 4, and {why}" in faults(other)
+    else:
+        open_run(other, DATA)
+
+
 def test_the_length_of_a_cosine_is_fixed(configure: Configure, tmp_path: Path) -> None:
     begin(configure(tmp_path, train={"schedule": "cosine"}))
     message = faults(configure(tmp_path, train={"schedule": "cosine", "steps": 9}))

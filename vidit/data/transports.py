@@ -35,7 +35,7 @@ _MAX_REDIRECTS = 5
 _LONGEST_WAIT_S = 3600.0
 
 
-class Source(Protocol):
+class Transport(Protocol):
     """The files of one remote folder. Both methods make one try and raise TransientError or ShardError."""
 
     async def fetch(self, name: str, offset: int, size: int, into: bytearray, stall_s: float) -> None:
@@ -62,22 +62,22 @@ def check_url(url: str) -> None:
         )
 
 
-def source_of(url: str) -> Source:
-    """The source of a folder's address. ValueError for one that ``check_url`` refuses or whose package is missing."""
+def transport_of(url: str) -> Transport:
+    """The transport of an address. ValueError for one that ``check_url`` refuses or whose package is missing."""
     check_url(url)
     protocol = url.partition("://")[0]
     import fsspec  # here, since a run on local files needs none of this
 
     try:
         if protocol in ("http", "https"):
-            return HttpSource(url, fsspec.filesystem("http", client_kwargs={"trust_env": True}))
-        return ObjectSource(url, fsspec.filesystem(protocol))
+            return HttpTransport(url, fsspec.filesystem("http", client_kwargs={"trust_env": True}))
+        return ObjectTransport(url, fsspec.filesystem(protocol))
     except ImportError as error:
         package, install = PROTOCOLS[protocol]
         raise ValueError(f"{url}: {protocol}:// needs the package {package}: {install} ({error})") from error
 
 
-class HttpSource:
+class HttpTransport:
     """A folder on a web server that serves byte ranges. fsspec keeps the session and the loop it lives in."""
 
     def __init__(self, url: str, system: Any) -> None:
@@ -144,7 +144,7 @@ def _check_answer(url: str, response: ClientResponse, first: int, last: int) -> 
         raise TransientError(f"bytes {first} to {last} were asked for, {found or 'no range'!r} came")
 
 
-class ObjectSource:
+class ObjectTransport:
     """A folder of an object store, through its fsspec file system."""
 
     def __init__(self, url: str, system: Any) -> None:
