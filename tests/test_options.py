@@ -145,8 +145,8 @@ def own_nodes(scope: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def properties(section: str) -> dict[str, ast.FunctionDef]:
-    tree = ast.parse((ROOT / "vidit/config.py").read_text())
-    (body,) = (n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == section)
+    trees = (ast.parse(path.read_text()) for path in sorted((ROOT / "vidit/config").glob("*.py")))
+    (body,) = (n.body for tree in trees for n in tree.body if isinstance(n, ast.ClassDef) and n.name == section)
     return {
         n.name: n
         for n in body

@@ -194,9 +194,9 @@ class TestImports:
     @pytest.mark.parametrize(
         ("file", "line"),
         [
-            ("vidit/config.py", "import torch"),
-            ("vidit/config.py", "from vidit import keys"),
-            ("vidit/config.py", "from vidit.resolve import resolve"),
+            ("vidit/config/data.py", "import torch"),
+            ("vidit/config/data.py", "from vidit import keys"),
+            ("vidit/config/data.py", "from vidit.resolve import resolve"),
             ("vidit/overrides.py", "import torch"),
             ("vidit/idle.py", "from vidit.resolve import resolve"),
             ("vidit/resolve.py", "from vidit.vae.stored import adopt_vae"),

@@ -1,0 +1,102 @@
+"""The diffusion transformer, and its named sizes."""
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from vidit.config.section import Section
+
+Window = tuple[int, int, int]
+
+# RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
+MIN_ROPE_HEAD_DIM = 6
+
+
+class Model(Section):
+    """A spatiotemporal patch-token DiT with window attention (W.A.L.T., 2312.06662)."""
+
+    num_layers: int = Field(24, gt=0)
+    width: int = Field(1024, gt=0)
+    num_heads: int = Field(16, gt=0)
+    mlp_width: int = Field(4096, gt=0)
+    patch: int = Field(1, gt=0, description="p: each latent frame is cut into p x p patches")
+    windows: tuple[Window, ...] = Field(
+        ((1, 0, 0), (0, 8, 8)),
+        min_length=1,
+        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis",
+    )
+    image_attention: Literal["identity", "frame"] = Field(
+        "identity",
+        description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
+    )
+    relative_position: Literal["bias", "rope", "none"] = "bias"
+    absolute_position: bool = True
+    qk_norm: bool = True
+    cross_attention: Literal["none", "per_frame", "all"] = Field(
+        "per_frame", description="blocks that attend to text: those whose window is one latent frame, or all"
+    )
+    cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
+    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The named geometry of `PRESETS`, with fields changed. ValueError for a name it does not hold."""
+        if name not in PRESETS:
+            raise ValueError(f"no model preset {name!r}; use one of {' '.join(PRESETS)}")
+        layers, width, heads, mlp, more = PRESETS[name]
+        fields = {"num_layers": layers, "width": width, "num_heads": heads, "mlp_width": mlp, **more, **changes}
+        return cls(**fields)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any caption reaches a token."""
+        return self.cross_attention != "none" or self.pooled_text
+
+    def faults(self) -> Iterator[str]:
+        if self.width % self.num_heads:
+            legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
+            yield f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; use one of {legal}"
+        elif self.relative_position == "rope":
+            head_dim = self.width // self.num_heads
+            if head_dim % 2 or head_dim < MIN_ROPE_HEAD_DIM:
+                yield (
+                    f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
+                    f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
+                )
+        if any(size < 0 for window in self.windows for size in window):
+            yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
+        if self.attention_backend == "flash" and self.relative_position == "bias":
+            yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
+        if self.attention_backend == "flash" and self.cross_attention != "none" and self.cross_keys != "text":
+            yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
+        if self.cross_attention == "per_frame" and all(window[0] != 1 for window in self.windows[: self.num_layers]):
+            yield (
+                f"model.cross_attention=per_frame, but none of model.windows={self.windows} is one latent frame "
+                "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
+            )
+
+
+# layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
+# blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
+# 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
+PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
+    "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
+    "S": (12, 384, 6, 1536, {}),
+    "B": (12, 768, 12, 3072, {}),
+    "L": (24, 1024, 16, 4096, {}),
+    "XL": (28, 1152, 16, 4608, {}),
+    "SR1": (40, 1408, 16, 6144, {"cross_attention": "all", "patch": 2}),
+    "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
+    "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
+    "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
+}
+
+
+def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:
+    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid."""
+    t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid, strict=True))
+    return t, h, w

@@ -1,0 +1,20 @@
+"""How videos are drawn from a trained model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from vidit.config.section import Section
+
+Sampler = Literal["ddim", "dpmpp_2m", "heun", "euler"]
+
+
+class Sample(Section):
+    """How videos are drawn from a trained model."""
+
+    sampler: Sampler = "euler"
+    num_steps: int = Field(50, gt=0)
+    guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale s: u + s (c - u)")
+    guidance_rescale: float = Field(0.0, ge=0, le=1)
+    micro_batch: int = Field(8, gt=0)
+    prompts: tuple[str, ...] = Field((), description="captions sampled during training")
