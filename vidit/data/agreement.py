@@ -6,6 +6,7 @@ compared when its clip is. Of many remote shards, where each look is a request, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 from vidit.data.clip_list import Table
 from vidit.data.manifest import index_path
 from vidit.data.remote import STREAMS
-from vidit.data.storage import File, read_range
-from vidit.data.tar import BLOCK, CURE, ShardError, check_header, padded
+from vidit.data.storage import File
+from vidit.data.tar import BLOCK, CURE, Member, ShardError, check_header, padded
 
 LOOKED_AT = 256
 """Of more remote shards than these so many are looked at, evenly spread."""
@@ -70,10 +71,12 @@ def _ends(table: Table, num_bytes: NDArray[np.int64], first: int, last: int) -> 
     starts = table.starts[first : last + 1]
     rows = slice(int(starts[0]), int(starts[-1]))
     arrays = table.columns.arrays
-    offsets = np.stack([arrays["video_offset"][rows], arrays["json_offset"][rows]], 1)
-    sizes = np.stack([arrays["video_size"][rows], arrays["json_size"][rows]], 1)
-    order = np.argsort(offsets, 1)
-    offsets, sizes = np.take_along_axis(offsets, order, 1).ravel(), np.take_along_axis(sizes, order, 1).ravel()
+    video, caption, video_size, caption_size = (
+        arrays[name][rows] for name in ("video_offset", "json_offset", "video_size", "json_size")
+    )
+    first_is_video = video < caption
+    offsets = np.stack([np.minimum(video, caption), np.maximum(video, caption)], 1).ravel()
+    sizes = np.where(first_is_video, [video_size, caption_size], [caption_size, video_size]).T.ravel()
     until = offsets + -(-sizes // BLOCK) * BLOCK
     before = np.concatenate([np.zeros(1, np.int64), until[:-1]])
     before[2 * (starts[:-1] - starts[0])] = 0
@@ -104,12 +107,40 @@ def _end_in_any_order(table: Table, number: int, num_bytes: int) -> int:
 
 
 def _look(table: Table, number: int, end: int, num_bytes: int) -> None:
-    shard = table.shards[number]
+    shard, arrays = table.shards[number], table.columns.arrays
+    members = []
     for row in (int(table.starts[number]), int(table.starts[number + 1]) - 1):
-        member = table.ref(row).video
-        check_header(shard, member, read_range(shard, member.offset - BLOCK, BLOCK))
-    if end + BLOCK > num_bytes or read_range(shard, end, BLOCK) != bytes(BLOCK):
+        suffix = table.columns.suffixes[arrays["video_suffix"][row]]
+        offset, size = int(arrays["video_offset"][row]), int(arrays["video_size"][row])
+        members.append(Member(f"{table.columns.keys[row]}.{suffix}", offset, size))
+    *headers, last = _blocks_at(shard, [*(member.offset - BLOCK for member in members), end])
+    for member, header in zip(members, headers, strict=True):
+        if not _is_header_of(member, header):
+            check_header(shard, member, header)
+    if end + BLOCK > num_bytes or last != bytes(BLOCK):
         raise ShardError(
             f"{shard}: the index ends at byte {end}, the tar goes on to {num_bytes}, or breaks off; "
             f"delete the index, or {CURE}"
         )
+
+
+def _blocks_at(file: File, offsets: Sequence[int]) -> list[bytes]:
+    """A block at each offset; of a local file fewer bytes where it ends."""
+    if not isinstance(file, Path):
+        size = file.parent.size(file.name)
+        return [file.read_range(offset, BLOCK) if offset + BLOCK <= size else b"" for offset in offsets]
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        return [os.pread(descriptor, BLOCK, offset) for offset in offsets]
+    finally:
+        os.close(descriptor)
+
+
+def _is_header_of(member: Member, header: bytes) -> bool:
+    """Whether a header is, byte for byte, as tarfile writes a plain one: a tenth of the time of taking it apart."""
+    if header[124:136] != b"%011o\0" % min(member.size, 8**11 - 1):
+        return False
+    if member.name.isascii() and len(member.name) <= 98 and header[:100].rstrip(b"\0") != member.name.encode():
+        return False
+    total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:BLOCK])
+    return header[148:156] == b"%06o\0 " % total

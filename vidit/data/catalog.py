@@ -124,9 +124,8 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     bucket = np.concatenate([assign(one, d.shapes, config.train.seed) for one in facts])
     source = np.repeat(np.arange(len(sources), dtype=np.int16), list(map(len, sources)))
     width, height = (np.concatenate([getattr(one, side) for one in facts]) for side in ("width", "height"))
-    kept = np.flatnonzero(bucket >= 0)
-    sizes = np.array([(shape.height, shape.width) for shape in d.shapes])[bucket[kept]]
-    cut = kept[width[kept] * sizes[:, 0] != height[kept] * sizes[:, 1]]
+    high, wide = (np.array([getattr(shape, side) for shape in d.shapes])[bucket] for side in ("height", "width"))
+    cut = np.flatnonzero((width * high != height * wide) & (bucket >= 0))
 
     def name(number: int) -> str:
         return labels[source[number]] + refs.key(number)
@@ -134,8 +133,11 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     short = np.flatnonzero(bucket < 0)
     dropped = Listing((len(short), lambda i: (name(short[i]), _too_short(refs[int(short[i])], config))))
     cropped = Listing((len(cut), lambda i: name(cut[i])))
-    used = refs if not len(short) else refs.take(kept)
+    kept = np.flatnonzero(bucket >= 0) if len(short) else slice(None)
+    used = refs.take(kept) if isinstance(kept, np.ndarray) else refs
     num_buckets = len(d.shapes)
+    if num_buckets == len(sources) == 1:
+        return Catalog.plain(used), dropped, cropped
     catalog = Catalog(used, bucket[kept].astype(np.int16), source[kept], weights, labels, num_buckets)
     return catalog, dropped, cropped
 

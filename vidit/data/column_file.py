@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class MappedColumns(Columns):
     state: State
     keeper: Any = None
     """A temporary file, which is there as long as this is."""
+
+    def anew(self) -> MappedColumns:
+        """Mapped anew: what was looked at so far no longer counts as memory of this process."""
+        return replace(_again(self.path, self.state), keeper=self.keeper)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.path, self.state)
@@ -138,10 +142,9 @@ def _state_of(path: Path) -> State:
 
 def _again(path: Path, state: State) -> MappedColumns:
     """What another process has checked, mapped into this one."""
-    try:
-        columns = _mapped(path)
-    except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing since this run began; {CURE}") from error
+    if not path.is_file():
+        raise ShardError(f"{path} is missing since this run began; {CURE}")
+    columns = _mapped(path)
     if columns.state != state:
         raise ShardError(f"{path} is not what it was when this run began; start again, without packing meanwhile")
     return columns

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -18,6 +19,7 @@ from vidit.whole_file import write_whole
 
 MANIFEST = "dataset.json"
 COLUMNS = "index.safetensors"
+ROWS = ".index.jsonl"
 FORMAT, VERSION = "vidit-shards", 1
 
 
@@ -54,7 +56,7 @@ def index_path(shard: Path) -> Path: ...
 def index_path(shard: File) -> File: ...
 def index_path(shard: File) -> File:
     """The index that belongs to a tar."""
-    return shard.with_suffix(".index.jsonl")
+    return shard.with_suffix(ROWS)
 
 
 def is_ours(name: str) -> bool:
@@ -100,18 +102,17 @@ def local_manifest(folder: Path, shards: list[Path]) -> Manifest | None:
             f"{folder}: {len(present)} shards are there, {path.name} lists {len(listed)}; "
             f"in one and not the other: {differing}; {CURE}"
         )
+    with os.scandir(folder) as items:  # one look at the folder, not one a file
+        sizes = {item.name: item.stat().st_size for item in items}
     for shard in manifest.shards:
-        _expect_size(present[shard.name], shard.num_bytes)
+        expected = {shard.name: shard.num_bytes}
         if manifest.columns:
             # The rows are not read then: that they were changed or are missing must not go unseen.
-            _expect_size(index_path(present[shard.name]), shard.index_bytes)
+            expected[shard.name.removesuffix(".tar") + ROWS] = shard.index_bytes
+        for name, num_bytes in expected.items():
+            if (found := sizes.get(name, 0)) != num_bytes:
+                raise ShardError(f"{folder / name}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
     return manifest
-
-
-def _expect_size(path: Path, num_bytes: int) -> None:
-    found = path.stat().st_size if path.is_file() else 0
-    if found != num_bytes:
-        raise ShardError(f"{path}: {found} bytes, {MANIFEST} says {num_bytes}; {CURE}")
 
 
 def remote_manifest(folder: RemoteFolder) -> tuple[RemoteFolder, Manifest]:

@@ -13,8 +13,10 @@ behind a URL (``vidit/data/storage.py``), then with index and manifest.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 from vidit.data.agreement import check_agreement
 from vidit.data.clip_list import Clips, Part, Table
 from vidit.data.clip_ref import ClipRef, ref_of
-from vidit.data.column_file import open_columns
+from vidit.data.column_file import MappedColumns, open_columns
 from vidit.data.columns import Columns, is_count
 from vidit.data.index_rows import is_rate, read_rows_of
 from vidit.data.limits import ClipError
@@ -64,13 +66,15 @@ def read_index(folder: Path | str, reach: Reach = DIRECT) -> Clips:
         raise ShardError(
             f"{second.shard_path}: key {second.key!r} is also in {first.shard_path.name}; keys must differ"
         )
+    if isinstance(table.columns, MappedColumns):
+        table = replace(table, columns=table.columns.anew())
     return Clips([Part(table, range(len(table.columns)))])
 
 
 def _local_table(folder: Path) -> Table:
     if not folder.is_dir():
         raise ShardError(f"{folder} is not a folder; name the folder that `vidit pack` wrote, or its URL (no pipe)")
-    shards = sorted(folder.glob("*.tar"))
+    shards = [folder / name for name in sorted(item.name for item in os.scandir(folder)) if name.endswith(".tar")]
     if not shards:
         raise ShardError(
             f"{folder} holds no .tar file; name the folder that `vidit pack` wrote (.tar.gz must be unpacked)"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vidit.data.clip_list import Clips, Part
 from vidit.data.manifest import shard_hashes
 from vidit.data.shards import ClipRef
-from vidit.data.storage import File, Folder
+from vidit.data.storage import File
 
 
 class Fingerprint(TypedDict):
@@ -30,14 +30,15 @@ class _Shards:
 
     def __init__(self) -> None:
         self.known: dict[tuple[str, str | None], int] = {}
-        self._hashes: dict[Folder, dict[str, str]] = {}
+        self._hashes: dict[str, dict[str, str]] = {}
 
     def number(self, shard: File) -> tuple[int, bool]:
         """(number of a shard, whether its hash is known)."""
-        if shard.parent not in self._hashes:
-            self._hashes[shard.parent] = shard_hashes(shard.parent)
-        sha256 = self._hashes[shard.parent].get(shard.name)
-        return self.known.setdefault((shard.name, sha256), len(self.known)), sha256 is not None
+        folder, _, name = str(shard).rpartition("/")
+        if folder not in self._hashes:
+            self._hashes[folder] = shard_hashes(shard.parent)
+        sha256 = self._hashes[folder].get(name)
+        return self.known.setdefault((name, sha256), len(self.known)), sha256 is not None
 
     def of(self, part: Part) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The same of each clip."""
@@ -72,5 +73,5 @@ def digest(refs: Sequence[ClipRef]) -> str:
     return hashlib.sha256(f"{table} {columns}".encode()).hexdigest()
 
 
-def _bytes(*columns: NDArray[np.int64]) -> bytes:
-    return np.stack(columns, 1).astype("<i8").tobytes()
+def _bytes(*columns: NDArray[np.int64]) -> memoryview:
+    return np.stack(columns, 1).astype("<i8", copy=False).data
