@@ -193,7 +193,7 @@ def encode(arguments: argparse.Namespace) -> int:
         from vidit.train.encode_run import encode_run, print_report
 
         report = encode_run(config, out, arguments.dtype, arguments.clips_per_shard, arguments.overwrite)
-        if report and (place is None or place.rank == 0):
+        if place is None or place.rank == 0:
             print_report(report, out, arguments.dtype)
     return 0
 

@@ -53,10 +53,10 @@ def encode_run(
     storage: Storage = "fp16",
     clips_per_shard: int = CLIPS_PER_SHARD,
     overwrite: bool = False,
-) -> EncodeReport | None:
-    """Encode the training clips of a run into `out`; every rank must call this. None when told to stop.
+) -> EncodeReport:
+    """Encode the training clips of a run into `out`; every rank must call this.
 
-    Raises ConfigError for a config that cannot be encoded, and what `encode_set` raises.
+    Raises ConfigError for a config that cannot be encoded, RuntimeError when told to stop, and what `encode_set` raises.
     """
     device, timeout_s = choose_device(config.train.device), config.parallel.timeout_s
     console = Console()
@@ -86,8 +86,7 @@ def encode_run(
         try:
             made = encode_set(config, split.catalog, out, encoder, say, stop.check_alone, clips_per_shard, overwrite)
         except StoppedError:
-            say(f"stopped; the same command goes on from what {out} has so far")
-            return None
+            raise RuntimeError("stopped before all was encoded; the same command goes on from there") from None
         return EncodeReport(
             made.num_clips, made.num_shards, made.num_bytes, split.dropped + made.skipped, made.rounding, made.unchanged
         )
