@@ -56,7 +56,7 @@ def encode_run(
 ) -> EncodeReport:
     """Encode the training clips of a run into `out`; every rank must call this.
 
-    Raises ConfigError for a config that cannot be encoded, RuntimeError when told to stop, and what `encode_set` raises.
+    Raises what `encode_set` raises, ConfigError for a config that cannot be encoded, RuntimeError when told to stop.
     """
     device, timeout_s = choose_device(config.train.device), config.parallel.timeout_s
     console = Console()
