@@ -22,12 +22,16 @@ NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
 
 @dataclass(frozen=True)
 class Facts:
-    """What decides a clip's bucket, one entry a clip; `frames` at the rate of the run."""
+    """What decides a clip's bucket, one entry a clip; `frames` at the rate of the run.
+
+    `settled` are clips that were cut to one of the buckets already, which chance does not move.
+    """
 
     keys: Sequence[str]
     frames: NDArray[np.int64]
     width: NDArray[np.int64]
     height: NDArray[np.int64]
+    settled: NDArray[np.bool_] | None = None
 
 
 def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
@@ -49,6 +53,8 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
 def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
     """The bucket of each clip; -1 for a clip that is too short for every one."""
     ranked, drawn = _ranked(facts, buckets), _drawn(facts.keys, buckets, seed)
+    if facts.settled is not None:
+        drawn[facts.settled] = 0
     keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
     found = np.full(len(ranked), -1)
     for place in range(len(buckets)):

@@ -12,6 +12,7 @@ from vidit.data.buckets import Facts, assign, schedule_of
 from vidit.data.order import ClipOrder
 from vidit.data.schedule import Schedule
 from vidit.data.shards import ClipRef
+from vidit.data.tar import LATENT_SUFFIX
 
 Dropped = list[tuple[str, str]]
 """Names of clips that cannot be used, and the reasons."""
@@ -86,7 +87,8 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     shapes, frames = d.shapes, np.array([_available(ref, d.fps) for ref in refs], np.int64)
     width, height = (np.array([getattr(ref, side) for ref in refs], np.int64) for side in ("width", "height"))
     names = [labels[of] + ref.key for of, ref in zip(source.tolist(), refs, strict=True)]
-    bucket = assign(Facts(names, frames, width, height), shapes, config.train.seed)
+    settled = np.array([ref.video_suffix == LATENT_SUFFIX for ref in refs], np.bool_)
+    bucket = assign(Facts(names, frames, width, height, settled), shapes, config.train.seed)
     least = min(shape.num_frames for shape in shapes)
     dropped = []
     for number in np.flatnonzero(bucket < 0).tolist():

@@ -76,6 +76,12 @@ class Stage:
         return there.is_file() and here.is_file() and sha256_of(there) == sha256_of(here)
 
 
+def stage_of(out: Path) -> Path:
+    """The folder that holds what is on its way to ``out``."""
+    final = out.resolve()
+    return final.parent / f".{final.name}.partial"
+
+
 @contextmanager
 def staged(out: Path, overwrite: bool, resume: bool = False, leave_on_sigterm: bool = True) -> Iterator[Stage]:
     """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal, unless
@@ -88,8 +94,7 @@ def staged(out: Path, overwrite: bool, resume: bool = False, leave_on_sigterm: b
     foreign = sorted(path.name for path in out.iterdir() if not _may_be_here(path.name)) if out.exists() else []
     if foreign:
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a data set; write to an empty folder")
-    final = out.resolve()
-    root = final.parent / f".{final.name}.partial"
+    root = stage_of(out)
     answer = _leaving_on_sigterm() if leave_on_sigterm else nullcontext()
     with answer, full_disk_explained(out), _locked(root, out):
         stage = Stage(root / "data", out, overwrite)

@@ -23,7 +23,7 @@ from vidit.data.encoded import ENCODED, encoded_facts
 from vidit.data.manifest import ENCODE_REPORT, MANIFEST, is_ours, write_manifest
 from vidit.data.pack_progress import LOG_EVERY_S
 from vidit.data.shards import index_path
-from vidit.data.staging import Stage, staged
+from vidit.data.staging import Stage, stage_of, staged
 from vidit.train.encode_clips import ClipEncoder
 from vidit.train.encode_shards import Check, Made, Shard, make_shards, shards_of
 from vidit.train.encoding import Facts, differences, text_facts, vae_facts
@@ -111,20 +111,28 @@ def _facts(
 
 
 def _is_there(out: Path, facts: Facts, overwrite: bool) -> dict[str, Any] | None:
-    """The report of a set that `out` holds already, whole; None where it is to be made. ValueError for another."""
+    """The report of a set that `out` holds already, whole; None where it is to be made.
+
+    ValueError for another set, or a damaged one, that is not to be replaced.
+    """
     held = sorted(path.name for path in out.iterdir() if is_ours(path.name)) if out.is_dir() else []
-    if not held or overwrite:
+    if not held:
         return None
     manifest = json.loads((out / MANIFEST).read_text()) if (out / MANIFEST).is_file() else {}
-    before = manifest.get(ENCODED)
-    if before is None:
-        raise ValueError(f"{out} holds {held[0]} of a data set that is no latents; write elsewhere")
-    before.pop("empty_caption")
-    _require_alike(str(out), before, facts)
-    there = all((out / row["name"]).is_file() for row in manifest["shards"])
-    if not there or not (out / ENCODE_REPORT).is_file():
-        return None
-    return dict(json.loads((out / ENCODE_REPORT).read_text()))
+    before = manifest.get(ENCODED, {})
+    before.pop("empty_caption", None)
+    if before and not differences(before, facts):
+        lost = [row["name"] for row in manifest["shards"] if not _is_whole(out, row)]
+        if not lost and (out / ENCODE_REPORT).is_file():
+            return dict(json.loads((out / ENCODE_REPORT).read_text()))
+        # Where a process died while it moved the set here, the rest is still beside it.
+        if not overwrite and not stage_of(out).is_dir():
+            raise ValueError(f"{out} is damaged: {(lost or [ENCODE_REPORT])[0]} is not whole; use --overwrite")
+    elif not overwrite:
+        if not before:
+            raise ValueError(f"{out} holds {held[0]} of a data set that is no latents; write elsewhere")
+        _require_alike(str(out), before, facts)
+    return None
 
 
 def _require_alike(place: str, before: Facts, facts: Facts) -> None:

@@ -124,8 +124,11 @@ def test_each_clip_is_encoded_in_its_bucket(configure: Configure, tmp_path: Path
     assert len({name for _, name in shapes}) == len(shapes), "a shard holds one shape"
     config = configure(tmp_path / "run", data={**data, "train": str(tmp_path / "out")}, sample={"prompts": ()})
     catalogs = [read_splits(each)[0].catalog for each in (direct, config)]
+    assert config.train.seed == direct.train.seed
+    seeded = config.model_copy(update={"train": config.train.model_copy(update={"seed": 5})})
+    catalogs.append(read_splits(seeded)[0].catalog)
     buckets_of = [dict(zip((r.key for r in c.refs), c.bucket.tolist(), strict=True)) for c in catalogs]
-    assert buckets_of[0] == buckets_of[1]
+    assert buckets_of[0] == buckets_of[1] == buckets_of[2]
     assert_same(logged(config), logged(direct), 5e-6)
 
 
@@ -318,3 +321,57 @@ def test_the_command(
     assert not (tmp_path / "run").exists()
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".json", ".jsonl"}
     assert not (tmp_path / ".out.partial").exists()
+
+
+def test_a_damaged_set_is_not_taken_for_a_whole_one(configure: Configure, tmp_path: Path) -> None:
+    config, out = configure(tmp_path), tmp_path / "out"
+    encode(config, out)
+    before = content(out)
+    (out / "shard-000001.tar").write_bytes(before["shard-000001.tar"][:-512])
+    with pytest.raises(ValueError, match=r"out is damaged: shard-000001\.tar is not whole; use --overwrite"):
+        encode(config, out)
+    encode(config, out, overwrite=True)
+    assert content(out) == before
+
+
+def test_a_process_that_died_while_it_moved_the_set(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = configure(tmp_path), tmp_path / "out"
+    encode(config, tmp_path / "whole")
+    replace, calls = Path.replace, []
+
+    def dies(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if Path(target).parent == out and len([c for c in calls if Path(c).parent == out]) == 4:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            encode(config, out)
+    assert 0 < len(content(out)) < len(content(tmp_path / "whole"))
+    encode(config, out)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_cached_latents_are_such_a_set_and_made_once(
+    configure: Configure, tiny_vae: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the run's own folder; another VAE, before there is a checkpoint, replaces it."""
+    more = {"data": {"cache_latents": True}, "sample": {"prompts": ()}}
+    direct = logged(configure(tmp_path / "direct", sample={"prompts": ()}))
+    assert_same(logged(configure(tmp_path / "run", **more)), direct, 5e-6)
+    capfd.readouterr()
+    assert run(configure(tmp_path / "run", train={"steps": 7}, **more))
+    assert "encoded" not in capfd.readouterr().out
+    encoding = read_encoding(tmp_path / "run" / "latents")
+    assert encoding is not None
+    assert encoding.facts["storage"] == "fp32"
+    vae = load_vae(tiny_vae, CPU, torch.float32)
+    vae.encoder.last.bias.add_(1)
+    save_vae(tmp_path / "vae", vae)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert run(configure(tmp_path / "run", vae={"weights": str(tmp_path / "vae")}, **more))
+    assert "encoded 12 of 12 clips" in capfd.readouterr().out
