@@ -104,7 +104,6 @@ def _facts(
         "shapes": [list(shape) for shape in shapes],
         "storage": encoder.storage,
         "computed_in": str(encoder.vae.dtype).removeprefix("torch."),
-        "rows_together": sorted({shard.rows for shard in shards}),
         "clips_per_shard": clips_per_shard,
         "source": {"folder": config.data.train, "sha256": hashed.hexdigest()},
     }

@@ -109,11 +109,9 @@ def _reach_the_end(
     beat: Beat,
 ) -> bool:
     config, device, run_dir = task.config, task.step.device, task.config.directory
-    dataset, validation, num_batches = _data(task, splits, stop, reporter)
+    dataset, validation, num_batches, order = _data(task, splits, stop, reporter)
     accumulation = resolve(config).accumulation
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
-    # Latents are encoded before the first step, and a clip that fails there moves every later one of the order.
-    order = digest(dataset.refs)
     require_same_clips([fingerprints(splits), order], "the dataset", config.data.train)
     if held.get("order", order) != order:
         raise RuntimeError(
@@ -143,15 +141,19 @@ def _cached(
     encoder = ClipEncoder(step.vae, text, step.device, "fp32")
     # What was encoded for other clips or another VAE is of no use to anyone: the folder is the run's own.
     made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)
-    refs = read_index(folder)
+    with together():
+        refs = read_index(folder)
     SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], made.skipped)
     return Catalog.plain(refs), made.skipped
 
 
-def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> tuple[MicroBatches, list[Batch], int]:
-    """This rank's training batches and its fixed ones of validation, and how many of those all ranks have.
+def _data(
+    task: Task, splits: Splits, stop: StopRequest, reporter: Reporter
+) -> tuple[MicroBatches, list[Batch], int, str]:
+    """This rank's training batches and its fixed ones of validation, how many of those all ranks have, and the order.
 
-    data.json says what they are made of.
+    data.json says what they are made of. The order is a digest of the clips that can be used: one that fails where
+    latents are encoded before the first step moves every later one.
     """
     config, (train, held) = task.config, splits
     catalog = train.catalog
@@ -185,4 +187,6 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches
+    lost = {key for key, _ in failed}
+    order = digest(ref for ref in train.refs if ref.key not in lost)
+    return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches, order

@@ -14,7 +14,9 @@ from safetensors.torch import load
 
 from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
+from vidit.data.curation.score_set import score_set
 from vidit.data.encoded import read_encoding
+from vidit.data.pack import pack
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import ClipRef, read_clip, read_index
 from vidit.data.video import decode_clip
@@ -375,3 +377,29 @@ def test_cached_latents_are_such_a_set_and_made_once(
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert run(configure(tmp_path / "run", vae={"weights": str(tmp_path / "vae")}, **more))
     assert "encoded 12 of 12 clips" in capfd.readouterr().out
+
+
+def test_a_cached_run_goes_on_after_its_latents_were_deleted(configure: Configure, tmp_path: Path) -> None:
+    """The order is that of the clips, not of the bits of their latents, and the micro-batch may change."""
+    more = {"data": {"cache_latents": True}, "sample": {"prompts": ()}}
+    assert run(configure(tmp_path / "run", train={"steps": 3}, **more))
+    shutil.rmtree(tmp_path / "run" / "latents")
+    found = logged(configure(tmp_path / "run", train={"steps": 6, "micro_batch": 4}, **more))
+    assert_same(found, logged(configure(tmp_path / "whole", **more)), 1e-4)
+
+
+def test_latents_behind_a_url(configure: Configure, serve: Callable[..., Any], tmp_path: Path) -> None:
+    more: dict[str, Any] = {"sample": {"prompts": ()}}
+    direct = configure(tmp_path / "direct", **more)
+    encode(direct, tmp_path / "out")
+    with serve(tmp_path / "out") as web:
+        found = logged(configure(tmp_path / "run", data={"train": web.url}, **more))
+    assert_same(found, logged(direct), 5e-6)
+
+
+def test_latents_are_not_scored_or_packed(configure: Configure, tmp_path: Path) -> None:
+    encode(configure(tmp_path), tmp_path / "out")
+    with pytest.raises(ValueError, match="holds latents, which have no picture to score"):
+        score_set(tmp_path / "out")
+    with pytest.raises(ValueError, match="0 videos under one key"):
+        pack(tmp_path / "out", tmp_path / "packed")
