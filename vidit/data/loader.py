@@ -8,9 +8,8 @@ Videos, and latents that `vidit encode` made of others, may share a micro-batch.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -31,31 +30,18 @@ from vidit.data.encoded import (
 )
 from vidit.data.limits import ClipError
 from vidit.data.order import ClipOrder, split_places
+from vidit.data.rows import Clips, Row, clips_of
 from vidit.data.schedule import MicroBatch
 from vidit.data.shards import ClipRef, expect_clips, read_clip
 from vidit.data.storage import Folder
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
-from vidit.resolve import grid_of
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20
 Skip = tuple[str, str]
 """The key of a clip that cannot be used, and the reason."""
 Item = TypeVar("Item")
-
-
-@dataclass
-class Clips:
-    """Clips side by side: pixels (n, T, H, W, 3) uint8, raw latents (n, C, T, H, W), or some of each.
-
-    With both `encoded` are the places of the latents among the clips, and the pixels are of the others, in order.
-    """
-
-    keys: list[str]
-    pixels: Tensor | None = None
-    latents: Tensor | None = None
-    encoded: tuple[int, ...] = ()
 
 
 @dataclass
@@ -81,23 +67,6 @@ class Batch:
     @property
     def keys(self) -> list[str]:
         return self.clips.keys + (self.images.keys if self.images else [])
-
-
-class Row(NamedTuple):
-    """One clip as it was read: pixels (T, H, W, 3) uint8 or what is stored of it, and its caption."""
-
-    key: str
-    caption: str
-    pixels: Tensor | None
-    encoded: EncodedClip | None
-    empty: CaptionText | None
-    """What is stored of the empty caption."""
-
-    def text(self, caption: str) -> CaptionText | None:
-        """What is stored of its caption, or of the empty one where that stands in for it."""
-        if self.encoded is None:
-            return None
-        return self.encoded.text if caption else self.empty
 
 
 class MicroBatches(TorchDataset[Batch]):
@@ -186,7 +155,7 @@ class MicroBatches(TorchDataset[Batch]):
         if folder not in self._encodings:
             self._encodings[folder] = read_encoding(folder)
         encoding = self._encodings[folder]
-        frames, _, _ = grid_of(self.config, shape.num_frames, shape.height, shape.width)
+        frames = 1 + (shape.num_frames - 1) // vae.temporal_stride
         size = shape.height // vae.spatial_stride, shape.width // vae.spatial_stride
         clip = parse_clip(content, (vae.latent_channels, frames, *size))
         if image:  # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
@@ -220,19 +189,6 @@ class MicroBatches(TorchDataset[Batch]):
             crop_fraction=(y, x),
         )
         return pixels, text, sidecar
-
-
-def clips_of(rows: Sequence[Row]) -> Clips:
-    """Clips side by side."""
-    pixels = [row.pixels for row in rows if row.pixels is not None]
-    latents = [row.encoded.mean for row in rows if row.encoded is not None]
-    places = tuple(place for place, row in enumerate(rows) if row.encoded is not None)
-    return Clips(
-        [row.key for row in rows],
-        torch.stack(pixels) if pixels else None,
-        torch.stack(latents) if latents else None,
-        places if pixels and latents else (),
-    )
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:

@@ -16,7 +16,8 @@ from vidit import keys
 from vidit.batching import numbers_per_step
 from vidit.config import RunConfig
 from vidit.data.encoded import StoredText
-from vidit.data.loader import Batch, Clips
+from vidit.data.loader import Batch
+from vidit.data.rows import Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
