@@ -1,6 +1,6 @@
 """What do stored latents cost, in bytes and rounding, and what do they save?
 
-    python -m benchmarks.encode [--clips 1000] [--steps 40]
+    python -m benchmarks.encode [--clips 1000] [--steps 40] [--rounds 2]
 
 On procedural clips with the demo's VAE: by how much each dtype of storage moves a latent, in units of the posterior's
 standard deviation, and how large a clip is beside its video; how fast `vidit encode` is on one process and on two
@@ -10,6 +10,7 @@ benchmarks/results/.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -64,18 +65,25 @@ def media_bytes(folder: Path) -> float:
 
 
 def training(folder: Path, name: str, steps: int, **options: object) -> dict[str, float]:
-    """Clips a second and `data_wait` of the demo, without the ten steps in which workers start."""
+    """Clips a second and `data_wait` of the demo, without the ten steps in which workers start; CPU time of it all.
+
+    The CPU time holds the start of the processes too, and says most on a machine that others compute on.
+    """
     settings = {
         "run_dir": folder / name, "data.num_validation": 0, "data.cache_latents": "false", "train.steps": steps,
-        "train.warmup_steps": 5, "train.log_every": 10, **{key.replace("__", "."): v for key, v in options.items()},
+        "train.warmup_steps": 5, "train.log_every": 10, "sample.prompts": "[]",
+        **{key.replace("__", "."): v for key, v in options.items()},
     }  # fmt: skip
+    before = os.times()
     timed("train", "configs.demo", *(f"{option}={value}" for option, value in settings.items()))
+    after = os.times()
     lines = map(json.loads, (folder / name / "speed.jsonl").read_text().splitlines())
     rows = [line for line in lines if "data_wait" in line][1:]
     seconds = sum(row["step_s"] for row in rows)
     return {
         "clips_per_s": sum(row["clips_per_s"] * row["step_s"] for row in rows) / seconds,
         "data_wait": sum(row["data_s"] for row in rows) / seconds,
+        "cpu_s": after.children_user + after.children_system - before.children_user - before.children_system,
     }
 
 
@@ -83,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=2, help="of training on each kind, in turn")
     options = parser.parse_args()
     answer: dict[str, Any] = {"clips": options.clips, "steps": options.steps}
     with TemporaryDirectory() as name:
@@ -98,11 +107,15 @@ def main() -> None:
         answer["encode_s"]["two ranks"], _ = timed("encode", "configs.demo", folder / "two", *data, "launch.local=2")
         answer["bytes_a_clip"] = {"video": media_bytes(videos), "latent": media_bytes(latents)}
         mixture = json.dumps([{"path": str(videos), "weight": 1}, {"path": str(latents), "weight": 1}])
-        answer["training"] = {
-            "videos": training(folder, "on-videos", options.steps, data__train=videos),
-            "latents": training(folder, "on-latents", options.steps, data__train=latents),
-            "both": training(folder, "on-both", options.steps, data__train="", data__mixture=mixture),
+        kinds: dict[str, dict[str, object]] = {
+            "videos": {"data__train": videos},
+            "latents": {"data__train": latents},
+            "both": {"data__train": "", "data__mixture": mixture},
         }
+        answer["training"] = [
+            {kind: training(folder, f"{kind}-{number}", options.steps, **more) for kind, more in kinds.items()}
+            for number in range(options.rounds)
+        ]
     print(json.dumps(answer))
     print(write_result("encode", answer))
 

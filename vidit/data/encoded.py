@@ -118,7 +118,12 @@ def _text_tensors(text: CaptionText | None) -> dict[str, Tensor]:
 
 
 def _text(tensors: dict[str, Tensor]) -> CaptionText | None:
-    return CaptionText(tensors["text"], tensors["pooled"]) if "text" in tensors else None
+    if "text" not in tensors:
+        return None
+    text, pooled = tensors["text"], tensors.get("pooled", torch.empty(0))
+    if text.ndim != 2 or pooled.shape != text.shape[1:]:
+        raise ClipError(f"its text is {list(text.shape)} and pooled {list(pooled.shape)}, not (n, E) and (E)")
+    return CaptionText(text, pooled)
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:

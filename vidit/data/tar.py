@@ -25,7 +25,7 @@ MEDIA_SUFFIXES = VIDEO_SUFFIXES | {LATENT_SUFFIX}
 """Of what a clip is: a video, or what `vidit encode` has made of one."""
 CAPTION_SUFFIXES = frozenset({"json", "txt"})
 BLOCK = 512
-CURE = "run `vidit pack` again, or fetch the file again"
+CURE = "make it again with `vidit pack` or `vidit encode`, or fetch the file again"
 _MAX_HEADER_READ = 1 << 20
 
 

@@ -11,8 +11,7 @@ from rich.console import Console
 
 from parallel.exchange import own_rank, together
 from parallel.ranks import start_ranks
-from vidit.config import ConfigError, Parallel, RunConfig
-from vidit.config.parallel import Launch
+from vidit.config import ConfigError, Launch, Parallel, RunConfig
 from vidit.data.encoded import is_encoded
 from vidit.resolve import resolve
 from vidit.text.encoder import build_text_encoder
