@@ -19,6 +19,7 @@ from typing import Any
 
 TIMEOUT_S = 60
 START_S = 300
+CACHES: list[functools._lru_cache_wrapper[Any]] = []  # of torch.distributed
 
 
 class TaskError(RuntimeError):
@@ -62,7 +63,8 @@ def forget_meshes() -> None:
 
     DTensor keeps in caches what it has seen of each mesh. An equal mesh of the next task has other groups; and every
     gloo group that is left wakes a thread of its own a hundred times a second, which after a hundred tasks is all that
-    two cores do.
+    two cores do. What outlives a task, modules above all, is not looked at again: with torch loaded a look at all of
+    it takes a third of a second.
     """
     from torch.distributed.tensor import _redistribute, debug
 
@@ -70,8 +72,11 @@ def forget_meshes() -> None:
     getattr(_redistribute, "clear_redistribute_planner_cache", list)()
     for cached in gc.get_objects():
         if type(cached) is functools._lru_cache_wrapper and str(cached.__module__).startswith("torch.distributed"):
-            cached.cache_clear()
+            CACHES.append(cached)
+    for cached in CACHES:
+        cached.cache_clear()
     gc.collect()
+    gc.freeze()
 
 
 class Pool:

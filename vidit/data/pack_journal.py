@@ -50,6 +50,12 @@ def examine(place: Place) -> Examined:
         return Examined(len(video), digest, None, str(error), is_lasting=not isinstance(error, UnreadableError))
 
 
+def unexamined(place: Place) -> Examined:
+    """Of a video on which the decoder ends its process, each time."""
+    reason = "decoding it ended the process, twice: the decoder crashed, or had too little memory"
+    return Examined(place.size, "", None, reason, is_lasting=False)
+
+
 class Journal:
     """Reads what is there, then appends; a context manager. Raises OSError where the file cannot be written."""
 

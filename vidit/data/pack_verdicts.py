@@ -8,7 +8,7 @@ from typing import Any
 
 from vidit.data.candidates import Candidate, Found
 from vidit.data.captions import CaptionError, clean_caption
-from vidit.data.pack_journal import Examined, Journal, examine
+from vidit.data.pack_journal import Examined, Journal, examine, unexamined
 from vidit.data.video import VideoInfo
 from vidit.data.workers import mapped
 
@@ -89,7 +89,8 @@ class Judge:
         rejected = len(self._found.rejected)
         tally = Tally(len(self._found.candidates) + rejected, rejected=rejected)
         cases = [self._opened(item) for item in self._found.candidates]
-        results = mapped(examine, [case.item.place for case in cases if case.must_be_examined], self._workers)
+        places = [case.item.place for case in cases if case.must_be_examined]
+        results = mapped(examine, places, self._workers, unexamined)
         for case in cases:
             if case.must_be_examined:
                 case.examined = next(results)

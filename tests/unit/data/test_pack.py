@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vidit.data import pack_verdicts
+from vidit.data.candidates import Place
 from vidit.data.encode import encode_mp4
 from vidit.data.pack import pack
+from vidit.data.pack_journal import Examined, examine
 from vidit.data.pack_report import PackReport, print_report
 from vidit.data.pack_verdicts import Tally
 from vidit.data.shards import read_clip, read_index
@@ -218,3 +222,21 @@ def test_real_clips_keep_their_captions(tmp_path: Path) -> None:
         )  # fmt: skip
         assert sidecar["fps"] == pytest.approx(row["fps"], abs=0.01)
         assert sidecar["origin"]["licence"] == row["licence"]
+
+
+def examine_or_die(place: Place) -> Examined:
+    """As a decoder does that crashes on one of the files."""
+    if place.path.name == "b.mp4":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return examine(place)
+
+
+def test_a_video_that_crashes_the_decoder_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder_of(tmp_path)
+    monkeypatch.setattr(pack_verdicts, "examine", examine_or_die)
+    report = run(source, tmp_path / "out", workers=2)
+    assert ("b.mp4", "decoding it ended the process, twice: the decoder crashed, or had too little memory") in [
+        (name, reason) for name, reason in report.rejected
+    ]
+    monkeypatch.undo()
+    assert "b.mp4" in run(source, tmp_path / "out", workers=2, overwrite=True).kept, "another try may find it good"

@@ -25,8 +25,12 @@ MOVING_SIDE, STILL_SIDE = 120, 480
 """Short sides in pixels: of every frame for cuts and flow, of stills."""
 
 
-def score_clip(task: tuple[ClipRef, tuple[str, ...], bool]) -> Row:
-    """The scores of (clip, plug-ins by name, whether our own are wanted too).
+Task = tuple[ClipRef, tuple[str, ...], bool]
+"""A clip, plug-ins by name, whether our own scores are wanted too."""
+
+
+def score_clip(task: Task) -> Row:
+    """The scores of a clip.
 
     A clip that cannot be decoded gives a row with its fault. RuntimeError from a plug-in, ShardError.
     """
@@ -41,6 +45,14 @@ def score_clip(task: tuple[ClipRef, tuple[str, ...], bool]) -> Row:
             return _scored(ref, stream, caption, plugins, built_in)
     except ClipError as error:
         return Row(ref.key, video_of(ref), {BUILT_IN: {}}, fault=str(error))
+
+
+def unscored(task: Task) -> Row:
+    """Of a clip on which the decoder or a plug-in ends its process, each time."""
+    ref, plugins, _ = task
+    among = f" (or one of {' '.join(plugins)})" if plugins else ""
+    fault = f"scoring it ended the process, twice: the decoder{among} crashed, or had too little memory"
+    return Row(ref.key, video_of(ref), {BUILT_IN: {}}, fault=fault)
 
 
 def _scored(ref: ClipRef, stream: FrameStream, caption: str, plugins: Sequence[str], built_in: bool) -> Row:

@@ -29,7 +29,7 @@ from vidit.data.curation.rows import (
     video_of,
     write_shard_scores,
 )
-from vidit.data.curation.score_clip import BUILT_IN, score_clip
+from vidit.data.curation.score_clip import BUILT_IN, Task, score_clip, unscored
 from vidit.data.shards import ClipRef, read_index
 from vidit.data.tar import LATENT_SUFFIX
 from vidit.data.workers import mapped
@@ -39,7 +39,6 @@ DISTANCE = 12
 """Bits of 192. Of 24 real clips made smaller, larger or slower all but two of 72 copies lie within; two clips of one
 person before one wall, who says two things, are 14 apart, unrelated clips 56 and more."""
 Progress = Callable[[int, int], None]
-Task = tuple[ClipRef, tuple[str, ...], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +155,7 @@ def _score(
     done: Callable[[int], None],
 ) -> None:
     """Compute every row that is missing; a shard's file is written as soon as it is whole."""
-    results = mapped(score_clip, [task for group in tasks.values() for task in group], workers)
+    results = mapped(score_clip, [task for group in tasks.values() for task in group], workers, unscored)
     count, names = itertools.count(1), _Names()
     for row in (row for scores in stored.values() for row in scores.rows.values()):
         names.check(row)

@@ -267,3 +267,11 @@ def test_a_second_process_waits_its_turn(dataset: Path, plugin: Plugin) -> None:
     )
     with pytest.raises(RuntimeError, match="another process scores"):
         score_set(dataset, [plugin(body)])
+
+
+def test_a_plugin_that_crashes_on_a_clip_is_its_fault(dataset: Path, plugin: Plugin) -> None:
+    body = '{"x": __import__("os").kill(__import__("os").getpid(), 11) if caption == "clip 3" else 1.0}'
+    report = score_set(dataset, [plugin(V + F + body)], workers=2)
+    ((key, reason),) = report.faults
+    assert key == "clip3"
+    assert "ended the process, twice" in reason
