@@ -30,7 +30,8 @@ from parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from parallel.mesh import build_mesh
 from vidit import keys
 from vidit.config import ConfigError, RunConfig, Vae
-from vidit.data.loader import Batch, Clips
+from vidit.data.loader import Batch
+from vidit.data.rows import Clips
 from vidit.model.init import initialise
 from vidit.resolve import resolve
 from vidit.text.encoder import build_text_encoder

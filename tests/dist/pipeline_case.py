@@ -24,7 +24,8 @@ from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
 from vidit.config import RunConfig, Vae
-from vidit.data.loader import Batch, Clips
+from vidit.data.loader import Batch
+from vidit.data.rows import Clips
 from vidit.model.dit import DiT
 from vidit.model.init import initialise
 from vidit.model.plan import sharding_plan

@@ -163,14 +163,13 @@ def test_signals_save_and_leave(config: str, command: Start, uninterrupted: Path
 DRIVER = """
 import os, sys
 from vidit.config import RunConfig
-from vidit.train import latents
-from vidit.train.run import run
-latents.ENCODE_BATCH, latents.PART_CLIPS = 2, 4
+from vidit.train import run as runs
+runs.CLIPS_PER_SHARD = 4
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os._exit(0 if run(RunConfig.model_validate_json(line)) else 3)
+        os._exit(0 if runs.run(RunConfig.model_validate_json(line)) else 3)
     print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """

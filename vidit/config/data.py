@@ -35,7 +35,7 @@ class Source(Section):
 class Data(Section):
     """Clips: where they are and how they are cut."""
 
-    train: str = Field("", description="folder written by `vidit pack` (WebDataset shards and index), or its URL")
+    train: str = Field("", description="folder written by `vidit pack` or `vidit encode` (shards), or its URL")
     mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
     buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
     validation: str | None = Field(None, description="the same for validation; none = the last clips of train")

@@ -35,10 +35,13 @@ class Facts:
     height: NDArray[np.int64]
     label: str = ""
     """What tells the clips of one data set of a mixture from those of another with the same keys."""
+    settled: NDArray[np.bool_] | None = None
+    """Clips that were cut to one of the buckets already, which chance does not move."""
 
     def part(self, clips: range) -> "Facts":
         frames, width, height = (each[clips.start : clips.stop] for each in (self.frames, self.width, self.height))
-        return Facts(self.keys.take(clips), frames, width, height, self.label)
+        settled = None if self.settled is None else self.settled[clips.start : clips.stop]
+        return Facts(self.keys.take(clips), frames, width, height, self.label, settled)
 
 
 def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
@@ -66,6 +69,8 @@ def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int
 
 def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
     ranked, drawn = _ranked(facts, buckets), _drawn(facts, buckets, seed)
+    if facts.settled is not None:
+        drawn[facts.settled] = 0
     keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
     found = np.full(len(ranked), -1)
     for place in range(len(buckets)):

@@ -15,6 +15,7 @@ from vidit.data.listing import Listing
 from vidit.data.order import ClipOrder
 from vidit.data.schedule import Schedule
 from vidit.data.shards import ClipRef
+from vidit.data.tar import LATENT_SUFFIX
 
 Dropped = list[tuple[str, str]]
 """Names of clips that cannot be used, and the reasons."""
@@ -147,7 +148,7 @@ def _facts(refs: Clips, fps: float, label: str) -> Facts:
     if fps:
         # Frames at the rate of the run, as the decoder counts, half a frame of grace included.
         frames = (frames / refs.column("fps") * fps + 0.5).astype(np.int64)
-    return Facts(refs.keys, frames, width, height, label)
+    return Facts(refs.keys, frames, width, height, label, refs.ends_in(LATENT_SUFFIX))
 
 
 def _too_short(ref: ClipRef, config: RunConfig) -> str:

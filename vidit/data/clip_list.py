@@ -145,6 +145,11 @@ class Clips(Sequence[ClipRef]):
         found = [part.column(name) for part in self.parts]
         return found[0] if len(found) == 1 else np.concatenate(found) if found else np.zeros(0)
 
+    def ends_in(self, suffix: str) -> NDArray[np.bool_]:
+        """Of which clips the video, or what is in its place, has this suffix."""
+        found = [part.column("video_suffix") == part.table.columns.number_of(suffix) for part in self.parts]
+        return np.concatenate([np.zeros(0, bool), *found])
+
     @property
     def keys(self) -> Texts:
         found = [part.keys for part in self.parts]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidit.data.tar import CAPTION_SUFFIXES, CURE, VIDEO_SUFFIXES, ShardError
+from vidit.data.tar import CAPTION_SUFFIXES, CURE, MEDIA_SUFFIXES, ShardError
 from vidit.data.texts import Texts
 
 COUNTS: dict[str, type[np.int64] | type[np.int32]] = {
@@ -29,7 +29,7 @@ MOST_BYTES = 1 << 60
 """Largest offset and size: a sum of two, filled up to a block, is a number of 64 bits."""
 NO_CRC = -1
 CRCS = ("video_crc32", "json_crc32")
-SUFFIXES = {"video_suffix": VIDEO_SUFFIXES, "caption_suffix": CAPTION_SUFFIXES}
+SUFFIXES = {"video_suffix": MEDIA_SUFFIXES, "caption_suffix": CAPTION_SUFFIXES}
 DTYPES: dict[str, type[np.generic]] = {
     **COUNTS,
     "fps": np.float64,
@@ -79,6 +79,10 @@ class Columns:
             codes = [place[part.arrays[name]] for place, part in zip(places, parts, strict=True)]
             arrays[name] = np.concatenate(codes)
         return cls(Texts.joined([part.keys for part in parts]), arrays, suffixes)
+
+    def number_of(self, suffix: str) -> int:
+        """The number of a suffix; -1 where no clip has it."""
+        return self.suffixes.index(suffix) if suffix in self.suffixes else -1
 
     def row(self, number: int) -> dict[str, Any]:
         """The fields of a ClipRef that an index holds."""

@@ -43,7 +43,7 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     wrong += [] if is_rate(row["fps"]) else ["fps"]
     wrong += [] if isinstance(row["key"], str) and row["key"] else ["key"]
     wrong += [] if is_sha256(row.get("video_sha256", "0" * 64)) else ["video_sha256"]
-    wrong += [name for name, allowed in SUFFIXES.items() if row[name] not in allowed]
+    wrong += [name for name, allowed in SUFFIXES.items() if row[name] not in tuple(allowed)]
     if wrong:
         raise ShardError(f"{place}: {wrong[0]}={row[wrong[0]]!r} cannot be; delete the index, or {CURE}")
     return row

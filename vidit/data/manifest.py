@@ -21,6 +21,7 @@ MANIFEST = "dataset.json"
 COLUMNS = "index.safetensors"
 ROWS = ".index.jsonl"
 FORMAT, VERSION = "vidit-shards", 1
+ENCODE_REPORT = "encode_report.json"
 
 
 class Listed(NamedTuple):
@@ -60,8 +61,8 @@ def index_path(shard: File) -> File:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is part of a data set: a shard, its index, its scores, columns or manifest."""
-    return name in (MANIFEST, COLUMNS) or bool(
+    """Whether a file of this name is part of a data set: a shard, its index, scores, columns, report or manifest."""
+    return name in (MANIFEST, COLUMNS, ENCODE_REPORT) or bool(
         re.fullmatch(r"shard-\d{6}\.(tar|(index|scores|scores\.partial)\.jsonl)", name)
     )
 
@@ -72,9 +73,12 @@ def sha256_of(path: Path) -> str:
 
 
 def write_manifest(
-    folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool, columns: Listed
+    folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool, columns: Listed, **more: Any
 ) -> dict[str, Any]:
-    """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips index_bytes``."""
+    """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips index_bytes``.
+
+    ``more`` is added as it is: ``encoded`` in a set of latents (`vidit/data/encoded.py`).
+    """
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -82,6 +86,7 @@ def write_manifest(
         "num_bytes": sum(shard["num_bytes"] for shard in shards),
         "allow_empty_captions": allow_empty_captions,
         "columns": columns._asdict(),
+        **more,
         "shards": shards,
     }
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -132,13 +137,17 @@ def remote_manifest(folder: RemoteFolder) -> tuple[RemoteFolder, Manifest]:
     return folder, manifest
 
 
-def shard_hashes(folder: Folder) -> dict[str, str]:
-    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+def manifest_text(folder: Folder) -> str:
+    """The manifest of a folder whose clips have been listed; empty without one."""
     if isinstance(folder, Path):
         path = folder / MANIFEST
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    else:
-        text = folder.manifest
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return folder.manifest
+
+
+def shard_hashes(folder: Folder) -> dict[str, str]:
+    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+    text = manifest_text(folder)
     return {row["name"]: row["sha256"] for row in json.loads(text)["shards"]} if text else {}
 
 

@@ -22,7 +22,7 @@ from vidit.data.columns import Columns
 from vidit.data.index_rows import read_rows_of
 from vidit.data.manifest import COLUMNS, index_path, is_ours, sha256_of, write_manifest
 from vidit.data.shards import facts_of
-from vidit.data.tar import BLOCK, VIDEO_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
+from vidit.data.tar import BLOCK, MEDIA_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
 from vidit.whole_file import write_whole
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
@@ -55,6 +55,11 @@ class ShardLimits:
 def sidecar_text(sidecar: Mapping[str, Any]) -> bytes:
     """The bytes of a sidecar, the same for the same content. ValueError for what JSON cannot hold."""
     return json.dumps(dict(sidecar), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def is_key(name: str) -> bool:
+    """Whether a clip can be written under this key; sets of others may have keys that cannot."""
+    return bool(_KEY.fullmatch(name))
 
 
 def bytes_in_tar(*sizes: int) -> int:
@@ -101,12 +106,12 @@ class ShardWriter:
         or num_frames that it lacks is probed for the index. Raises ValueError for a bad key, suffix or sidecar,
         ClipError from the probe.
         """
-        if not _KEY.fullmatch(key):
+        if not is_key(key):
             raise ValueError(f"key {key!r} is not 1 to 90 letters, digits, - and _ starting with no dash")
         if key in self._keys:
             raise ValueError(f"key {key!r} was added before; every clip needs its own")
-        if suffix not in VIDEO_SUFFIXES:
-            raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES))}")
+        if suffix not in MEDIA_SUFFIXES:
+            raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(MEDIA_SUFFIXES))}")
         if not isinstance(sidecar.get("caption"), str):
             raise ValueError(f"{key}: the sidecar has no caption text")
         text = sidecar_text(sidecar)
@@ -144,14 +149,7 @@ class ShardWriter:
             raise ValueError(f"no clip was added, so {self._out_dir} would be an empty data set")
         for path in sorted(self._out_dir.glob("shard-*"))[2 * len(self._done) :]:
             path.unlink()
-        # From the rows on disk, so that what an earlier try wrote counts as what this one did.
-        shards = [self._out_dir / row["name"] for row in self._done]
-        listed = write_columns(self._out_dir / COLUMNS, Columns.joined(list(map(read_rows_of, shards))))
-        rows = [
-            {**row, "index_bytes": index_path(shard).stat().st_size}
-            for row, shard in zip(self._done, shards, strict=True)
-        ]
-        return write_manifest(self._out_dir, rows, self._allow_empty_captions, listed)
+        return end_set(self._out_dir, self._done, self._allow_empty_captions)
 
     def __enter__(self) -> Self:
         return self
@@ -201,3 +199,15 @@ class ShardWriter:
         write_whole(index_path(shard.path), "".join(map(row_of, rows)))
         self._done.append({"name": shard.path.name, "num_bytes": num_bytes, "sha256": digest, "num_clips": len(rows)})
         self._shard = None
+
+
+def end_set(folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool, **more: Any) -> dict[str, Any]:
+    """Write the columns of shards that lie in a folder with their indexes, then the manifest; returns it.
+
+    ``shards`` are rows of ``ShardWriter.cut``; ``more`` is added to the manifest.
+    """
+    # From the rows on disk, so that what an earlier try wrote counts as what this one did.
+    paths = [folder / row["name"] for row in shards]
+    listed = write_columns(folder / COLUMNS, Columns.joined(list(map(read_rows_of, paths))))
+    rows = [{**row, "index_bytes": index_path(path).stat().st_size} for row, path in zip(shards, paths, strict=True)]
+    return write_manifest(folder, rows, allow_empty_captions, listed, **more)

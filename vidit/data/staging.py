@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -76,9 +76,16 @@ class Stage:
         return there.is_file() and here.is_file() and sha256_of(there) == sha256_of(here)
 
 
+def stage_of(out: Path) -> Path:
+    """The folder that holds what is on its way to ``out``."""
+    final = out.resolve()
+    return final.parent / f".{final.name}.partial"
+
+
 @contextmanager
-def staged(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Stage]:
-    """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal.
+def staged(out: Path, overwrite: bool, resume: bool = False, leave_on_sigterm: bool = True) -> Iterator[Stage]:
+    """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal, unless
+    the caller answers it himself.
 
     With ``resume`` it holds what an earlier process left, and is removed when all went well; else it stays, unless
     it was discarded.
@@ -87,9 +94,9 @@ def staged(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Stage]:
     foreign = sorted(path.name for path in out.iterdir() if not _may_be_here(path.name)) if out.exists() else []
     if foreign:
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a data set; write to an empty folder")
-    final = out.resolve()
-    root = final.parent / f".{final.name}.partial"
-    with _leaving_on_sigterm(), full_disk_explained(out), _locked(root, out):
+    root = stage_of(out)
+    answer = _leaving_on_sigterm() if leave_on_sigterm else nullcontext()
+    with answer, full_disk_explained(out), _locked(root, out):
         stage = Stage(root / "data", out, overwrite)
         if not resume:
             stage.discard()

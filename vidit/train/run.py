@@ -6,19 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from parallel.exchange import exchange, from_first, in_order, num_ranks, own_rank, together
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog, Dropped
+from vidit.data.clip_list import Clips
 from vidit.data.listing import number_of
 from vidit.data.loader import Batch, MicroBatches, batches
+from vidit.data.shards import read_index
 from vidit.resolve import resolve
 from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
+from vidit.train.encode_clips import ClipEncoder
+from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
+from vidit.train.encoding import require_same_encoders
 from vidit.train.fingerprint import digest
-from vidit.train.latents import LatentCache
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
 from vidit.train.loop import Beat, train_loop
@@ -55,6 +61,9 @@ def run(config: RunConfig) -> bool:
         newest = from_first(lambda: _opened(config, splits))
         start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
         task = build_task(config, device, len(splits[1].refs))
+        if isinstance(task.step, DitStep):
+            refs = [*splits[0].refs, *splits[1].refs]
+            require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
         average = Ema(task.model, config.train.ema_decay)
         wait_s = config.parallel.timeout_s / 2
@@ -104,11 +113,9 @@ def _reach_the_end(
     beat: Beat,
 ) -> bool:
     config, device, run_dir = task.config, task.step.device, task.config.directory
-    dataset, validation, num_batches = _data(task, splits, stop, reporter)
+    dataset, validation, num_batches, order = _data(task, splits, stop, reporter)
     accumulation = resolve(config).accumulation
     data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
-    # Latents are encoded before the first step, and a clip that fails there moves every later one of the order.
-    order = digest(dataset.refs)
     require_same_clips([fingerprints(splits), order], "the dataset", config.data.train)
     if held.get("order", order) != order:
         raise RuntimeError(
@@ -129,19 +136,34 @@ def _reach_the_end(
     return done
 
 
-def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> tuple[MicroBatches, list[Batch], int]:
-    """This rank's training batches and its fixed ones of validation, and how many of those all ranks have.
+def _cached(
+    task: Task, step: DitStep, catalog: Catalog, stop: StopRequest, reporter: Reporter
+) -> tuple[Catalog, Dropped]:
+    """The clips of a run, encoded before its first step into its own directory, and those that cannot be."""
+    config, folder = task.config, task.config.directory / "latents"
+    text = task.text if config.model.reads_text else None
+    encoder = ClipEncoder(step.vae, text, step.device, "fp32")
+    # What was encoded for other clips or another VAE is of no use to anyone: the folder is the run's own.
+    made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)
+    with together():
+        refs = read_index(folder)
+    SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], made.skipped)
+    return Catalog.plain(refs), made.skipped
 
-    data.json says what they are made of.
+
+def _data(
+    task: Task, splits: Splits, stop: StopRequest, reporter: Reporter
+) -> tuple[MicroBatches, list[Batch], int, str]:
+    """This rank's training batches and its fixed ones of validation, how many of those all ranks have, and the order.
+
+    data.json says what they are made of. The order is a digest of the clips that can be used: one that fails where
+    latents are encoded before the first step moves every later one.
     """
     config, (train, held) = task.config, splits
-    catalog, store = train.catalog, None
+    catalog = train.catalog
     failed: Dropped = []
     if config.data.cache_latents and isinstance(task.step, DitStep):
-        cache = LatentCache(config, train.refs, task.step.vae, task.step.device, config.directory / "latents")
-        refs, store, failed = cache.load(reporter.say, stop.check_alone)
-        SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], failed)
-        catalog = Catalog.plain(refs)
+        catalog, failed = _cached(task, task.step, catalog, stop, reporter)
     images = resolve(config).latent_frames
     rank, world = task.data_place
     validation: list[Batch] = []
@@ -170,4 +192,8 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
         counts = f"{part['used']} {name}clips, {left_out} dropped, {cut} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    return MicroBatches(config, catalog, task.tokenizer, images, store, rank, world), validation, num_batches
+    lost, used = {key for key, _ in failed}, Clips.of(train.refs)
+    if lost:
+        used = used.take(np.array([number for number in range(len(used)) if used.key(number) not in lost], np.int64))
+    order = digest(used)
+    return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches, order

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from vidit.data.loader import Batch, Clips
+from vidit.data.loader import Batch
+from vidit.data.rows import Clips
 from vidit.train.passes import PlainPasses
 from vidit.train.step import Losses
 

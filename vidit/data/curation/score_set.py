@@ -31,6 +31,7 @@ from vidit.data.curation.rows import (
 )
 from vidit.data.curation.score_clip import BUILT_IN, Task, score_clip, unscored
 from vidit.data.shards import ClipRef, read_index
+from vidit.data.tar import LATENT_SUFFIX
 from vidit.data.workers import mapped
 from vidit.whole_file import full_disk_explained, write_whole
 
@@ -70,6 +71,8 @@ def score_set(
         raise ValueError(f"plug-ins {' '.join(plugins)}: one is named twice; name each once")
     scorers = {BUILT_IN: "", **{load_plugin(name).scorer: name for name in plugins}}
     refs = read_index(folder)
+    if any(ref.video_suffix == LATENT_SUFFIX for ref in refs):
+        raise ValueError(f"{folder} holds latents, which have no picture to score; score the videos they were made of")
     shards = {shard: list(group) for shard, group in itertools.groupby(refs, key=shard_of)}
     with _only_one(folder), full_disk_explained(folder):
         stored = {shard: _stored(shard, group) for shard, group in shards.items()}
