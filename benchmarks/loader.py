@@ -8,8 +8,8 @@ throughput  clips/s of vidit, webdataset and LitData (where installed) over the 
             once all workers run, with 1 and 2 workers. What they deliver is compared.
 memory      resident memory of the process and its workers over many micro-batches of tiny clips.
 wait        `data_wait` of the demo's training, its clips decoded in every step, and encoded once as the demo does.
-resume      time to the first batch of a run that resumes in the middle of a data set of ``--clips`` clips, part by
-            part, and memory a clip (``benchmarks/loader_resume.py``), in fresh processes.
+resume      time to the first batch of a run that resumes amid ``--clips`` clips, part by part,
+            and memory a clip (``benchmarks/loader_resume.py``), in fresh processes.
 
 Prints the answer as JSON and writes it to benchmarks/results/.
 """

@@ -13,12 +13,12 @@ import argparse
 import io
 import json
 import os
-import pickle
 import tarfile
 import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,7 @@ def measure(folder: Path, clip: int, workers: int, select: Sequence[str] = ()) -
     with _timed(seconds, processor_s, "first batch"):
         batch = next(iter(batches(dataset, start, start + 1)))
     assert not batch.skipped, batch.skipped
-    sent = len(pickle.dumps(dataset))
+    sent = len(ForkingPickler.dumps(dataset))
     return {
         "clips": len(refs),
         "resumed at clip": clip,
