@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from benchmarks.fuzz_cases import MUTATIONS, Case, Corpus, cases, mutated
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.fuzz_cases import MUTATIONS, Case, Corpus, cases, mutated
 from vidit.data.shards import read_index
 
 NUM_CASES = 400
