@@ -176,6 +176,28 @@ def pack(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def encode(arguments: argparse.Namespace) -> int:
+    from launch import local
+    from launch.rank import own_place, rank_process
+
+    config, out = load_config(arguments.config, arguments.overrides), Path(arguments.out)
+    logs, place = out.with_name(f"{out.name}-logs"), own_place()
+    if place is None and config.launch.local > 1:
+        options = ["--dtype", arguments.dtype, "--clips-per-shard", str(arguments.clips_per_shard)]
+        options += ["--overwrite"] if arguments.overwrite else []
+        command = ["-m", "vidit.cli", "encode", arguments.config, arguments.out, *options, *arguments.overrides]
+        return local.run(command, config.launch.local, logs, arguments.traceback)
+    if place is not None:
+        place.check(config.launch.local)
+    with rank_process(place, logs) if place else nullcontext():
+        from vidit.train.encode_run import encode_run, print_report
+
+        report = encode_run(config, out, arguments.dtype, arguments.clips_per_shard, arguments.overwrite)
+        if place is None or place.rank == 0:
+            print_report(report, out, arguments.dtype)
+    return 0
+
+
 def score(arguments: argparse.Namespace) -> int:
     with _extra_explained("curate", "cv2", "scenedetect"):
         from vidit.data.curation.score_report import print_scored, progress_bar
@@ -309,6 +331,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--drop-duplicates", action="store_true", help="keep one of the files with the same bytes")
     p.add_argument("--workers", type=whole(0), default=2, help="processes that decode")
     p.add_argument("--overwrite", action="store_true", help="replace the data set in OUT")
+    p = add("encode", encode, "encode a run's clips and captions once, as a data set; the same command goes on")
+    p.add_argument("config", help="of a run that trains on the clips: its data, VAE and text encoder count")
+    p.add_argument("out", help="a new folder")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+    p.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of what is stored")
+    p.add_argument("--clips-per-shard", type=whole(1), default=256)
+    p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
     p = add("score", score, "score every clip of a data set for curation, beside its shards")
     p.add_argument("dataset")
     p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")

@@ -43,7 +43,7 @@ CASES = [
     ("diffusion.min_snr_gamma=3", [], ["diffusion.weighting=min_snr"]),
     ("data.validation=x", ["data.num_validation=0"], []),
     ("data.prefetch=8", ["data.num_workers=0"], []),
-    ("data.prefetch=9", ["data.cache_latents=true"], []),
+    ("data.prefetch=9", ["data.num_workers=0"], []),
     ("data.cache_dir=x", ["data.train=a"], ["data.train=https://a/b"]),
     ("data.stall_s=2", ["data.train=a"], ["data.train=a", "data.validation=s3://a/b"]),
     ("data.patience_s=2", ["data.train=a"], ["data.train=gs://a/b"]),

@@ -3,11 +3,12 @@
 Item i of the dataset is a whole micro-batch, a pure function of (config, clips, i, rank, world), so a resume starts
 the sampler at any i. A clip that is damaged, does not decode or has no caption is replaced by a keyed other
 one of its bucket and data set, counted and named; the caller stops the run when the count passes `data.max_skipped`.
+Videos, and latents that `vidit encode` made of others, may share a micro-batch.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,12 +19,24 @@ from vidit import keys
 from vidit.config import Bucket, RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.catalog import Catalog
+from vidit.data.encoded import (
+    CaptionText,
+    EncodedClip,
+    Encoding,
+    StoredText,
+    is_encoded,
+    parse_clip,
+    read_encoding,
+    stored_text,
+)
 from vidit.data.limits import ClipError
 from vidit.data.order import ClipOrder, split_places
 from vidit.data.schedule import MicroBatch
 from vidit.data.shards import ClipRef, expect_clips, read_clip
+from vidit.data.storage import Folder
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
+from vidit.resolve import grid_of
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
 MAX_SUBSTITUTES = 20
@@ -34,11 +47,15 @@ Item = TypeVar("Item")
 
 @dataclass
 class Clips:
-    """Clips side by side: pixels (n, T, H, W, 3) uint8, or raw latents (n, C, T, H, W)."""
+    """Clips side by side: pixels (n, T, H, W, 3) uint8, raw latents (n, C, T, H, W), or some of each.
+
+    With both `encoded` are the places of the latents among the clips, and the pixels are of the others, in order.
+    """
 
     keys: list[str]
     pixels: Tensor | None = None
     latents: Tensor | None = None
+    encoded: tuple[int, ...] = ()
 
 
 @dataclass
@@ -46,8 +63,9 @@ class Batch:
     """One micro-batch. `rows` number its rows in the whole run; the noise and timesteps are keyed by them.
 
     The first rows are clips. Each of the others holds T images, `images` in row order, T to a row. `tokens`
-    are the captions of the clips and then of the images. `round_rows` are the rows that all data ranks work on at the
-    same time, `step_rows` how many rows the whole step has: its loss is the mean over them.
+    are the captions of the clips and then of the images, `text` what is stored of some of them. `round_rows` are the
+    rows that all data ranks work on at the same time, `step_rows` how many rows the whole step has: its loss is the
+    mean over them. `size` is that of its clips in frames and pixels, None for the run's own.
     """
 
     rows: list[int]
@@ -57,24 +75,29 @@ class Batch:
     round_rows: Sequence[int]
     step_rows: int
     skipped: list[Skip] = field(default_factory=list)
-
-    @property
-    def size(self) -> tuple[int, int, int] | None:
-        """Frames, height and width of its clips in pixels; None of latents."""
-        pixels = self.clips.pixels
-        return None if pixels is None else (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+    text: StoredText | None = None
+    size: tuple[int, int, int] | None = None
 
     @property
     def keys(self) -> list[str]:
         return self.clips.keys + (self.images.keys if self.images else [])
 
 
-@dataclass(frozen=True)
-class LatentStore:
-    """Every clip of a dataset, encoded: raw latents (n, C, T, H, W) and captions, in the dataset's order."""
+class Row(NamedTuple):
+    """One clip as it was read: pixels (T, H, W, 3) uint8 or what is stored of it, and its caption."""
 
-    latents: Tensor
-    captions: Sequence[str]
+    key: str
+    caption: str
+    pixels: Tensor | None
+    encoded: EncodedClip | None
+    empty: CaptionText | None
+    """What is stored of the empty caption."""
+
+    def text(self, caption: str) -> CaptionText | None:
+        """What is stored of its caption, or of the empty one where that stands in for it."""
+        if self.encoded is None:
+            return None
+        return self.encoded.text if caption else self.empty
 
 
 class MicroBatches(TorchDataset[Batch]):
@@ -86,62 +109,67 @@ class MicroBatches(TorchDataset[Batch]):
         catalog: Catalog,
         tokenizer: CaptionTokenizer | None,
         images_per_row: int,
-        store: LatentStore | None = None,
         rank: int = 0,
         world: int = 1,
     ):
-        self.data, self.seed, micro = config.data, config.train.seed, config.train.micro_batch
+        self.config, self.data, self.seed = config, config.data, config.train.seed
+        micro = config.train.micro_batch
         assert self.data.image_rows < micro, (
             f"data.image_rows={self.data.image_rows} leaves no row for a clip in train.micro_batch={micro}"
         )
         self.captioned = config.train.task != "vae"
+        self.max_tokens = config.text.max_tokens if config.text.kind != "bytes" else 0  # of text that may be stored
+        self._encodings: dict[Folder, Encoding | None] = {}
         self.refs, self.catalog, self.schedule = catalog.refs, catalog, catalog.schedule(config)
         self.tokenizer, self.images_per_row = tokenizer, images_per_row
-        self.store = store
         self.rank, self.world = rank, world
 
     def __getitem__(self, index: int) -> Batch:
         of = self.schedule.of_rank(index, self.rank, self.world)
         places, image_places = split_places(of.number, len(of.rows), self.data.image_rows)
-        clips, captions, skipped = self._clips("clips", of, places)
+        skipped: list[Skip] = []
+        clips, texts = self._clips("clips", of, places, skipped)
         images = None
         if image_places:
             n = self.images_per_row
-            images, more, skipped_too = self._clips("images", of, range(image_places.start * n, image_places.stop * n))
-            captions, skipped = captions + more, skipped + skipped_too
-        tokens = None if self.tokenizer is None else self.tokenizer(captions)
-        return Batch(list(of.rows), clips, images, tokens, of.round_rows, of.step_rows, skipped)
+            images, more = self._clips("images", of, range(image_places.start * n, image_places.stop * n), skipped)
+            texts += more
+        tokens = None if self.tokenizer is None else self.tokenizer([caption for caption, _ in texts])
+        found = [(place, text) for place, (_, text) in enumerate(texts) if text is not None]
+        text = stored_text(found, self.max_tokens) if self.max_tokens else None
+        shape = self.data.shapes[of.bucket]
+        size = shape.num_frames, shape.height, shape.width
+        return Batch(list(of.rows), clips, images, tokens, of.round_rows, of.step_rows, skipped, text, size)
 
     def _order(self, stream: str, bucket: int) -> ClipOrder:
         return self.catalog.order(self.seed, stream, bucket)
 
-    def _clips(self, stream: str, of: MicroBatch, places: range) -> tuple[Clips, list[str], list[Skip]]:
-        """What stands at places of the stream "clips" or "images": it, its captions, and what it replaces."""
-        skipped: list[Skip] = []
-        if self.store is not None:
-            order = self._order(stream, of.bucket)
-            chosen = [order.at(place) for place in places]
-            # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
-            latents = self.store.latents[chosen][:, :, : 1 if stream == "images" else None]
-            clips = Clips([self.refs[i].key for i in chosen], latents=latents)
-            captions = [self.store.captions[i] for i in chosen]
-        else:
-            expect_clips(self.refs[self._order(stream, of.bucket).at(place)] for place in places)
-            read = [self._read(stream, of.bucket, place, skipped) for place in places]
-            clips = Clips([key for key, _, _ in read], pixels=torch.stack([pixels for _, pixels, _ in read]))
-            captions = [caption for _, _, caption in read]
+    def _clips(
+        self, stream: str, of: MicroBatch, places: range, skipped: list[Skip]
+    ) -> tuple[Clips, list[tuple[str, CaptionText | None]]]:
+        """What stands at places of the stream "clips" or "images", and of each its caption and what is stored of that.
+
+        Adds what it replaces to `skipped`.
+        """
+        expect_clips(self.refs[self._order(stream, of.bucket).at(place)] for place in places)
+        rows = [self._read(stream, of.bucket, place, skipped) for place in places]
         purpose = f"caption_dropout/{self.catalog.stream(stream, of.bucket)}"
         drop = keys.uniform(self.seed, purpose, list(places)) < self.data.caption_dropout
-        return clips, ["" if no else text for text, no in zip(captions, drop.tolist(), strict=True)], skipped
+        captions = ["" if no else row.caption for row, no in zip(rows, drop.tolist(), strict=True)]
+        return clips_of(rows), [(text, row.text(text)) for row, text in zip(rows, captions, strict=True)]
 
-    def _read(self, stream: str, bucket: int, place: int, skipped: list[Skip]) -> tuple[str, Tensor, str]:
-        """Key, pixels and caption of the clip at a place, or of one that replaces it, after an entry in `skipped`."""
+    def _read(self, stream: str, bucket: int, place: int, skipped: list[Skip]) -> Row:
+        """The clip at a place, or one that replaces it, after an entry in `skipped`."""
         order = self._order(stream, bucket)
         index, name = order.at(place), f"{order.stream}/{place}"
         for attempt in range(MAX_SUBSTITUTES):
             ref, told = self.refs[index], self.catalog.name(index)
+            image, shape = stream == "images", self.data.shapes[bucket]
             try:
-                return told, *self.decode(ref, name, stream == "images", self.data.shapes[bucket])
+                if is_encoded(ref):
+                    return self._stored(ref, told, image, shape)
+                pixels, caption = self.decode(ref, name, image, shape)
+                return Row(told, caption, pixels, None, None)
             except (ClipError, CaptionError) as error:
                 skipped.append((told, str(error)))
                 index = order.instead(place, attempt)
@@ -150,11 +178,33 @@ class MicroBatches(TorchDataset[Batch]):
             "check the dataset with `vidit pack`"
         )
 
+    def _stored(self, ref: ClipRef, told: str, image: bool, shape: Bucket) -> Row:
+        """A clip that is latents. ClipError, CaptionError."""
+        content, caption, _ = read_clip(ref)
+        text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption)
+        folder, vae = ref.shard_path.parent, self.config.vae
+        if folder not in self._encodings:
+            self._encodings[folder] = read_encoding(folder)
+        encoding = self._encodings[folder]
+        frames, _, _ = grid_of(self.config, shape.num_frames, shape.height, shape.width)
+        size = shape.height // vae.spatial_stride, shape.width // vae.spatial_stride
+        clip = parse_clip(content, (vae.latent_channels, frames, *size))
+        if image:  # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
+            clip = EncodedClip(clip.mean[:, :1], clip.text)
+        return Row(told, text, None, clip, encoding.empty if encoding else None)
+
     def decode(
         self, ref: ClipRef, name: str = "", image: bool = False, shape: Bucket | None = None
     ) -> tuple[Tensor, str]:
         """Pixels (T, H, W, 3) uint8 and the caption of one clip; `name` keys its crop. ClipError, CaptionError."""
-        video, caption, _ = read_clip(ref)
+        pixels, text, _ = self.decode_whole(ref, name, image, shape)
+        return pixels, text
+
+    def decode_whole(
+        self, ref: ClipRef, name: str = "", image: bool = False, shape: Bucket | None = None
+    ) -> tuple[Tensor, str, dict[str, Any]]:
+        """As `decode`, and the sidecar."""
+        video, caption, sidecar = read_clip(ref)
         text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption or not self.captioned)
         d, shape = self.data, shape or self.data.shapes[0]
         start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
@@ -169,13 +219,25 @@ class MicroBatches(TorchDataset[Batch]):
             start_fraction=start,
             crop_fraction=(y, x),
         )
-        return pixels, text
+        return pixels, text, sidecar
+
+
+def clips_of(rows: Sequence[Row]) -> Clips:
+    """Clips side by side."""
+    pixels = [row.pixels for row in rows if row.pixels is not None]
+    latents = [row.encoded.mean for row in rows if row.encoded is not None]
+    places = tuple(place for place, row in enumerate(rows) if row.encoded is not None)
+    return Clips(
+        [row.key for row in rows],
+        torch.stack(pixels) if pixels else None,
+        torch.stack(latents) if latents else None,
+        places if pixels and latents else (),
+    )
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:
     """Micro-batches start, start+1, ... end-1, read ahead in `data.num_workers` processes."""
-    workers = 0 if dataset.store is not None else dataset.data.num_workers
-    return read_ahead(dataset, range(start, end), workers, dataset.data.prefetch)
+    return read_ahead(dataset, range(start, end), dataset.data.num_workers, dataset.data.prefetch)
 
 
 def read_ahead(dataset: TorchDataset[Item], indices: range, workers: int, prefetch: int) -> Iterator[Item]:

@@ -16,11 +16,14 @@ from vidit.whole_file import write_whole
 
 MANIFEST = "dataset.json"
 FORMAT, VERSION = "vidit-shards", 1
+ENCODE_REPORT = "encode_report.json"
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of this name is part of a data set: a shard, its index, its scores or the manifest."""
-    return name == MANIFEST or bool(re.fullmatch(r"shard-\d{6}\.(tar|(index|scores|scores\.partial)\.jsonl)", name))
+    """Whether a file of this name is part of a data set: a shard, its index, its scores, a report, the manifest."""
+    return name in (MANIFEST, ENCODE_REPORT) or bool(
+        re.fullmatch(r"shard-\d{6}\.(tar|(index|scores|scores\.partial)\.jsonl)", name)
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -28,14 +31,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool) -> dict[str, Any]:
-    """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips``."""
+def write_manifest(
+    folder: Path, shards: list[dict[str, Any]], allow_empty_captions: bool, **more: Any
+) -> dict[str, Any]:
+    """Write and return the manifest; each row of ``shards`` has ``name num_bytes sha256 num_clips``.
+
+    ``more`` is added as it is: ``encoded`` in a set of latents (`vidit/data/encoded.py`).
+    """
     manifest = {
         "format": FORMAT,
         "version": VERSION,
         "num_clips": sum(shard["num_clips"] for shard in shards),
         "num_bytes": sum(shard["num_bytes"] for shard in shards),
         "allow_empty_captions": allow_empty_captions,
+        **more,
         "shards": shards,
     }
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -82,13 +91,17 @@ def remote_shards(folder: RemoteFolder) -> tuple[dict[RemoteFile, int], bool]:
     return {folder / name: listed[name] for name in sorted(listed)}, allow_empty
 
 
-def shard_hashes(folder: Folder) -> dict[str, str]:
-    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+def manifest_text(folder: Folder) -> str:
+    """The manifest of a folder whose clips have been listed; empty without one."""
     if isinstance(folder, Path):
         path = folder / MANIFEST
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    else:
-        text = folder.manifest
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return folder.manifest
+
+
+def shard_hashes(folder: Folder) -> dict[str, str]:
+    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+    text = manifest_text(folder)
     return {row["name"]: row["sha256"] for row in json.loads(text)["shards"]} if text else {}
 
 

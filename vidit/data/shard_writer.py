@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Self
 
 from vidit.data.manifest import is_ours, sha256_of, write_manifest
 from vidit.data.shards import facts_of, index_path, ref_of, row_of
-from vidit.data.tar import BLOCK, VIDEO_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
+from vidit.data.tar import BLOCK, MEDIA_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
 from vidit.whole_file import write_whole
 
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,89}")
@@ -51,6 +51,11 @@ class ShardLimits:
 def sidecar_text(sidecar: Mapping[str, Any]) -> bytes:
     """The bytes of a sidecar, the same for the same content. ValueError for what JSON cannot hold."""
     return json.dumps(dict(sidecar), sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def is_key(name: str) -> bool:
+    """Whether a clip can be written under this key; sets of others may have keys that cannot."""
+    return bool(_KEY.fullmatch(name))
 
 
 def bytes_in_tar(*sizes: int) -> int:
@@ -97,12 +102,12 @@ class ShardWriter:
         or num_frames that it lacks is probed for the index. Raises ValueError for a bad key, suffix or sidecar,
         ClipError from the probe.
         """
-        if not _KEY.fullmatch(key):
+        if not is_key(key):
             raise ValueError(f"key {key!r} is not 1 to 90 letters, digits, - and _ starting with no dash")
         if key in self._keys:
             raise ValueError(f"key {key!r} was added before; every clip needs its own")
-        if suffix not in VIDEO_SUFFIXES:
-            raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES))}")
+        if suffix not in MEDIA_SUFFIXES:
+            raise ValueError(f"{key}: suffix {suffix!r} is not one of {' '.join(sorted(MEDIA_SUFFIXES))}")
         if not isinstance(sidecar.get("caption"), str):
             raise ValueError(f"{key}: the sidecar has no caption text")
         text = sidecar_text(sidecar)

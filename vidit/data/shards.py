@@ -29,7 +29,7 @@ from vidit.data.tar import (
     BLOCK,
     CAPTION_SUFFIXES,
     CURE,
-    VIDEO_SUFFIXES,
+    MEDIA_SUFFIXES,
     Limits,
     Member,
     ShardError,
@@ -262,7 +262,7 @@ def _parsed(shard: File, line: str, place: str) -> ClipRef:
     wrong += [] if _is_rate(row["fps"]) else ["fps"]
     wrong += [] if isinstance(row["key"], str) and row["key"] else ["key"]
     wrong += [] if _is_sha256(row.get("video_sha256", "0" * 64)) else ["video_sha256"]
-    wrong += [] if row["video_suffix"] in VIDEO_SUFFIXES else ["video_suffix"]
+    wrong += [] if row["video_suffix"] in MEDIA_SUFFIXES else ["video_suffix"]
     wrong += [] if row["caption_suffix"] in CAPTION_SUFFIXES else ["caption_suffix"]
     if wrong:
         raise ShardError(f"{place}: {wrong[0]}={row[wrong[0]]!r} cannot be; delete the index, or {CURE}")

@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -77,8 +77,9 @@ class Stage:
 
 
 @contextmanager
-def staged(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Stage]:
-    """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal.
+def staged(out: Path, overwrite: bool, resume: bool = False, leave_on_sigterm: bool = True) -> Iterator[Stage]:
+    """A Stage for ``out``, removed at the end; a SIGTERM in between ends the process by way of that removal, unless
+    the caller answers it himself.
 
     With ``resume`` it holds what an earlier process left, and is removed when all went well; else it stays, unless
     it was discarded.
@@ -89,7 +90,8 @@ def staged(out: Path, overwrite: bool, resume: bool = False) -> Iterator[Stage]:
         raise ValueError(f"{out} holds {foreign[0]}, which is no part of a data set; write to an empty folder")
     final = out.resolve()
     root = final.parent / f".{final.name}.partial"
-    with _leaving_on_sigterm(), full_disk_explained(out), _locked(root, out):
+    answer = _leaving_on_sigterm() if leave_on_sigterm else nullcontext()
+    with answer, full_disk_explained(out), _locked(root, out):
         stage = Stage(root / "data", out, overwrite)
         if not resume:
             stage.discard()

@@ -20,6 +20,9 @@ from vidit.data.limits import ClipError, ShardError
 from vidit.data.storage import Readable, read_range
 
 VIDEO_SUFFIXES = frozenset({"mp4", "mov", "mkv", "webm", "avi", "asf", "m4v"})
+LATENT_SUFFIX = "safetensors"
+MEDIA_SUFFIXES = VIDEO_SUFFIXES | {LATENT_SUFFIX}
+"""Of what a clip is: a video, or what `vidit encode` has made of one."""
 CAPTION_SUFFIXES = frozenset({"json", "txt"})
 BLOCK = 512
 CURE = "run `vidit pack` again, or fetch the file again"
@@ -133,8 +136,8 @@ def _is_clip_member(shard: Path, info: tarfile.TarInfo, limits: Limits) -> bool:
     if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or info.issparse():
         raise refuse("it is a link, a device or another kind of special file")
     suffix = suffix_of(info.name)
-    if suffix not in VIDEO_SUFFIXES | CAPTION_SUFFIXES:
-        raise refuse(f"suffix {suffix!r} is not one of {' '.join(sorted(VIDEO_SUFFIXES | CAPTION_SUFFIXES))}")
+    if suffix not in MEDIA_SUFFIXES | CAPTION_SUFFIXES:
+        raise refuse(f"suffix {suffix!r} is not one of {' '.join(sorted(MEDIA_SUFFIXES | CAPTION_SUFFIXES))}")
     limit = limits.max_caption_bytes if suffix in CAPTION_SUFFIXES else limits.max_video_bytes
     if info.size > limit:
         raise refuse(f"it has {info.size} bytes, the limit is {limit}")
@@ -142,8 +145,8 @@ def _is_clip_member(shard: Path, info: tarfile.TarInfo, limits: Limits) -> bool:
 
 
 def video_of(shard: Path, key: str, members: Mapping[str, Member]) -> Member:
-    """The one member that is a video. ShardError for none or several."""
-    videos = [member for suffix, member in members.items() if suffix in VIDEO_SUFFIXES]
+    """The one member that is a video or a latent. ShardError for none or several."""
+    videos = [member for suffix, member in members.items() if suffix in MEDIA_SUFFIXES]
     if len(videos) != 1:
         raise ShardError(f"{shard}: clip {key!r} has {len(videos)} videos, exactly 1 was expected; {CURE}")
     return videos[0]

@@ -12,6 +12,7 @@ from vidit.data.loader import Batch, MicroBatches
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 from vidit.text.encoder import CaptionTokenizer
+from vidit.train.encoding import require_same_cut
 from vidit.train.fingerprint import Fingerprint, fingerprint
 
 
@@ -68,6 +69,7 @@ def read_splits(config: RunConfig) -> Splits:
             )
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
+    require_same_cut(config, [ref for source in sources for ref in source], validation)
     train, held = _split(sources, config), _split([validation], alone(config))
     unwanted = [entry for one in chosen for entry in one.dropped]
     train = replace(
@@ -83,6 +85,17 @@ def read_splits(config: RunConfig) -> Splits:
             f"{_first(held)}; give longer clips as data.validation, or data.num_validation=0 for no validation"
         )
     return train, held
+
+
+def every_clip(config: RunConfig) -> Split:
+    """The clips of the one data set of a run, those included that a run sets apart for validation.
+
+    Raises what `read_splits` raises for them.
+    """
+    undivided = config.model_copy(
+        update={"data": config.data.model_copy(update={"validation": None, "num_validation": 0})}
+    )
+    return read_splits(undivided)[0]
 
 
 def _first(split: Split) -> str:

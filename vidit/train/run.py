@@ -12,12 +12,15 @@ from parallel.ranks import start_ranks
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog, Dropped
 from vidit.data.loader import Batch, MicroBatches, batches
+from vidit.data.shards import read_index
 from vidit.resolve import resolve
 from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
+from vidit.train.encode_clips import ClipEncoder
+from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
+from vidit.train.encoding import require_same_encoders
 from vidit.train.fingerprint import digest
-from vidit.train.latents import LatentCache
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
 from vidit.train.loop import Beat, train_loop
@@ -54,6 +57,9 @@ def run(config: RunConfig) -> bool:
         newest = from_first(lambda: _opened(config, splits))
         start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
         task = build_task(config, device, len(splits[1].refs))
+        if isinstance(task.step, DitStep):
+            refs = [*splits[0].refs, *splits[1].refs]
+            require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
         average = Ema(task.model, config.train.ema_decay)
         wait_s = config.parallel.timeout_s / 2
@@ -128,19 +134,30 @@ def _reach_the_end(
     return done
 
 
+def _cached(
+    task: Task, step: DitStep, catalog: Catalog, stop: StopRequest, reporter: Reporter
+) -> tuple[Catalog, Dropped]:
+    """The clips of a run, encoded before its first step into its own directory, and those that cannot be."""
+    config, folder = task.config, task.config.directory / "latents"
+    text = task.text if config.model.reads_text else None
+    encoder = ClipEncoder(step.vae, text, step.device, "fp32")
+    # What was encoded for other clips or another VAE is of no use to anyone: the folder is the run's own.
+    made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)
+    refs = read_index(folder)
+    SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], made.skipped)
+    return Catalog.plain(refs), made.skipped
+
+
 def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> tuple[MicroBatches, list[Batch], int]:
     """This rank's training batches and its fixed ones of validation, and how many of those all ranks have.
 
     data.json says what they are made of.
     """
     config, (train, held) = task.config, splits
-    catalog, store = train.catalog, None
+    catalog = train.catalog
     failed: Dropped = []
     if config.data.cache_latents and isinstance(task.step, DitStep):
-        cache = LatentCache(config, train.refs, task.step.vae, task.step.device, config.directory / "latents")
-        refs, store, failed = cache.load(reporter.say, stop.check_alone)
-        SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], failed)
-        catalog = Catalog.plain(refs)
+        catalog, failed = _cached(task, task.step, catalog, stop, reporter)
     images = resolve(config).latent_frames
     rank, world = task.data_place
     validation: list[Batch] = []
@@ -168,4 +185,4 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
         counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    return MicroBatches(config, catalog, task.tokenizer, images, store, rank, world), validation, num_batches
+    return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vidit import keys
 from vidit.batching import numbers_per_step
 from vidit.config import RunConfig
+from vidit.data.encoded import StoredText
 from vidit.data.loader import Batch, Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.objective import Objective, build_objective
@@ -103,6 +104,15 @@ def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs
     )
 
 
+def merged(made: Tensor, stored: Tensor, places: Sequence[int]) -> Tensor:
+    """Rows side by side: those of `stored` at their places, those of `made` at all others, in its dtype."""
+    total = len(made) + len(stored)
+    whole = made.new_empty((total, *made.shape[1:]))
+    whole[list(places)] = stored.to(made.dtype)
+    whole[[place for place in range(total) if place not in places]] = made
+    return whole
+
+
 class DitStep:
     """Diffusion loss of the denoiser on whitened latents.
 
@@ -130,7 +140,7 @@ class DitStep:
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
         inputs = self.inputs(batch, purpose)
         video = self.video(batch, inputs)
-        text = self.text(model, batch.tokens, len(batch.clips.keys))
+        text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
         return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, previous), inputs, video)
 
@@ -196,23 +206,40 @@ class DitStep:
         return self.vae.whiten(z)
 
     def _raw(self, clips: Clips) -> Tensor:
-        """The posterior mean of clips or images."""
-        if clips.latents is not None:
-            return clips.latents.to(self.device)
-        assert clips.pixels is not None
+        """The posterior mean of clips or images: made of pixels, or taken where it is stored."""
+        stored = None if clips.latents is None else clips.latents.to(self.device)
+        if clips.pixels is None:
+            assert stored is not None
+            return stored
         with torch.no_grad():
-            return self.vae.encode(to_pixels(clips.pixels, self.device)).mean
+            mean = self.vae.encode(to_pixels(clips.pixels, self.device)).mean
+        return mean if stored is None else merged(mean, stored, clips.encoded)
 
-    def text(self, model: nn.ModuleDict, tokens: TextTokens | None, num_clips: int) -> TextInputs:
-        """Encode the captions, by the trained encoder or the frozen one."""
+    def text(
+        self, model: nn.ModuleDict, tokens: TextTokens | None, num_clips: int, stored: StoredText | None = None
+    ) -> TextInputs:
+        """Encode the captions, by the trained encoder or the frozen one; of this what is stored is taken."""
         assert tokens is not None
         tokens = tokens.to(self.device)
-        if self.frozen_text is None:
-            features = model["text"](tokens)
-        else:
-            with torch.no_grad():
-                features = self.frozen_text(tokens)
+        features = model["text"](tokens) if self.frozen_text is None else self._frozen(self.frozen_text, tokens, stored)
         return row_text(features, num_clips, self.images_per_row)
+
+    @torch.no_grad()
+    def _frozen(self, encoder: TextEncoder, tokens: TextTokens, stored: StoredText | None) -> TextFeatures:
+        if stored is None:
+            features: TextFeatures = encoder(tokens)
+            return features
+        known, places = stored.features, stored.places
+        # In the dtype in which the encoder would have answered.
+        dtype = next(encoder.parameters()).dtype
+        taken = (known.features_BLD.to(self.device, dtype), known.pooled_BD.to(self.device, dtype))
+        new = [place for place in range(len(tokens.ids)) if place not in places]
+        if not new:
+            return TextFeatures(taken[0], tokens.mask_BL, taken[1])
+        made: TextFeatures = encoder(TextTokens(tokens.ids[new], tokens.mask_BL[new]))
+        return TextFeatures(
+            merged(made.features_BLD, taken[0], places), tokens.mask_BL, merged(made.pooled_BD, taken[1], places)
+        )
 
     def quantiles(self, rows: list[int], purpose: str, step_rows: int) -> Tensor:
         """Where each row stands in the timestep density, (B,) fp64 in [0, 1).

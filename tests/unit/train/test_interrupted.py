@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.model.dit import DiT
-from vidit.train import latents, review
+from vidit.train import review
+from vidit.train import run as run_module
 from vidit.train.run import run
 from vidit.vae.autoencoder import CausalVae
 
@@ -76,8 +77,7 @@ def trap() -> Iterator[Trap]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "ENCODE_BATCH", 2)
-        patch.setattr(latents, "PART_CLIPS", 4)
+        patch.setattr(run_module, "CLIPS_PER_SHARD", 4)
         for owner, name in ((CausalVae, "encode"), (CausalVae, "decode"), (DiT, "forward")):
             patch.setattr(owner, name, trapped(getattr(owner, name)))
         yield trap
@@ -106,7 +106,7 @@ def left(run_dir: Path) -> dict[str, Any]:
     names = ["metrics.jsonl", "data.json", *(str(p.relative_to(run_dir)) for p in run_dir.glob("samples/*/*"))]
     names += [str(p.relative_to(run_dir)) for p in run_dir.glob("vae/*")]
     found: dict[str, Any] = {name: (run_dir / name).read_bytes() for name in names}
-    found["encoded"] = [t.tolist() for p in sorted(run_dir.glob("latents/*")) for t in load_file(p)["latents"]]
+    found["encoded"] = [path.read_bytes() for path in sorted(run_dir.glob("latents/*.tar"))]
     newest = checkpoint.folder_of(run_dir / "checkpoints", 8)
     assert checkpoint.verify(newest)["step"] == 8
     return found | {n: t.tolist() for p in newest.glob("*.safetensors") for n, t in load_file(p).items()}
@@ -118,7 +118,7 @@ def test_the_whole_run(whole: tuple[Path, int], kind: str) -> None:
     assert [row["step"] for row in rows(run_dir) if "validation" in row] == [2, 4, 6, 8]
     assert calls > 25
     if kind == "dit":
-        assert len(list((run_dir / "latents").iterdir())) == 3
+        assert len(list((run_dir / "latents").glob("*.tar"))) == 3
         assert {p.parent.name for p in run_dir.glob("samples/*/001.mp4")} == {"step-00000004", "step-00000008"}
     speed = [json.loads(line) for line in (run_dir / "speed.jsonl").read_text().splitlines()]
     assert all(("mfu" in row) == (kind == "dit") for row in speed), "where nobody has counted FLOPs there is no MFU"

@@ -15,7 +15,8 @@ from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train.ema import Ema
-from vidit.train.latents import LatentCache
+from vidit.train.encode_clips import ClipEncoder
+from vidit.train.encode_set import encode_set
 from vidit.train.parallelize import build_dit, build_vae
 from vidit.train.step import DitStep, VaeStep, to_pixels
 from vidit.train.validation import validate
@@ -40,18 +41,20 @@ class Rig:
         refs = read_index(config.data.train)
         if config.train.task == "vae":
             self.model, self.step, tokenizer = build_vae(config, CPU, FP32), VaeStep(config, CPU), None
-            latents = None
         else:
             vae = load_vae(Path(config.vae.weights), CPU, FP32)
             text = text or build_text_encoder(config.text)
             self.model, tokenizer = build_dit(config, text, CPU, FP32), text.tokenizer
             self.step = DitStep(config, vae, text, CPU)
-            latents = LatentCache(config, refs, vae, CPU, config.directory).load(print, go_on)[1] if store else None
+            if store:
+                folder = config.directory / "latents"
+                encode_set(config, Catalog.plain(refs), folder, ClipEncoder(vae, None, CPU, "fp32"), print, go_on)
+                refs = read_index(folder)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():  # gates and output start at zero, which would hide the network from the loss
             for p in self.model.parameters():
                 p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-        self.batch = MicroBatches(config, Catalog.plain(refs), tokenizer, self.step.images_per_row, latents).__getitem__
+        self.batch = MicroBatches(config, Catalog.plain(refs), tokenizer, self.step.images_per_row).__getitem__
 
     def run(self, numbers: range) -> tuple[Tensor, Tensor, list[Tensor]]:
         """(loss of each row, its quantile, gradients of the mean), over some micro-batches."""

@@ -1,0 +1,128 @@
+"""Sets of latents, as `vidit encode` writes them: shards like those of videos, with tensors in the place of a video.
+
+A clip is ``<key>.json``, the sidecar of the video, and ``<key>.safetensors`` with ``mean`` and ``std`` of the VAE's
+posterior, raw and (C, T, H, W), and where a frozen text encoder read the caption ``text`` (n, E) of its n valid tokens
+and ``pooled`` (E,). The index gives frames, size and rate of the cut that was encoded. ``dataset.json`` says under
+``encoded`` what it was made with and, once, the text of the empty caption, which caption dropout takes instead.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from vidit.data.limits import ClipError, ShardError
+from vidit.data.manifest import MANIFEST, manifest_text
+from vidit.data.shards import ClipRef
+from vidit.data.storage import Folder
+from vidit.data.tar import CURE, LATENT_SUFFIX
+from vidit.text.encoder import TextFeatures
+
+ENCODED = "encoded"
+
+
+@dataclass(frozen=True)
+class CaptionText:
+    """The features of one caption: of its valid tokens (n, E), and pooled (E,)."""
+
+    features: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class StoredText:
+    """The text of those captions of a batch that were read by the encoder before: `places` are theirs among all."""
+
+    places: tuple[int, ...]
+    features: TextFeatures
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """What is stored of one clip: mean of the posterior (C, T, H, W) fp32, and its caption's text, if there is any."""
+
+    mean: Tensor
+    text: CaptionText | None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What a set was made with, as its manifest has it, and the text of the empty caption, if captions have text."""
+
+    facts: dict[str, Any]
+    empty: CaptionText | None
+
+
+def is_encoded(ref: ClipRef) -> bool:
+    """Whether a clip is latents."""
+    return ref.video_suffix == LATENT_SUFFIX
+
+
+def clip_bytes(mean: Tensor, std: Tensor, text: CaptionText | None) -> bytes:
+    """The member of one clip."""
+    return save({"mean": mean.contiguous(), "std": std.contiguous(), **_text_tensors(text)})
+
+
+def parse_clip(content: bytes, shape: Sequence[int]) -> EncodedClip:
+    """The inverse, for a latent of `shape` (C, T, H, W). ClipError for anything else."""
+    tensors = _tensors(content)
+    if "mean" not in tensors or list(tensors["mean"].shape) != list(shape):
+        found = list(tensors["mean"].shape) if "mean" in tensors else "nothing"
+        raise ClipError(f"the latent is {found}, the run needs {list(shape)}")
+    return EncodedClip(tensors["mean"].float(), _text(tensors))
+
+
+def encoded_facts(facts: dict[str, Any], empty: CaptionText | None) -> dict[str, Any]:
+    """The manifest's entry `encoded`."""
+    text = base64.b64encode(save(_text_tensors(empty))).decode() if empty else None
+    return {**facts, "empty_caption": text}
+
+
+def read_encoding(folder: Folder) -> Encoding | None:
+    """What the set in a folder was made with; None where it holds videos. ShardError for a damaged manifest."""
+    text = manifest_text(folder)
+    facts = json.loads(text).get(ENCODED) if text else None
+    if facts is None:
+        return None
+    try:
+        stored = facts.pop("empty_caption")
+        empty = _text(_tensors(base64.b64decode(stored))) if stored else None
+    except (KeyError, ValueError, AttributeError) as error:
+        raise ShardError(f"{folder}/{MANIFEST}: `{ENCODED}` is damaged: {error}; {CURE}") from error
+    return Encoding(facts, empty)
+
+
+def stored_text(rows: Sequence[tuple[int, CaptionText]], num_tokens: int) -> StoredText | None:
+    """(place, text) of each caption that has one, padded to `num_tokens` as the encoder pads; None without any."""
+    if not rows:
+        return None
+    lengths = torch.tensor([len(text.features) for _, text in rows])
+    padded = pad_sequence([text.features for _, text in rows], batch_first=True)
+    features = torch.nn.functional.pad(padded, (0, 0, 0, num_tokens - padded.shape[1]))
+    mask = torch.arange(num_tokens) < lengths[:, None]
+    pooled = torch.stack([text.pooled for _, text in rows])
+    return StoredText(tuple(place for place, _ in rows), TextFeatures(features, mask, pooled))
+
+
+def _text_tensors(text: CaptionText | None) -> dict[str, Tensor]:
+    return {} if text is None else {"text": text.features.contiguous(), "pooled": text.pooled.contiguous()}
+
+
+def _text(tensors: dict[str, Tensor]) -> CaptionText | None:
+    return CaptionText(tensors["text"], tensors["pooled"]) if "text" in tensors else None
+
+
+def _tensors(content: bytes) -> dict[str, Tensor]:
+    try:
+        return load(content)
+    except SafetensorError as error:
+        raise ClipError(f"not safetensors: {error}") from error
