@@ -56,11 +56,15 @@ class Catalog:
         np.add.at(counts, (self.bucket, self.source), 1)
         return counts / np.maximum(counts.sum(0), 1) * np.array(self.weights)
 
+    def sources_of(self, bucket: int) -> list[int]:
+        """The data sets that have clips in a bucket: the parts of its order."""
+        return np.flatnonzero(self.shares[bucket]).tolist()
+
     def order(self, seed: int, what: str, bucket: int) -> ClipOrder:
         """The order of a bucket's clips."""
         key = seed, what, bucket
         if key not in self._orders:
-            held = np.flatnonzero(self.shares[bucket]).tolist()
+            held = self.sources_of(bucket)
             parts = tuple(np.flatnonzero((self.bucket == bucket) & (self.source == source)) for source in held)
             weights = tuple(self.shares[bucket, held].tolist())
             self._orders[key] = ClipOrder(seed, self.stream(what, bucket), parts, weights)
