@@ -213,6 +213,15 @@ def score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def data_audit(arguments: argparse.Namespace) -> int:
+    from vidit.train.audit import audit
+
+    found = audit(Path(arguments.run))
+    for line in found.lines():
+        print(line)
+    return 1 if found.fault else 0
+
+
 def data_report(arguments: argparse.Namespace) -> int:
     from vidit.data.curation.report import write_data_report
 
@@ -343,13 +352,17 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")
     p.add_argument("--duplicate-bits", type=whole(0), help="how far hashes of copies may differ; default 12 of 192")
     p.add_argument("--workers", type=whole(0), default=2)
-    p = add("data", data_report, "look at a data set")
+    p = add("data", data_report, "look at a data set, or at what a run was given of it")
     views = p.add_subparsers(dest="view", required=True, metavar="VIEW")
     text = "write one page about a scored data set: histograms, what rules drop, clips around each limit"
     p = views.add_parser("report", help=text, description=text)
     p.add_argument("dataset")
     p.add_argument("--select", action="append", default=[], metavar="RULE", help="may be given more than once")
     p.add_argument("--out", required=True, help="the page, such as report.html")
+    text = "say of every clip of a run whether it was delivered, skipped with a reason, or not yet reached"
+    p = views.add_parser("audit", help=text, description=text)
+    p.add_argument("run")
+    p.set_defaults(call=data_audit)
     p = add("scenes", scenes, "write procedural captioned clips as shards")
     p.add_argument("out")
     p.add_argument("--clips", type=whole(1), default=1000)

@@ -316,7 +316,7 @@ def test_a_clip_that_does_not_decode_is_counted(
         found = json.loads((tmp_path / "run" / "data.json").read_text())
         assert (found["used"], found["dropped"][0][0]) == (7, "clip-00")
     else:
-        assert [row["skipped"] for row in rows if "skipped" in row] == [["clip-00"]]
+        assert [[name for name, _ in row["skipped"]] for row in rows if "skipped" in row] == [["clip-00"]]
     assert all("clip-00" not in row["keys"] for row in rows)
 
 
@@ -640,3 +640,27 @@ def test_pack_of_bad_folders(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
     (out / "thesis.txt").write_text("years of work")
     assert "holds thesis.txt, which is no part of a data set" in fails(capfd, "pack", source, out, "--overwrite")
     assert (out / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_is_audited(
+    configure: Configure, config_file: ConfigFile, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each clip is delivered, skipped or to come; a record that was tampered with is caught."""
+    run, data = tmp_path / "run", {"train": str(partly_broken(tmp_path / "data", 1, 10)), "num_validation": 2}
+    file = config_file(tmp_path, configure(run, data={**data, "max_skipped": 1}, train={"global_batch": 2}))
+    assert main(["train", file, "train.steps=5"]) == 0
+    capfd.readouterr()
+    assert main(["data", "audit", str(run)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "5 steps; 8 clips to train on, 2 for validation"
+    assert lines[1:3] == [
+        "epoch 1: 8 clips, 7 delivered, 1 skipped", "epoch 2: 8 clips, 1 delivered, 1 skipped, 6 not yet reached"
+    ]  # fmt: skip
+    assert lines[3].startswith("skipped 2 times: clip-00: ")
+    assert lines[4:] == ["every clip is accounted for"]
+    path = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[1]["keys"][0] = rows[0]["keys"][0]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "audit", str(run)]) == 1
+    assert "was delivered instead, and nothing says that" in capfd.readouterr().out

@@ -101,7 +101,7 @@ def test_a_clip_damaged_on_disk_is_named_and_never_trained_on(
     )  # fmt: skip
     assert main(["train", config_file(tmp_path, config)]) == 0
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    assert {key for row in rows for key in row.get("skipped", ())} == {bad.key}
+    assert {key for row in rows for key, _ in row.get("skipped", ())} == {bad.key}
     used = {key for row in rows for key in row["keys"]}
     assert used == {ref.key for ref in refs} - {bad.key}
 

@@ -79,11 +79,15 @@ class Catalog:
         counts = np.bincount(cells, minlength=self.num_buckets * len(self.weights)).reshape(self.num_buckets, -1)
         return counts / np.maximum(counts.sum(0), 1) * np.array(self.weights)
 
+    def sources_of(self, bucket: int) -> list[int]:
+        """The data sets that have clips in a bucket: the parts of its order."""
+        return [int(source) for source in np.flatnonzero(self.shares[bucket])]
+
     def order(self, seed: int, what: str, bucket: int) -> ClipOrder:
         """The order of a bucket's clips."""
         key = seed, what, bucket
         if key not in self._orders:
-            held = np.flatnonzero(self.shares[bucket]).tolist()
+            held = self.sources_of(bucket)
             parts: tuple[NDArray[np.int64] | range, ...] = (range(len(self.refs)),)
             if not self.is_plain:
                 parts = tuple(np.flatnonzero((self.bucket == bucket) & (self.source == source)) for source in held)

@@ -8,6 +8,7 @@ blocks of fixed counts. Both answer in O(1): a run resumes at any place without 
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +74,15 @@ def _block(seed: int, stream: str, block: int, counts: tuple[int, ...]) -> tuple
     return groups, before
 
 
+class Stand(NamedTuple):
+    """What stands at a place: the clip, and where that is in which epoch of which part."""
+
+    part: int
+    epoch: int
+    offset: int
+    clip: int
+
+
 @dataclass(frozen=True)
 class ClipOrder:
     """The order of the clips of one bucket, which come from one data set or are drawn from several by weight.
@@ -94,13 +104,17 @@ class ClipOrder:
 
     def at(self, place: int) -> int:
         """The number of the clip at a place of the endless stream."""
+        return self.stand(place).clip
+
+    def stand(self, place: int) -> Stand:
+        """What stands at a place of the endless stream."""
         part, nth = self.shares.at(place)
         clips = self.parts[part]
         epoch, offset = divmod(nth, len(clips))
         if self._epochs.get(part, (-1,))[0] != epoch:
             stream = self.stream if len(self.parts) == 1 else f"{self.stream}/{part}"
             self._epochs[part] = epoch, epoch_order(self.seed, stream, epoch, len(clips))
-        return int(clips[self._epochs[part][1][offset]])
+        return Stand(part, epoch, offset, int(clips[self._epochs[part][1][offset]]))
 
     def instead(self, place: int, attempt: int) -> int:
         """The number of the clip that stands in for the one at a place: of the same bucket and data set."""

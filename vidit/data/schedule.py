@@ -64,6 +64,10 @@ class Schedule:
         per_rank = self.per_step // world
         return self.rounds(index // per_rank, world)[index % per_rank][rank]
 
+    def dealt(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of a step in the order in which any number of ranks works on them."""
+        return sorted(self.step(step), key=self.cost, reverse=True)
+
     def imbalance(self, step: int, world: int) -> float:
         """What the step costs where every round waits for its slowest rank, over what it costs when dealt evenly."""
         rounds = self.rounds(step, world)
@@ -75,7 +79,7 @@ class Schedule:
 def _rounds(schedule: Schedule, step: int, world: int) -> list[list[MicroBatch]]:
     per_step = schedule.per_step
     assert per_step % world == 0, f"{per_step} micro-batches a step on {world} ranks"
-    ordered = sorted(schedule.step(step), key=schedule.cost, reverse=True)
+    ordered = schedule.dealt(step)
     found = []
     for first in range(0, per_step, world):
         together = ordered[first : first + world]

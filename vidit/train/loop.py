@@ -152,7 +152,7 @@ def train_loop(
                 reporter.speed({"step": state.step, "communication": exchange(sent.as_dict())})
 
             record = {"step": state.step, "clips": state.clips, "loss": loss, "grad_norm": norm_value, "lr": rate}
-            lost = {"skipped": [key for key, _ in skipped]} if skipped else {}
+            lost = {"skipped": skipped} if skipped else {}
             reporter.record({**record, **parts, "keys": keys, **lost})
             last = state.step == c.steps
             if last or state.step % c.log_every == 0:

@@ -89,7 +89,9 @@ class TestTampered:
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-        with pytest.raises(ShardError, match=rf"{COLUMNS}: SHA-256 \w+, dataset\.json says \w+; make it again with `vidit pack`"):
+        with pytest.raises(
+            ShardError, match=rf"{COLUMNS}: SHA-256 \w+, dataset\.json says \w+; make it again with `vidit pack`"
+        ):
             read_index(tmp_path)
 
     @pytest.mark.parametrize("name", [COLUMNS, "shard-000001.index.jsonl"])
