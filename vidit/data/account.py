@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
 from vidit.data.order import split_places
-from vidit.resolve import resolve
 
 
 class AccountError(RuntimeError):
@@ -67,12 +66,15 @@ class Epoch:
 
 
 class Account:
-    """Takes what each step was given, in the order of the steps, from any step on."""
+    """Takes what each step was given, in the order of the steps, from any step on.
 
-    def __init__(self, config: RunConfig, catalog: Catalog):
+    `images_per_row` is the number of images in a row of images: latent frames of a clip.
+    """
+
+    def __init__(self, config: RunConfig, catalog: Catalog, images_per_row: int):
         self.catalog, self.schedule = catalog, catalog.schedule(config)
         self.seed, self.image_rows = config.train.seed, config.data.image_rows
-        self.images_per_row = resolve(config).latent_frames
+        self.images_per_row = images_per_row
         shapes = [f"{shape.num_frames}x{shape.height}x{shape.width}" for shape in config.data.shapes]
         self._shapes = shapes if len(shapes) > 1 else [""]
         self.epochs: dict[tuple[str, int, int, int], Epoch] = {}

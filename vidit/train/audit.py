@@ -16,6 +16,7 @@ from vidit.config import RunConfig
 from vidit.data.account import CURE, Account, AccountError, Epoch
 from vidit.data.catalog import Catalog
 from vidit.data.shards import read_index
+from vidit.resolve import resolve
 from vidit.train.clips import Split, fingerprints, read_splits
 from vidit.train.fingerprint import digest
 from vidit.train.metrics import read_metrics
@@ -68,7 +69,7 @@ def audit(run_dir: Path) -> Audit:
         )
     rows = [row for row in read_metrics(run_dir) if "loss" in row]
     found = Audit(len(rows), len(catalog.refs), _reasons(train), len(held.refs))
-    account = Account(config, catalog)
+    account = Account(config, catalog, resolve(config).latent_frames)
     try:
         for number, row in enumerate(rows, start=1):
             if row["step"] != number:

@@ -16,6 +16,7 @@ from vidit.data.encode import encode_mp4
 from vidit.data.loader import MicroBatches
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_index
+from vidit.resolve import resolve
 
 Configure = Callable[..., RunConfig]
 SQUARE = {"height": 32, "width": 32}
@@ -36,7 +37,7 @@ def recorded(config: RunConfig, world: int, steps: int) -> tuple[Account, Record
     """What a run of `world` data ranks would write down, from the batches that its loaders give."""
     sources = [read_index(source.path) for source in config.data.sources]
     catalog, _, _ = catalogue(sources, config)
-    account = Account(config, catalog)
+    account = Account(config, catalog, resolve(config).latent_frames)
     per_rank = account.schedule.per_step // world
     ranks = [
         MicroBatches(config, catalog, None, account.images_per_row, rank=rank, world=world) for rank in range(world)
