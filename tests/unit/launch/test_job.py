@@ -12,7 +12,7 @@ from launch.job import JobSpec, Task, format_minutes, parse_minutes
 from launch.process import Backend as Local
 from launch.site import SITES, read_site
 from launch.slurm import Backend, _parsed
-from launch.srun import ALONE, Node, own_node, rank_variables
+from launch.srun import ALONE, Node, node_of, rank_variables
 from vidit.config import ConfigError
 
 STEP = {
@@ -66,9 +66,9 @@ def test_ranks_of_srun() -> None:
     alone = {"SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_JOB_ID": "7"}
     assert rank_variables(alone) == {}, "a batch script, or a shell on a node, is no rank"
     assert rank_variables({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
-    assert own_node(alone) == ALONE
+    assert node_of(alone) == ALONE
     one_a_node = {**STEP, "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
-    assert own_node(one_a_node) == Node(1, 2, "node1", 20007)
+    assert node_of(one_a_node) == Node(1, 2, "node1", 20007)
 
 
 def test_srun_that_does_not_fit() -> None:
@@ -77,7 +77,7 @@ def test_srun_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="MASTER_ADDR is not set"):
         rank_variables({key: value for key, value in STEP.items() if key != "MASTER_ADDR"})
     with pytest.raises(ValueError, match="srun has started 8 processes on each node"):
-        own_node(STEP)
+        node_of(STEP)
 
 
 @pytest.mark.parametrize("path", sorted(SITES.glob("*.toml")), ids=lambda path: path.stem)
