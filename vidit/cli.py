@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from vidit.config import RunConfig
@@ -213,8 +213,6 @@ def whole(least: int) -> Callable[[str], int]:
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
-    from launch.options import takes_job_options
-
     top = argparse.ArgumentParser(prog="vidit", description="Train video diffusion transformers.")
     top.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -230,17 +228,20 @@ def parser() -> argparse.ArgumentParser:
 
     takes_config(add("train", train, "train a run, or resume the one in its directory"))
     takes_config(add("config", config, "print a resolved run with every derived number, as JSON"))
-    p = add("submit", submit, "run it as a job: on this machine, or on a cluster")
-    takes_job_options(p)
-    takes_config(p)
-    p = add("status", status, "how the last submitted job of a run is")
-    p.add_argument("run")
-    p = add("logs", logs, "the output of the last submitted job of a run")
-    p.add_argument("run")
-    p.add_argument("--lines", type=whole(1), default=100, help="from the end of each file")
-    p.add_argument("--follow", action="store_true", help="go on until the job is over")
-    p = add("cancel", cancel, "ask the last submitted job of a run to save and leave")
-    p.add_argument("run")
+    with suppress(ModuleNotFoundError):  # what one device needs works without the package launch
+        from launch.options import takes_job_options
+
+        p = add("submit", submit, "run it as a job: on this machine, or on a cluster")
+        takes_job_options(p)
+        takes_config(p)
+        p = add("status", status, "how the last submitted job of a run is")
+        p.add_argument("run")
+        p = add("logs", logs, "the output of the last submitted job of a run")
+        p.add_argument("run")
+        p.add_argument("--lines", type=whole(1), default=100, help="from the end of each file")
+        p.add_argument("--follow", action="store_true", help="go on until the job is over")
+        p = add("cancel", cancel, "ask the last submitted job of a run to save and leave")
+        p.add_argument("run")
     p = add("pack", pack, "check videos and write them as shards; the same command again goes on after a kill")
     p.add_argument("source", help="a folder of videos, a .csv .tsv .jsonl or .parquet table, a .tar or folder of tars")
     p.add_argument("out", help="a new folder")
