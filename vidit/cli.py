@@ -117,6 +117,7 @@ def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
 def train(arguments: argparse.Namespace) -> int:
     from launch import local
     from launch.rank import own_place, rank_process
+    from launch.restart import Restarts
 
     config = load_config(arguments.config, arguments.overrides)
     logs = config.directory / "logs"
@@ -124,13 +125,15 @@ def train(arguments: argparse.Namespace) -> int:
     if place is None and config.launch.local > 1:
         _check(config)
         command = ["-m", "vidit.cli", "train", arguments.config, *arguments.overrides]
-        return local.run(command, config.launch.local, logs, arguments.traceback)
+        restarts = Restarts(config.launch.max_restarts, config.directory / "checkpoints")
+        return local.run(command, config.launch.local, logs, arguments.traceback, restarts)
     if place is not None:
         place.check(config.launch.local)
     with rank_process(place, logs) if place else nullcontext():
+        from vidit.train.goodput import process_began
         from vidit.train.run import run
 
-        run(config)
+        run(config, process_began())
     return 0
 
 
@@ -249,6 +252,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def goodput(arguments: argparse.Namespace) -> int:
+    from vidit.train.goodput import read_goodput
+
+    for line in read_goodput(Path(arguments.run)).table():
+        print(line)
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     from vidit.evaluate.report import write_report
 
@@ -344,6 +355,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clips", type=whole(1), default=64)
     p.add_argument("--seed", type=whole(0), default=0)
     p = add("report", report, "write RUN/report.html")
+    p.add_argument("run")
+    p = add("goodput", goodput, "say where the time of a run went, over all of its starts")
     p.add_argument("run")
     p = add("export", export, "write a run's full weights as safetensors files")
     p.add_argument("run")
