@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from failing_loop import FAIL_AT, TIMEOUT_S, work
+from failing_loop import DEADLINE, FAIL_AT, TIMEOUT_S, work
 
 from parallel.failure import Report, read_report
 
@@ -106,8 +106,22 @@ def test_hangs(run: Any) -> None:
         assert f"the others wait in section agreement of step {FAIL_AT}" in report.message
     assert "rank 1 is here:" in case.err(FAULTY)
     assert "in hang" in case.err(FAULTY), "its stack"
-    assert "is here" not in case.err(0), "nobody else's"
     assert case.seconds > TIMEOUT_S
+
+
+def test_a_section_takes_far_longer_than_the_steps_before(run: Any) -> None:
+    """Long before the timeout: every rank shows where it is, and ends; the one at fault is named with the limit."""
+    case = run("deadline")
+    assert case.codes == [1, 1, 1]
+    step, timeout_s, _, floor_s = DEADLINE
+    for rank in range(WORLD):
+        assert case.report(rank).rank == FAULTY
+        assert f"has been in section data of step {step} for" in case.report(rank).message
+        assert f"{floor_s:g} s are allowed" in case.report(rank).message
+        assert f"rank {rank} is here:" in case.err(rank)
+    assert "in hang" in case.err(FAULTY)
+    assert "any_rank" in case.err(0), "where it waits for the others"
+    assert case.seconds < timeout_s / 2
 
 
 def test_hangs_where_the_others_wait(run: Any) -> None:
