@@ -3,8 +3,8 @@
     python -m benchmarks.chaos [--kills 20] [--steps 400]
 
 Trains a small model on two ranks twice: undisturbed, and with `launch.max_restarts` while a rank chosen at random is
-sent SIGKILL at random moments, each after the run has trained a step since the last. Both must end, with losses, norms and
-keys that are equal bit for bit. A recovery is the time from a kill to the end of the first step after it; what it is
+sent SIGKILL at random moments, each after the run has trained a step since the last. Both must end, with losses, norms
+and keys that are equal bit for bit. A recovery is the time from a kill to the end of the first step after it; what it is
 made of is read from goodput.jsonl. Prints a JSON line and writes it to benchmarks/results/.
 """
 
@@ -130,9 +130,10 @@ def summary(run_dir: Path, whole: Path, disturbed: Disturbed, num_kills: int) ->
     }
 
 
-def measure(folder: Path, num_kills: int, steps: int, seed: int) -> dict[str, Any]:
+def measure(folder: Path, num_kills: int, steps: int, seed: int, checkpoint_every: int = 10) -> dict[str, Any]:
     pack_scenes(folder / "data", 64, "train", seed=0, num_frames=5, height=32, width=32, workers=0)
-    given = [*TINY, f"data.train={folder / 'data'}", f"train.steps={steps}", "train.checkpoint_every=10"]
+    given = [*TINY, f"data.train={folder / 'data'}", f"train.steps={steps}"]
+    given.append(f"train.checkpoint_every={checkpoint_every}")
     whole, run_dir = folder / "whole", folder / "run"
     undisturbed = disturb(command("configs.demo", whole, given), whole, 0, random.Random(seed), 0.0)
     if undisturbed.code:

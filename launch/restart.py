@@ -55,13 +55,13 @@ class Restarts:
         saved = newest_step(self.checkpoints)
         self.in_a_row = 1 if saved > self.saved else self.in_a_row + 1
         self.saved = saved
-        where = f"step {saved}" if saved >= 0 else "the beginning"
+        where = f"the checkpoint of step {saved}" if saved >= 0 else "the beginning"
         if stop_requested or ending.code == INTERRUPTED:
             return Decision(False, "a stop was asked for")
         if not ending.retry:
             return Decision(False, "it would fail again")
         if self.in_a_row > self.budget:
-            return Decision(False, f"{self.in_a_row} failures since the checkpoint of {where}")
+            return Decision(False, f"{self.in_a_row} failures since {where}")
         self.total += 1
         return Decision(True, f"starting again from {where}, {self.in_a_row} of launch.max_restarts={self.budget}")
 

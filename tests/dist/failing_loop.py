@@ -28,8 +28,9 @@ def work(environment: dict[str, str], folder: str, fault: str, faulty: int) -> N
 
 
 def train(
-    folder: Path, fault: str, fail_at: int = FAIL_AT, timeout_s: float = TIMEOUT_S, factor: float = 0, floor_s: float = 0
-) -> None:
+    folder: Path, fault: str, fail_at: int = FAIL_AT, timeout_s: float = TIMEOUT_S, factor: float = 0,
+    floor_s: float = 0, last: int = LAST,
+) -> None:  # fmt: skip
     import torch
     import torch.distributed as dist
 
@@ -43,7 +44,7 @@ def train(
         def leave(step: int, why: str) -> None:
             (folder / f"rank-{ranks.rank}.end").write_text(json.dumps({"step": step, "why": why}))
 
-        for step in range(1, LAST):
+        for step in range(1, last):
             failing = fault if step == fail_at else ""
             ranks.heartbeat.beat(step, "data")
             try:
@@ -81,6 +82,8 @@ def fail(fault: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "hang" | "deadline":
             hang()
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "clip":
             raise ValueError("clip 7 cannot be read")
         case "signal":

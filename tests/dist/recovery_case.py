@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import time
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch.distributed as dist
 
 from parallel.dtensor import local
 from vidit.config import RunConfig
+from vidit.data.loader import MicroBatches
 from vidit.train import loop
 from vidit.train.ema import Ema
 from vidit.train.optim import Optimizers
@@ -24,13 +26,15 @@ from vidit.train.step import DitStep, Losses
 @dataclass(frozen=True)
 class Case:
     """`scaled`: step -> by what the last rank's loss is multiplied there. `poisoned`: after the update of that step
-    the last rank holds a weight that is not finite. `unmade`: updates that the reference leaves out.
+    the last rank holds a weight that is not finite. `unmade`: updates that the reference leaves out. `slow_s`: what the
+    last rank takes longer for each micro-batch.
     """
 
     config: RunConfig
     scaled: dict[int, float] = field(default_factory=dict)
     poisoned: int = 0
     unmade: tuple[int, ...] = ()
+    slow_s: float = 0.0
 
 
 def start(case: Case) -> str:
@@ -45,6 +49,8 @@ def start(case: Case) -> str:
             stack.enter_context(patch.object(loop, "update", poisoned_update(case.poisoned)))
         if case.unmade:
             leave_out(case.unmade, stack)
+        if faulty and case.slow_s:
+            stack.enter_context(patch.object(MicroBatches, "__getitem__", slow_reading(case.slow_s)))
         run(case.config)
     return said.getvalue()
 
@@ -72,6 +78,16 @@ def poisoned_update(step: int) -> Any:
                 weights[0].view(-1)[0] = math.inf
 
     return update
+
+
+def slow_reading(seconds: float) -> Any:
+    original = MicroBatches.__getitem__
+
+    def read(self: MicroBatches, index: int) -> Any:
+        time.sleep(seconds)
+        return original(self, index)
+
+    return read
 
 
 def leave_out(steps: tuple[int, ...], stack: ExitStack) -> None:

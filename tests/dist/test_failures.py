@@ -67,7 +67,9 @@ def run(context: Any, tmp_path: Path) -> Iterator[Any]:
             processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, FAULTY)))
             processes[-1].start()
         began = time.monotonic()
-        for process in processes:
+        for process in sorted(processes, key=lambda p: p is processes[FAULTY]):
+            if fault == "stop" and process is processes[FAULTY]:
+                process.kill()  # as who started it does in the end
             process.join(max(0.1, END_S - (time.monotonic() - began)))
         assert all(p.exitcode is not None for p in processes), f"still running: {[p.exitcode for p in processes]}"
         return Case(tmp_path, processes, time.monotonic() - began)
@@ -93,6 +95,16 @@ def test_killed(run: Any) -> None:
         assert f"gives no sign of life, it was last in section data of step {FAIL_AT}" in report.message
         assert f"vidit: rank {FAULTY}: gives no sign of life" in case.err(rank)
         assert "terminate called" not in case.err(rank)
+
+
+def test_stopped(run: Any) -> None:
+    """By SIGSTOP: its connections stay open, so nobody hears of it before the timeout."""
+    case = run("stop")
+    assert case.codes == [1, -9, 1]
+    for rank in (0, 2):
+        assert case.report(rank).rank == FAULTY
+        assert f"gives no sign of life, it was last in section data of step {FAIL_AT}" in case.report(rank).message
+    assert case.seconds > TIMEOUT_S
 
 
 def test_hangs(run: Any) -> None:

@@ -17,6 +17,7 @@ from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.train.goodput import read_goodput
 from vidit.train.metrics import read_metrics
+from vidit.whole_file import read_rows
 
 Configure = Callable[..., RunConfig]
 Build = Callable[..., RunConfig]
@@ -148,3 +149,35 @@ def test_recoveries_are_counted(pool: Pool, build: Build, tmp_path: Path) -> Non
         pool.run(2, start, Case(build(tmp_path, **options), scaled=scaled))
     assert set(caught.value.failures) == {0, 1}
     pool.run(2, start, Case(build(tmp_path, **options, recovery_window=5), scaled=scaled))
+
+
+def test_a_slow_rank_is_named(pool: Pool, build: Build, tmp_path: Path) -> None:
+    """One that reads slowly; the other waits for it, and so takes as long for a step."""
+    found = build(tmp_path, steps=16)
+    said = pool.run(2, start, Case(found, slow_s=0.3))[0]
+    assert said.count("rank 1 is slow: ") == 1
+    assert "most of it in data; median of 1" in said
+    rows = [row for row in read_rows(tmp_path / "speed.jsonl") if "slowest_rank" in row]
+    assert {row["slowest_rank"] for row in rows} == {1}
+    assert all(row["own_s"] > 0.3 for row in rows)
+
+
+def test_a_damaged_checkpoint_and_what_crashes_left(pool: Pool, build: Build, tmp_path: Path) -> None:
+    """Two ranks go on from the checkpoint before, and are the run whose checkpoint was whole."""
+    found, whole = build(tmp_path / "found"), build(tmp_path / "whole", steps=12)
+    root = found.directory / "checkpoints"
+    for config in (found, whole):
+        pool.run(2, start, Case(config))
+    path = next(checkpoint.folder_of(root, 8).glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    half, empty = root / "step-00000010.partial", root / "step-00000011"
+    for folder in (half, empty):  # cut short while it was written, and while it was deleted
+        folder.mkdir()
+        (folder / "rank-00000.safetensors").write_bytes(b"torn")
+    (half / "manifest.json").write_text("{}")
+    said = pool.run(2, start, Case(build(tmp_path / "found", steps=12)))[0]
+    assert f"{path} is damaged: " in said
+    assert f"resumed {found.directory} at step 6" in said
+    assert losses(found) == losses(whole)
+    assert checkpoint.steps(root) == [6, 9, 12]
+    assert sorted(p.name for p in root.glob("*.*")) == ["step-00000008.damaged"]

@@ -82,7 +82,7 @@ class Ledger:
         if end is not None:
             row["end"] = end
         if self.path is not None:
-            with self.path.open("a") as file:
+            with suppress(OSError), self.path.open("a") as file:  # a full disk is for those to tell who need it
                 file.write(json.dumps(row | {"lost": self.lost, "startup": self.startup, "seconds": seconds}) + "\n")
 
     def roll_back(self, step: int, sections: Mapping[str, float]) -> None:

@@ -33,10 +33,11 @@ def resume(root: Path, state: TrainState) -> tuple[dict[str, Any], list[str]]:
             return state.load(folder), notes
         except DamagedError as error:
             notes.append(f"{error}. It is kept as {from_first(partial(_set_aside, folder))}")
-    if notes:
+    if damaged := from_first(lambda: sorted(path.name for path in root.glob("step-*.damaged"))):
+        said = "; ".join(notes) or ", ".join(damaged)
         raise checkpoint.CheckpointError(
-            f"no checkpoint under {root} is whole: {'; '.join(notes)}. Repair one of them and give it its name back, "
-            "or give a new run_dir"
+            f"no checkpoint under {root} is whole: {said}. Repair one of them and give it its name back, or give a new "
+            "run_dir"
         )
     return {}, notes
 

@@ -35,7 +35,10 @@ def test_failures_in_a_row_without_a_checkpoint(tmp_path: Path) -> None:
     restarts.begin()
     assert [restarts.decide(KILLED, False).again for _ in range(2)] == [True, True]
     save(tmp_path, 5)
-    assert restarts.decide(KILLED, False) == (True, "starting again from step 5, 1 of launch.max_restarts=2")
+    assert restarts.decide(KILLED, False) == (
+        True,
+        "starting again from the checkpoint of step 5, 1 of launch.max_restarts=2",
+    )
     assert restarts.decide(KILLED, False).again
     assert restarts.decide(KILLED, False) == (False, "3 failures since the checkpoint of step 5")
     assert restarts.total == 4
