@@ -3,8 +3,8 @@
     python -m benchmarks.chaos [--kills 20] [--steps 400]
 
 Trains a small model on two ranks twice: undisturbed, and with `launch.max_restarts` while a rank chosen at random is
-sent SIGKILL at random moments, each after the run has trained a step since the last. Both must end, with losses, norms
-and keys that are equal bit for bit. A recovery is the time from a kill to the end of the first step after it; what it is
+sent SIGKILL at random moments, each after the run has trained a step since the last. Both must end, with losses and
+norms that are equal bit for bit. A recovery is the time from a kill to the end of the first step after it; what it is
 made of is read from goodput.jsonl. Prints a JSON line and writes it to benchmarks/results/.
 """
 

@@ -74,7 +74,8 @@ def test_the_network_is_cut(hosts: list[str], tmp_path: Path) -> None:
         environment = {
             **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "10.91.7.1", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": f"v{os.getpid()}-{rank + 1}", "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"{rank}.json"),
+            "GLOO_SOCKET_IFNAME": f"v{os.getpid()}-{rank + 1}",
+            "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"{rank}.json"),
         }  # fmt: skip
         with (tmp_path / f"{rank}.err").open("w") as err:
             ranks.append(subprocess.Popen(

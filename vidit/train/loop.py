@@ -68,14 +68,14 @@ def train_loop(
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(task.config.data.max_skipped, reporter)
     recovery = Recovery(c, held.get("recovery", {}))
-    saves = Saves(state, recovery, reporter, checkpoints, facts, c)
-    watch, first_step, known = Stopwatch(), state.step, set[Any]()
+    saves = Saves(state, recovery, reporter, checkpoints, facts, c, beat)
+    watch, first, known = Stopwatch(), state.step + 1, set[Any]()
+    counted = first + COUNTED if task.config.parallel.count_communication else None
     pace = Pace(task, reporter, watch, peak_flops)
     state.model.train()
 
     def save() -> None:
         if saves.due:
-            beat(state.step, "save")
             saves.save()
             watch.lap("checkpoint")
             ledger.write(state.step, watch.totals)
@@ -84,7 +84,7 @@ def train_loop(
         if state.step:
             beat(state.step, "review")
             review(state.step)
-        watch.lap("review")
+        ledger.started("review")
         while state.step < c.steps:
             watchers.stop.check()
             step = state.step + 1
@@ -100,11 +100,7 @@ def train_loop(
 
             beat(step, "compute" if known.issuperset(fetched.shapes) else "first pass")
             known.update(fetched.shapes)
-            sent = (
-                Communication()
-                if task.config.parallel.count_communication and step == first_step + 1 + COUNTED
-                else None
-            )
+            sent = Communication() if step == counted else None
             with task.counted(sent):
                 outcome = forward_backward(task, fetched.batches, parameters)
             watch.lap("compute")
@@ -130,9 +126,10 @@ def train_loop(
             if step == c.steps or step % c.log_every == 0:
                 pace.report(step, outcome, norm, rate)
             watch.lap("log")
-            if step == first_step + 1:
+            if step == first:
                 ledger.started("first step")
-            ledger.write(step, watch.totals, now=step == first_step + 1)
+                watch.totals.clear()  # all of that was the start
+            ledger.write(step, watch.totals, now=step == first)
 
             if step == c.steps or step % c.checkpoint_every == 0 or "rolled_back_to" in row:
                 save()
@@ -148,7 +145,7 @@ def train_loop(
         watch.lap("checkpoint")
         ledger.write(state.step, watch.totals, end="stopped")
         return False
-    state.finish()
+    saves.finish()
     watch.lap("checkpoint")
     ledger.write(state.step, watch.totals, end="done")
     return True
@@ -177,13 +174,10 @@ def recover(
     """
     step, clips = state.step + 1, state.clips
     fault.error.rank = outcome.bad_rank
-    if fault.action == "stop":
-        state.finish()
-        raise fault.error
     try:
         recovery.charge(step, fault)
     except RuntimeError:
-        state.finish()
+        saves.finish()
         raise
     state.optimizer.zero_grad()
     row: dict[str, Any] = {"no_update": fault.reason}

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from vidit.config import RunConfig
 from vidit.resolve import resolve
 from vidit.train.fetch import Fetched
 from vidit.train.metrics import Reporter, Stopwatch
@@ -26,12 +25,8 @@ class Pace:
     worked: list[float] = field(default_factory=lambda: [0, 0, 0.0])
 
     def __post_init__(self) -> None:
-        self.stragglers = Stragglers(self.config.parallel.slow_rank)
-        self.num_ranks = resolve(self.config).num_ranks
-
-    @property
-    def config(self) -> RunConfig:
-        return self.task.config
+        self.stragglers = Stragglers(self.task.config.parallel.slow_rank)
+        self.num_ranks = resolve(self.task.config).num_ranks
 
     def add(self, fetched: Fetched, outcome: Outcome, update_s: float) -> None:
         """One step, whether or not it was updated."""
@@ -60,7 +55,7 @@ class Pace:
             self.reporter.say(f"step {step}: {word}")
         scalars = {"train/loss": outcome.loss, "train/grad_norm": norm, "train/lr": rate}
         self.reporter.scalars(step, scalars | speed)
-        c = self.config.train
+        c = self.task.config.train
         if outcome.finite and any(outcome.quantiles):
             name = "train/loss_by_timestep"
             self.reporter.histogram(step, name, outcome.quantiles, outcome.losses, c.num_time_bands)

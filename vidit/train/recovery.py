@@ -91,7 +91,11 @@ class Recovery:
         return middle + self.c.spike_factor * max(spread, LEAST_SPREAD * abs(middle))
 
     def charge(self, step: int, fault: Fault) -> None:
-        """Put one recovery on the account; raises the fault's error where `train.max_recoveries` are used up."""
+        """Put one recovery on the account; raises the fault's error where the run is to stop of it, or has used up
+        `train.max_recoveries`.
+        """
+        if fault.action == "stop":
+            raise fault.error
         recent = [past for past in self.recovered if past > step - self.c.recovery_window]
         if len(recent) >= self.c.max_recoveries:
             text = (

@@ -4,6 +4,7 @@ A checkpoint whose files differ from their hashes is set aside as `step-XXXXXXXX
 deletes, and the one before it is taken. So is one that holds a number that is not finite, where a run goes back to it.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def _set_aside(folder: Path) -> str:
 
 
 class Saves:
-    """Saves of one start, in `root`, with `facts` that do not change. Every method is collective."""
+    """Saves of one start in `root`, with `facts` that do not change; `beat` is told of each. Methods are collective."""
 
     def __init__(
         self,
@@ -57,8 +58,9 @@ class Saves:
         root: Path,
         facts: dict[str, Any],
         c: Train,
+        beat: Callable[[int, str], None],
     ):
-        self.state, self.recovery, self.reporter = state, recovery, reporter
+        self.state, self.recovery, self.reporter, self.beat = state, recovery, reporter, beat
         self.root, self.facts, self.c = root, facts, c
         self.saved_step = state.step
 
@@ -70,6 +72,7 @@ class Saves:
     def save(self) -> None:
         """Write a checkpoint of this step, where it has none."""
         if self.due:
+            self.beat(self.state.step, "save")
             self.reporter.sync()
             facts = {**self.facts, "recovery": self.recovery.facts()}
             self.state.save(self.root, facts, self.c.keep_checkpoints, self.c.keep_every)
@@ -78,6 +81,11 @@ class Saves:
     def leave(self) -> None:
         """Save, and wait until it is whole."""
         self.save()
+        self.finish()
+
+    def finish(self) -> None:
+        """Wait until the last save is whole."""
+        self.beat(self.state.step, "save")
         self.state.finish()
 
     def leave_after(self, error: Exception) -> None:
@@ -90,7 +98,7 @@ class Saves:
 
         It is the `train.roll_back_checkpoints`-th newest, or the first before that which is whole and finite.
         """
-        self.state.finish()
+        self.finish()
         while steps := from_first(self._earlier):
             folder = checkpoint.folder_of(self.root, steps[-1])
             try:
