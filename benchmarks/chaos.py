@@ -3,9 +3,9 @@
     python -m benchmarks.chaos [--kills 20] [--steps 400]
 
 Trains a small model on two ranks twice: undisturbed, and with `launch.max_restarts` while a rank chosen at random is
-sent SIGKILL at random moments, each after the run has trained a step since the last. Both must end, with losses and
-norms that are equal bit for bit. A recovery is the time from a kill to the end of the first step after it; what it is
-made of is read from goodput.jsonl. Prints a JSON line and writes it to benchmarks/results/.
+sent SIGKILL shortly after steps chosen at random, each after the run has trained a step since the last. Both must end,
+with losses, norms and keys that are equal bit for bit. A recovery is the time from a kill to the end of the first step
+after it; what it is made of is read from goodput.jsonl. Prints a JSON line and writes it to benchmarks/results/.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from vidit.whole_file import read_rows
 
 RANKS = 2
 PATIENCE_S = 300.0
+WITHIN_S = 0.1  # about a step
 TINY = (
     "data.num_frames=5", "data.height=32", "data.width=32", "data.num_workers=0", "data.num_validation=0",
     "data.cache_latents=false", "model.num_layers=2", "model.width=32", "model.num_heads=4", "model.mlp_width=64",
@@ -57,18 +58,19 @@ def command(config: str, run_dir: Path, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "vidit.cli", "train", config, *given]
 
 
-def disturb(words: Sequence[str], run_dir: Path, num_kills: int, rng: random.Random, most_s: float) -> Disturbed:
-    """Run a command to its end, and kill one of its ranks at random now and then."""
+def disturb(words: Sequence[str], run_dir: Path, kill_at: Sequence[int], rng: random.Random) -> Disturbed:
+    """Run a command to its end, and kill a rank shortly after the run has first reached each of the steps `kill_at`."""
     began, killed = time.time(), list[float]()
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            while process.poll() is None and len(killed) < num_kills:
-                if not _trained_since(run_dir, max(killed, default=0.0)):
-                    if time.time() - max(killed, default=began) > PATIENCE_S:
-                        raise RuntimeError(f"no step in {PATIENCE_S:g} s after kill {len(killed)}; see {run_dir}/logs")
-                    time.sleep(0.05)
+            while process.poll() is None and len(killed) < len(kill_at):
+                last = max(killed, default=began)
+                if not _trained_since(run_dir, last) or _reached(run_dir) < kill_at[len(killed)]:
+                    if time.time() - last > PATIENCE_S:
+                        raise RuntimeError(f"kill {len(killed) + 1} was not reached in {PATIENCE_S:g} s")
+                    time.sleep(0.02)
                     continue
-                time.sleep(rng.uniform(0.0, most_s))
+                time.sleep(rng.uniform(0.0, WITHIN_S))
                 ranks = ranks_of(process.pid)
                 if len(ranks) == RANKS:
                     os.kill(rng.choice(ranks), signal.SIGKILL)
@@ -83,6 +85,11 @@ def disturb(words: Sequence[str], run_dir: Path, num_kills: int, rng: random.Ran
 def _trained_since(run_dir: Path, moment: float) -> bool:
     rows = read_rows(run_dir / GOODPUT)
     return bool(rows) and float(rows[-1]["start"]) > moment
+
+
+def _reached(run_dir: Path) -> int:
+    rows = read_metrics(run_dir)
+    return int(rows[-1]["step"]) if rows else 0
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -135,14 +142,13 @@ def measure(folder: Path, num_kills: int, steps: int, seed: int, checkpoint_ever
     given = [*TINY, f"data.train={folder / 'data'}", f"train.steps={steps}"]
     given.append(f"train.checkpoint_every={checkpoint_every}")
     whole, run_dir = folder / "whole", folder / "run"
-    undisturbed = disturb(command("configs.demo", whole, given), whole, 0, random.Random(seed), 0.0)
+    rng = random.Random(seed)
+    undisturbed = disturb(command("configs.demo", whole, given), whole, (), rng)
     if undisturbed.code:
         raise RuntimeError(undisturbed.said)
-    trained_s = sum(read_goodput(whole).seconds[name] for name in ("training", "data", "checkpoint"))
+    kill_at = sorted(rng.sample(range(1, steps - 3), num_kills))  # the last steps may be over before a rank is dead
     words = command("configs.demo", run_dir, [*given, "launch.max_restarts=5"])
-    # Kills are spread over the run: steps that are lost are run again, so that half of the time between is left.
-    disturbed = disturb(words, run_dir, num_kills, random.Random(seed), 0.75 * trained_s / max(1, num_kills))
-    return summary(run_dir, whole, disturbed, num_kills)
+    return summary(run_dir, whole, disturb(words, run_dir, kill_at, rng), num_kills)
 
 
 def main() -> None:
