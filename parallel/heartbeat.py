@@ -28,6 +28,7 @@ from parallel.failure import RankError, report_of
 
 VERDICT = "verdict"
 SILENCE_S = 3.0  # a thread that has not come to write in this time is not there
+ANSWER_S = 15.0  # of the store, with an inquiry
 LEAVE_S = 5.0  # what the training thread has to come to the verdict by itself
 # What gloo, which has no type of error of its own, says when another rank does not answer.
 LOST = ("closed by peer", "reset by peer", "timed out", "timeout", "broken pipe", "pair closure", "connection refused")
@@ -139,15 +140,28 @@ class Heartbeat:
     def explain(self, error: BaseException) -> BaseException:
         """What to raise in place of an error: of a failed collective the verdict; others are told of this rank's own.
 
-        Takes up to SILENCE_S where a verdict must be found.
+        Takes up to SILENCE_S where a verdict must be found, and ANSWER_S where the store is out of reach: a word to it
+        has no timeout once the network is cut, so a thread of its own waits for the answer.
         """
         if self.store is None:
             return error
+        found: list[BaseException] = []
+        store = self.store
+        asking = threading.Thread(target=lambda: found.append(self._explained(store, error)), daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        if found:
+            return found[0]
+        if not is_lost(error):
+            return error
+        return RankError(None, f"{error}; and the store, which would know why, does not answer in {ANSWER_S:g} s")
+
+    def _explained(self, store: dist.Store, error: BaseException) -> BaseException:
         try:
             if is_lost(error):
-                return (self.verdict(self.store) or self._inquire(self.store, str(error))).error
+                return (self.verdict(store) or self._inquire(store, str(error))).error
             report = report_of(error, self.rank)
-            self._declare(self.store, Verdict(report.rank, report.message))
+            self._declare(store, Verdict(report.rank, report.message))
         except RuntimeError as lost:
             if is_lost(error):
                 return RankError(None, f"{error}; and the store, which would know why, is gone too: {lost}")

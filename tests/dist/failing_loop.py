@@ -73,6 +73,8 @@ def train(
                 leave(step, "nan")
                 raise RuntimeError(f"step {step} is not finite on ranks {where}")
             weight -= gradient
+            if step == FAIL_AT:
+                (folder / "begun").touch()
             time.sleep(0.02)
 
 

@@ -66,6 +66,13 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def wait_for_steps(folder: Path) -> None:
+    deadline = time.monotonic() + 90
+    while not (folder / "begun").exists():
+        assert time.monotonic() < deadline, (folder / "0.err").read_text()
+        time.sleep(0.1)
+
+
 def test_the_network_is_cut(hosts: list[str], tmp_path: Path) -> None:
     """Both ends leave within the timeout; the one with the store says which rank was not heard of any more."""
     code = RANK.format(root=str(ROOT), dist=str(ROOT / "tests/dist"), folder=str(tmp_path), timeout=CUT_TIMEOUT_S)
@@ -82,13 +89,11 @@ def test_the_network_is_cut(hosts: list[str], tmp_path: Path) -> None:
                 ["ip", "netns", "exec", name, sys.executable, "-c", code], env=environment, stderr=err
             ))  # fmt: skip
     try:
-        words = [f"/proc/{process.pid}" for process in ranks]
-        time.sleep(12.0)
-        assert all(Path(word).exists() and process.poll() is None for word, process in zip(words, ranks, strict=True))
+        wait_for_steps(tmp_path)
         ip("-n", hosts[1], "link", "set", f"v{os.getpid()}-2", "down")
         cut = time.monotonic()
-        assert [process.wait(60) for process in ranks] == [1, 1], (tmp_path / "0.err").read_text()
-        assert time.monotonic() - cut < CUT_TIMEOUT_S + 25
+        assert [process.wait(90) for process in ranks] == [1, 1], (tmp_path / "0.err").read_text()
+        assert time.monotonic() - cut < CUT_TIMEOUT_S + 60, "not the minutes after which TCP gives up"
     finally:
         for process in ranks:
             process.kill()
@@ -98,4 +103,5 @@ def test_the_network_is_cut(hosts: list[str], tmp_path: Path) -> None:
     assert "gives no sign of life" in report.message
     other = read_report(tmp_path / "1.json")
     assert other is not None
+    assert "the store, which would know why, does not answer" in other.message or "is gone too" in other.message
     assert other.retry
