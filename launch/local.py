@@ -12,6 +12,9 @@ Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call 
 SIGTERM, SIGUSR1, SIGUSR2 and SIGINT to this process go from here to every rank, which save and leave as one process
 does, in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do
 not. Ranks whose launcher or agent is killed ask themselves to stop.
+
+With `launch.max_restarts` a failure of a rank is followed by another start of all, from the last checkpoint, with an
+agent and a rendezvous of its own (`launch/restart.py` says when).
 """
 
 import fcntl
@@ -31,6 +34,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from launch.rank import FOLDER, SIGNALS, is_held
+from launch.restart import Ending, Restarts
 from launch.srun import ALONE, Node
 from parallel.failure import read_report
 
@@ -73,15 +77,45 @@ def render(
     return Rendered(argv, {name: value for name, value in wanted.items() if name == FOLDER or name not in environment})
 
 
-def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool = False, node: Node = ALONE) -> int:
+def run(
+    command: Sequence[str],
+    num_ranks: int,
+    logs: Path,
+    show_traceback: bool = False,
+    node: Node = ALONE,
+    restarts: Restarts | None = None,
+) -> int:
     """Start the ranks of this node, pass signals on, wait for them, print why one failed. Returns the exit code.
 
     0 when every rank ended well, after a request to stop too; else that of the rank at fault, 128 + N where
-    signal N ended it.
+    signal N ended it. Where `restarts` says so the ranks are started again after a failure, and meet anew.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    restarts = restarts or Restarts(0, logs)
+    restarts.begin()
+    with Forward() as forward:
+        while True:
+            failure = _run_once(command, num_ranks, logs, forward, node)
+            if failure is None:
+                return 0
+            if forward.insists:
+                sys.stderr.write("vidit: interrupted\n")
+                return 130
+            ending = Ending(failure.rank, failure.message, failure.code, failure.retry)
+            decision = restarts.decide(ending, stop_requested=bool(forward.came))
+            _tell(failure, logs, show_traceback)
+            if not decision.again:
+                if restarts.budget:
+                    sys.stderr.write(f"vidit: no other start: {decision.why}\n")
+                return failure.code
+            sys.stderr.write(f"vidit: {decision.why}\n")
+            sys.stderr.flush()
+
+
+def _run_once(command: Sequence[str], num_ranks: int, logs: Path, forward: "Forward", node: Node) -> "Failure | None":
+    """One start of all ranks of this node: None where each came to a good end."""
     first = node.number * num_ranks
-    with _folder() as folder, Forward() as forward:
+    with _folder() as folder:
         rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)), node=node)
         own_log = folder / "torchrun.log"  # not that of another launch, which may still run there
         with own_log.open("wb") as log:
@@ -96,13 +130,8 @@ def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool
         _end_stragglers(ranks, forward, agent)
         shutil.copy(own_log, logs / (f"torchrun-{node.number}.log" if node.count > 1 else "torchrun.log"))
         if all(rank.is_done() for rank in ranks):
-            return 0
-        if forward.insists:
-            sys.stderr.write("vidit: interrupted\n")
-            return 130
-        failure = find_failure(folder, own_log.read_text(errors="replace"), agent.returncode)
-    _tell(failure, logs, show_traceback)
-    return failure.code
+            return None
+        return find_failure(folder, own_log.read_text(errors="replace"), agent.returncode)
 
 
 def _ignore_usr() -> None:
@@ -195,12 +224,16 @@ def _end_stragglers(ranks: Sequence[Rank], forward: Forward, agent: "subprocess.
 
 
 class Failure(NamedTuple):
-    """Why a launch failed: the rank at fault (None: none of them), the message, the exit code, the traceback."""
+    """Why a launch failed: the rank at fault (None: none of them), the message, the exit code, the traceback.
+
+    `retry`: whether another start may do better.
+    """
 
     rank: int | None
     message: str
     code: int
     trace: str
+    retry: bool = True
 
 
 def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
@@ -220,7 +253,7 @@ def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
         how = f"{_how(code)}: " if told.rank in killed else ""
         if told.rank in forced:
             how = "did not leave when asked, so it was killed: "
-        return Failure(told.rank, how + told.message, _code(code), told.trace)
+        return Failure(told.rank, how + told.message, _code(code), told.trace, told.retry or told.rank in killed)
     for rank in [*killed, *codes]:
         return Failure(rank, f"{_how(codes[rank])} without a message", _code(codes[rank]), "")
     last = agent_log.strip().rpartition("\n")[2]

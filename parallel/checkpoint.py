@@ -14,13 +14,24 @@ from torch import Tensor
 
 from parallel.async_save import Saver
 from parallel.dtensor import as_box, local, local_box
-from parallel.exchange import exchange, first_fault, num_ranks, own_rank
-from parallel.manifest import CheckpointError, folder_of, prune, read_manifest, steps, verify, verify_file
+from parallel.exchange import any_rank, exchange, first_fault, num_ranks, own_rank
+from parallel.manifest import (
+    CheckpointError,
+    DamagedError,
+    folder_of,
+    prune,
+    read_manifest,
+    remove,
+    set_aside,
+    steps,
+    verify,
+    verify_file,
+)
 from parallel.save_plan import dtype_name
 from parallel.stored import Index, Stored, index_of
 
-__all__ = ["CheckpointError", "Saver", "folder_of", "load", "open_stored", "prune", "read_manifest", "save", "steps",
-           "verify"]  # fmt: skip
+__all__ = ["CheckpointError", "DamagedError", "Saver", "folder_of", "load", "open_stored", "prune", "read_manifest",
+           "remove", "save", "set_aside", "steps", "verify"]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -39,8 +50,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor], prefix: str | None = None)
 
     Every tensor asked for must be there with the same global shape and dtype, and every tensor there whose name
     starts with `prefix` must be asked for by some rank: "" for the whole checkpoint, None for any choice of it.
-    Raises CheckpointError otherwise, on every rank the same, before anything is changed. Ranks share the checking of
-    the files' hashes.
+    Raises CheckpointError otherwise, DamagedError where the files are at fault, on every rank the same and before
+    anything is changed. Ranks share the checking of the files' hashes.
     """
     manifest = _agreed(lambda: read_manifest(folder))
     index = _verified(folder, manifest)
@@ -63,13 +74,11 @@ def _agreed(call: Callable[[], T]) -> T:
         result = call()
     except (CheckpointError, OSError) as caught:
         error = caught
-    _raise(first_fault(None if error is None else str(error)), error)
-    return result  # type: ignore[return-value]
-
-
-def _raise(fault: str | None, cause: Exception | None) -> None:
+    fault = first_fault(None if error is None else str(error))
     if fault is not None:
-        raise CheckpointError(fault) from cause
+        damaged = any_rank(isinstance(error, DamagedError))
+        raise (DamagedError if damaged else CheckpointError)(fault) from error
+    return result  # type: ignore[return-value]
 
 
 def _verified(folder: Path, manifest: Mapping[str, Any]) -> Index:
@@ -84,7 +93,8 @@ def _verified(folder: Path, manifest: Mapping[str, Any]) -> Index:
     except CheckpointError as error:
         fault = str(error)
     found: list[tuple[str | None, Any]] = exchange((fault, index))
-    _raise(min((text for text, _ in found if text), default=None), None)
+    if text := min((text for text, _ in found if text), default=None):
+        raise DamagedError(text)
     whole: Index = {}
     for _, part in found:
         for name, places in part.items():

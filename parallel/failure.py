@@ -9,6 +9,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 def is_shared(error: BaseException) -> bool:
@@ -26,12 +27,16 @@ class RankError(RuntimeError):
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank left: the rank at fault as it sees it, the message without that name, the traceback, when."""
+    """What one rank left: the rank at fault as it sees it, the message without that name, the traceback, when.
+
+    `retry`: whether another start may do better.
+    """
 
     rank: int | None
     message: str
     trace: str
     time: float
+    retry: bool = True
 
 
 def report_of(error: BaseException, rank: int) -> Report:
@@ -42,12 +47,24 @@ def report_of(error: BaseException, rank: int) -> Report:
     elif not message or not isinstance(error, (ValueError, RuntimeError, OSError)):
         message = f"{type(error).__name__}: {message}" if message else type(error).__name__
     cause: int | None = getattr(error, "rank", rank)
-    return Report(cause, message, "".join(traceback.format_exception(error)), time.time())
+    return Report(cause, message, "".join(traceback.format_exception(error)), time.time(), may_pass(error))
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a new start may get past an error. An attribute `retry` says so; what the user wrote does not change."""
+    said = getattr(error, "retry", None)
+    return bool(said) if said is not None else not isinstance(error, (ValueError, KeyboardInterrupt, SystemExit))
 
 
 def write_report(path: Path, report: Report) -> None:
     """Write it for whoever started this rank; the first report of a process is the one that counts."""
-    facts = {"py_callstack": report.trace, "timestamp": str(int(report.time)), "rank": report.rank, "time": report.time}
+    facts: dict[str, Any] = {
+        "py_callstack": report.trace,
+        "timestamp": str(int(report.time)),
+        "rank": report.rank,
+        "time": report.time,
+    }
+    facts["retry"] = report.retry
     try:
         with path.open("x") as file:
             json.dump({"message": {"message": report.message, "extraInfo": facts}}, file)
@@ -61,6 +78,7 @@ def read_report(path: Path) -> Report | None:
         message = json.loads(path.read_text())["message"]
         facts = message["extraInfo"]
         rank = None if facts["rank"] is None else int(facts["rank"])
-        return Report(rank, str(message["message"]), str(facts["py_callstack"]), float(facts["time"]))
+        retry = bool(facts.get("retry", True))
+        return Report(rank, str(message["message"]), str(facts["py_callstack"]), float(facts["time"]), retry)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -24,6 +24,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read; the message names the folder and the cure."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
 def folder_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lies."""
     return root / f"step-{step:08d}"
@@ -72,6 +76,15 @@ def remove(folder: Path) -> None:
     shutil.rmtree(aside if aside.exists() else folder, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> Path:
+    """Take a damaged checkpoint's name away and keep what there is of it; returns where it lies now."""
+    aside = folder.with_suffix(".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.replace(aside)
+    sync(folder.parent)
+    return aside
+
+
 def write_manifest(
     folder: Path, step: int, tensors: Mapping[str, Any], facts: Mapping[str, Any], files: Mapping[str, Any]
 ) -> None:
@@ -103,7 +116,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found, digest = manifest["format"], manifest.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise CheckpointError(
+        unreadable = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        raise (CheckpointError if unreadable else DamagedError)(
             f"{path} is missing or damaged ({reason}); delete {folder} to use an earlier one"
         ) from error
     if found != FORMAT:
@@ -150,7 +164,7 @@ def _sha256(path: Path) -> str:
 
 
 def _damaged(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(
+    raise DamagedError(
         f"{path} is damaged: {what}. Nothing was changed; restore the file, or delete {path.parent} to resume "
         "from the checkpoint before it"
     )

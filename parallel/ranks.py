@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from parallel.deadline import Deadline
 from parallel.failure import RankError, report_of, write_report
 from parallel.heartbeat import LEAVE_S, VERDICT, Heartbeat, read_verdict
 
@@ -37,24 +38,34 @@ class Ranks:
 
 
 @contextmanager
-def start_ranks(device_type: str, timeout_s: float) -> Iterator[Ranks]:
+def start_ranks(
+    device_type: str, timeout_s: float, hang_factor: float = 0.0, hang_floor_s: float = 0.0
+) -> Iterator[Ranks]:
     """Make the default process group for the block: gloo on CPU, gloo and NCCL on CUDA; None with a single rank.
 
     A failed or timed-out collective becomes a RankError that names the rank at fault; an error of this rank itself
     is raised as it is, after the others were told. The process group is then left as it is, for to close it would
     wait for ranks that are gone: end the process with os._exit (`launch.rank.rank_process` does).
+    A section of a step that takes longer than `hang_factor` median steps, and than `hang_floor_s`, ends the ranks too,
+    and a single process likewise; 0 = it may take as long as the collectives wait.
     Raises RankError where not all ranks come within `timeout_s` (at least MEET_S), or the machine has no device for
     this one.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    deadline = Deadline(hang_factor, hang_floor_s, timeout_s)
     if world == 1:
-        yield Ranks(0, 1, 0, torch.device(device_type), None, Heartbeat(None, 0, 1, timeout_s))
+        heartbeat = Heartbeat(None, 0, 1, timeout_s, _end, deadline)
+        heartbeat.start()
+        try:
+            yield Ranks(0, 1, 0, torch.device(device_type), None, heartbeat)
+        finally:
+            heartbeat.stop()
         return
     patience_s = max(timeout_s, MEET_S)
     store = _connect(rank, world, patience_s)
     words = dist.PrefixStore("words", _connection(store))
-    heartbeat = Heartbeat(words, rank, world, timeout_s, _end)
+    heartbeat = Heartbeat(words, rank, world, timeout_s, _end, deadline)
     try:
         device = _take_device(device_type, rank, local_rank)
         wait_for_all(words, rank, world, patience_s)
@@ -117,7 +128,7 @@ def wait_for_all(words: dist.Store, rank: int, world: int, patience_s: float) ->
     deadline = time.monotonic() + patience_s
     while not words.check(["all here"]):
         if words.check([VERDICT]):
-            raise read_verdict(words)
+            raise read_verdict(words).error
         if time.monotonic() > deadline:
             missing = [other for other in range(world) if not words.check([f"here/{other}"])]
             raise RankError(

@@ -16,6 +16,7 @@ def train(arguments: argparse.Namespace) -> int:
     from launch import local
     from launch.marker import Marker
     from launch.rank import own_place, rank_process
+    from launch.restart import Restarts
     from launch.srun import own_node
 
     config = load_config(arguments.config, arguments.overrides)
@@ -24,14 +25,21 @@ def train(arguments: argparse.Namespace) -> int:
     if place is None and ranks > 1:
         node = own_node()
         _check(config, ranks * node.count, ranks)
+        if node.count > 1 and config.launch.max_restarts:
+            raise ValueError(
+                f"launch.max_restarts={config.launch.max_restarts} starts the ranks of one machine again, and this run "
+                f"has {node.count}: leave it out, and let the job start again (`vidit submit --restarts`)"
+            )
         command = ["-m", "vidit.cli", "train", arguments.config, *arguments.overrides]
-        return local.run(command, ranks, logs, arguments.traceback, node)
+        restarts = Restarts(config.launch.max_restarts, config.directory / "checkpoints")
+        return local.run(command, ranks, logs, arguments.traceback, node, restarts)
     if place is not None:
         place.check(config.launch.local)
     with rank_process(place, logs) if place else nullcontext():
+        from vidit.train.goodput import process_began
         from vidit.train.run import run
 
-        run(config, Marker(config.directory))
+        run(config, Marker(config.directory), process_began())
     return 0
 
 
@@ -212,6 +220,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def goodput(arguments: argparse.Namespace) -> int:
+    from vidit.train.goodput import read_goodput
+
+    for line in read_goodput(Path(arguments.run)).table():
+        print(line)
+    return 0
+
+
 def report(arguments: argparse.Namespace) -> int:
     from vidit.evaluate.report import write_report
 
@@ -332,6 +348,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--clips", type=whole(1), default=64)
     p.add_argument("--seed", type=whole(0), default=0)
     p = add("report", report, "write RUN/report.html")
+    p.add_argument("run")
+    p = add("goodput", goodput, "say where the time of a run went, over all of its starts")
     p.add_argument("run")
     p = add("export", export, "write a run's full weights as safetensors files")
     p.add_argument("run")

@@ -92,6 +92,7 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     if geometry_known:
         yield from c.vae.faults()
         yield from _size_faults(c)
+    yield from c.train.faults()
     ranks = world_size or ranks_of(c)
     yield from _rank_faults(c, ranks)
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))

@@ -12,6 +12,7 @@ from launch.rank import own_place, rank_process
 from parallel.failure import RankError
 
 FAIL_AT, LAST, TIMEOUT_S = 5, 40, 4.0
+DEADLINE = (12, 60.0, 20.0, 1.0)  # of the fault of this name: its step, timeout, factor and floor
 
 
 def work(environment: dict[str, str], folder: str, fault: str, faulty: int) -> None:
@@ -23,10 +24,13 @@ def work(environment: dict[str, str], folder: str, fault: str, faulty: int) -> N
     with Path(folder, f"rank-{place.rank}.err").open("w") as file:
         os.dup2(file.fileno(), 2)
     with rank_process(place, Path(folder)):
-        train(Path(folder), fault if place.rank == faulty else "")
+        train(Path(folder), fault if place.rank == faulty else "", *(DEADLINE if fault == "deadline" else ()))
 
 
-def train(folder: Path, fault: str) -> None:
+def train(
+    folder: Path, fault: str, fail_at: int = FAIL_AT, timeout_s: float = TIMEOUT_S, factor: float = 0,
+    floor_s: float = 0, last: int = LAST,
+) -> None:  # fmt: skip
     import torch
     import torch.distributed as dist
 
@@ -34,14 +38,14 @@ def train(folder: Path, fault: str) -> None:
     from parallel.ranks import start_ranks
     from vidit.train.stop import StoppedError, StopRequest
 
-    with StopRequest() as stop, start_ranks("cpu", TIMEOUT_S) as ranks:
+    with StopRequest() as stop, start_ranks("cpu", timeout_s, factor, floor_s) as ranks:
         weight = torch.ones(4)
 
         def leave(step: int, why: str) -> None:
             (folder / f"rank-{ranks.rank}.end").write_text(json.dumps({"step": step, "why": why}))
 
-        for step in range(1, LAST):
-            failing = fault if step == FAIL_AT else ""
+        for step in range(1, last):
+            failing = fault if step == fail_at else ""
             ranks.heartbeat.beat(step, "data")
             try:
                 stop.check()
@@ -69,6 +73,8 @@ def train(folder: Path, fault: str) -> None:
                 leave(step, "nan")
                 raise RuntimeError(f"step {step} is not finite on ranks {where}")
             weight -= gradient
+            if step == FAIL_AT:
+                (folder / "begun").touch()
             time.sleep(0.02)
 
 
@@ -76,8 +82,10 @@ def fail(fault: str) -> None:
     match fault:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "hang":
+        case "hang" | "deadline":
             hang()
+        case "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         case "clip":
             raise ValueError("clip 7 cannot be read")
         case "signal":

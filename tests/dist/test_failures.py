@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from failing_loop import FAIL_AT, TIMEOUT_S, work
+from failing_loop import DEADLINE, FAIL_AT, TIMEOUT_S, work
 
 from parallel.failure import Report, read_report
 
@@ -67,7 +67,9 @@ def run(context: Any, tmp_path: Path) -> Iterator[Any]:
             processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, FAULTY)))
             processes[-1].start()
         began = time.monotonic()
-        for process in processes:
+        for process in sorted(processes, key=lambda p: p is processes[FAULTY]):
+            if fault == "stop" and process is processes[FAULTY]:
+                process.kill()  # as who started it does in the end
             process.join(max(0.1, END_S - (time.monotonic() - began)))
         assert all(p.exitcode is not None for p in processes), f"still running: {[p.exitcode for p in processes]}"
         return Case(tmp_path, processes, time.monotonic() - began)
@@ -95,6 +97,16 @@ def test_killed(run: Any) -> None:
         assert "terminate called" not in case.err(rank)
 
 
+def test_stopped(run: Any) -> None:
+    """By SIGSTOP: its connections stay open, so nobody hears of it before the timeout."""
+    case = run("stop")
+    assert case.codes == [1, -9, 1]
+    for rank in (0, 2):
+        assert case.report(rank).rank == FAULTY
+        assert f"gives no sign of life, it was last in section data of step {FAIL_AT}" in case.report(rank).message
+    assert case.seconds > TIMEOUT_S
+
+
 def test_hangs(run: Any) -> None:
     """The hanging rank shows where, and leaves without being killed; nobody waits longer than agreed."""
     case = run("hang")
@@ -106,8 +118,22 @@ def test_hangs(run: Any) -> None:
         assert f"the others wait in section agreement of step {FAIL_AT}" in report.message
     assert "rank 1 is here:" in case.err(FAULTY)
     assert "in hang" in case.err(FAULTY), "its stack"
-    assert "is here" not in case.err(0), "nobody else's"
     assert case.seconds > TIMEOUT_S
+
+
+def test_a_section_takes_far_longer_than_the_steps_before(run: Any) -> None:
+    """Long before the timeout: every rank shows where it is, and ends; the one at fault is named with the limit."""
+    case = run("deadline")
+    assert case.codes == [1, 1, 1]
+    step, timeout_s, _, floor_s = DEADLINE
+    for rank in range(WORLD):
+        assert case.report(rank).rank == FAULTY
+        assert f"has been in section data of step {step} for" in case.report(rank).message
+        assert f"{floor_s:g} s are allowed" in case.report(rank).message
+        assert f"rank {rank} is here:" in case.err(rank)
+    assert "in hang" in case.err(FAULTY)
+    assert "any_rank" in case.err(0), "where it waits for the others"
+    assert case.seconds < timeout_s / 2
 
 
 def test_hangs_where_the_others_wait(run: Any) -> None:

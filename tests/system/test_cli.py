@@ -79,7 +79,7 @@ def run_copy(trained: tuple[Path, str], tmp_path: Path) -> Path:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Everything that must survive an error: all but the records of each start."""
-    free = ("environment.json", "source.diff", "config.json", "costs.jsonl")
+    free = ("environment.json", "source.diff", "config.json", "costs.jsonl", "goodput.jsonl")
     files = [path for path in folder.rglob("*") if path.is_file() and path.name not in free]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if "tensorboard" not in path.parts}
 
@@ -126,7 +126,7 @@ def test_train_leaves_a_documented_run_directory(trained: tuple[Path, str]) -> N
     run, _ = trained
     assert {path.name for path in run.iterdir()} >= {
         "config.json", "environment.json", "data.json", "vae", "checkpoints", "metrics.jsonl", "tensorboard",
-        "samples", "costs.jsonl", "latents",
+        "samples", "costs.jsonl", "goodput.jsonl", "latents",
     }  # fmt: skip
     rows = [row for row in read_metrics(run) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -481,7 +481,6 @@ def test_a_checkpoint_with_a_flipped_byte(
     path.write_bytes(data)
     before = content(run_copy)
     for arguments in (
-        ("train", trained[1], f"run_dir={run_copy}", "train.steps=9"),
         ("sample", run_copy, "--prompt", "x"),
         ("evaluate", run_copy, "--clips", "2"),
     ):
@@ -489,12 +488,26 @@ def test_a_checkpoint_with_a_flipped_byte(
         assert f"{path} is damaged: its SHA-256 differs" in message
         assert f"delete {newest} to resume" in message
         assert content(run_copy) == before
-    shutil.rmtree(newest)
     assert main(["train", trained[1], f"run_dir={run_copy}"]) == 0
-    assert "resumed" in (out := capfd.readouterr().out)
-    assert "at step 3" in out
+    out = capfd.readouterr().out
+    assert f"{path} is damaged: its SHA-256 differs" in out
+    aside = newest.with_suffix(".damaged")
+    assert f"It is kept as {aside}" in out
+    assert (aside / path.name).read_bytes() == data
+    assert f"resumed {run_copy} at step 3" in out
     rows = [row["step"] for row in read_metrics(run_copy) if "loss" in row]
     assert rows == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_checkpoint_is_whole(run_copy: Path, trained: tuple[Path, str], capfd: pytest.CaptureFixture[str]) -> None:
+    """Nothing is started anew over what somebody may want to repair."""
+    for path in run_copy.glob("checkpoints/*/manifest.json"):
+        path.write_text(path.read_text()[:-20])
+    message = fails(capfd, "train", trained[1], f"run_dir={run_copy}")
+    assert f"no checkpoint under {run_copy}/checkpoints is whole" in message
+    assert len(list(run_copy.glob("checkpoints/*.damaged"))) == 2
+    again = fails(capfd, "train", trained[1], f"run_dir={run_copy}")
+    assert "step-00000003.damaged, step-00000006.damaged" in again
 
 
 def test_sample_requests_that_cannot_be_met(
@@ -648,8 +661,11 @@ def test_a_run_is_audited(
     """Each clip is delivered, skipped or to come; a record that was tampered with is caught."""
     run, data = tmp_path / "run", {"train": str(partly_broken(tmp_path / "data", 1, 10)), "num_validation": 2}
     file = config_file(tmp_path, configure(run, data={**data, "max_skipped": 1}, train={"global_batch": 2}))
-    assert main(["train", file, "train.steps=5"]) == 0
-    capfd.readouterr()
+    for steps in (3, 5):  # the second start knows what the first one skipped
+        assert main(["train", file, f"train.steps={steps}"]) == 0
+    assert "epoch 1: 8 clips, 7 delivered, 1 skipped\n" in capfd.readouterr().out
+    (ended,) = [row["epoch"] for row in read_metrics(run) if "epoch" in row]
+    assert ended == {"stream": "clips", "number": 1, "clips": 8, "delivered": 7, "skipped": 1}
     assert main(["data", "audit", str(run)]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == "5 steps; 8 clips to train on, 2 for validation"

@@ -42,12 +42,15 @@ with rank_process(place, folder / "logs"):
     print(f"err of {place.rank}", file=sys.stderr, flush=True)
     if place.rank == 1 and fault == "raise":
         raise ValueError("no such clip")
+    if place.rank == 1 and fault == "kill once" and not (folder / "killed").exists():
+        (folder / "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     if place.rank == 1 and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if place.rank == 1 and fault == "exit":
         os._exit(7)
     deadline = time.monotonic() + 100
-    while fault and (fault == 'busy' or not came) and time.monotonic() < deadline:
+    while fault not in ("", "kill once") and (fault == 'busy' or not came) and time.monotonic() < deadline:
         time.sleep(0.02)
     (folder / f"left-{place.rank}").write_text(" ".join(came))
 """
@@ -55,23 +58,25 @@ LAUNCHER = """
 import sys
 from pathlib import Path
 from launch.local import run
+from launch.restart import Restarts
 
 assert "torch" not in sys.modules
-folder = Path(sys.argv[1])
-sys.exit(run([str(folder / "stub.py"), *sys.argv[1:]], 2, folder / "logs"))
+folder, budget = Path(sys.argv[1]), int(sys.argv[3])
+restarts = Restarts(budget, folder / "checkpoints")
+sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", False, restarts))
 """
 
 
 class Launch:
     """A launch of two stubs in a process of its own."""
 
-    def __init__(self, folder: Path, fault: str):
+    def __init__(self, folder: Path, fault: str, budget: int = 0):
         (folder / "stub.py").write_text(STUB)
         (folder / "tmp").mkdir()
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(folder), fault], cwd=folder, text=True,
+            [sys.executable, "-c", LAUNCHER, str(folder), fault, str(budget)], cwd=folder, text=True,
             env={**environment, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
@@ -107,11 +112,11 @@ def is_alive(process: int) -> bool:
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Callable[[str], Launch]]:
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
-    def start(fault: str) -> Launch:
-        started.append(Launch(tmp_path, fault))
+    def start(fault: str, budget: int = 0) -> Launch:
+        started.append(Launch(tmp_path, fault, budget))
         return started[-1]
 
     yield start
@@ -120,7 +125,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[[str], Launch]]:
         one.process.communicate()
 
 
-def test_output(launch: Callable[[str], Launch], tmp_path: Path) -> None:
+def test_output(launch: Callable[..., Launch], tmp_path: Path) -> None:
     """Rank 0 writes where the launcher does, on both streams; the others into their logs; torchrun nowhere else."""
     code, out, err = launch("").end()
     share = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -137,7 +142,7 @@ def test_output(launch: Callable[[str], Launch], tmp_path: Path) -> None:
         ("exit", 7, "ended with exit code 7 without a message"),
     ],
 )
-def test_a_rank_fails(launch: Callable[[str], Launch], tmp_path: Path, fault: str, code: int, message: str) -> None:
+def test_a_rank_fails(launch: Callable[..., Launch], tmp_path: Path, fault: str, code: int, message: str) -> None:
     """One message and no banner; the exit code is the rank's; the others are asked to stop."""
     found, _, err = launch(fault).end()
     assert found == code
@@ -146,8 +151,34 @@ def test_a_rank_fails(launch: Callable[[str], Launch], tmp_path: Path, fault: st
     assert ("Traceback" in (tmp_path / "logs/rank-1.log").read_text()) == (fault == "raise")
 
 
+def test_a_killed_rank_is_started_again(launch: Callable[..., Launch], tmp_path: Path) -> None:
+    """All ranks are, and meet anew; what happened is said once."""
+    code, out, err = launch("kill once", budget=1).end()
+    share = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (code, out) == (0, f"out of 0 of 2, {share} threads\n" * 2)
+    assert err.splitlines() == [
+        "err of 0", "vidit: rank 1: ended by SIGKILL without a message", f"  {tmp_path}/logs/rank-1.log has more",
+        "vidit: starting again from the beginning, 1 of launch.max_restarts=1", "err of 0",
+    ]  # fmt: skip
+    assert (tmp_path / "logs/rank-1.log").read_text().count("err of 1") == 2, "the first log is kept"
+
+
+def test_what_the_user_wrote_is_not_tried_again(launch: Callable[..., Launch]) -> None:
+    code, _, err = launch("raise", budget=3).end()
+    assert code == 1
+    assert err.count("err of 0") == 1
+    assert err.endswith("vidit: no other start: it would fail again\n")
+
+
+def test_the_budget_ends(launch: Callable[..., Launch]) -> None:
+    code, _, err = launch("kill", budget=1).end()
+    assert code == 137
+    assert err.count("err of 0") == 2
+    assert err.endswith("vidit: no other start: 2 failures since the beginning\n")
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
-def test_a_signal_reaches_every_rank(launch: Callable[[str], Launch], name: str) -> None:
+def test_a_signal_reaches_every_rank(launch: Callable[..., Launch], name: str) -> None:
     one = launch("wait")
     one.begun()
     one.process.send_signal(signal.Signals[name])
@@ -156,7 +187,7 @@ def test_a_signal_reaches_every_rank(launch: Callable[[str], Launch], name: str)
     assert one.left() == [name, name]
 
 
-def test_a_signal_before_the_ranks_begin(launch: Callable[[str], Launch]) -> None:
+def test_a_signal_before_the_ranks_begin(launch: Callable[..., Launch]) -> None:
     one = launch("wait")
     wait(lambda: bool(psutil.Process(one.process.pid).children()))
     one.process.send_signal(signal.SIGUSR1)
@@ -164,7 +195,7 @@ def test_a_signal_before_the_ranks_begin(launch: Callable[[str], Launch]) -> Non
     assert one.left() == ["SIGUSR1", "SIGUSR1"]
 
 
-def test_ctrl_c_twice(launch: Callable[[str], Launch]) -> None:
+def test_ctrl_c_twice(launch: Callable[..., Launch]) -> None:
     """The second one does not wait for what the first one asked for."""
     one = launch("busy")
     one.begun()
@@ -175,7 +206,7 @@ def test_ctrl_c_twice(launch: Callable[[str], Launch]) -> None:
     assert (code, err) == (130, "err of 0\nvidit: interrupted\n")
 
 
-def test_usr1_to_every_process(launch: Callable[[str], Launch]) -> None:
+def test_usr1_to_every_process(launch: Callable[..., Launch]) -> None:
     """As SLURM sends it to a step: torchrun's agent would die of it."""
     one = launch("wait")
     pids = one.begun()
@@ -185,7 +216,7 @@ def test_usr1_to_every_process(launch: Callable[[str], Launch]) -> None:
     assert all(came.startswith("SIGUSR1") for came in one.left())
 
 
-def test_a_killed_launcher_leaves_no_orphan(launch: Callable[[str], Launch]) -> None:
+def test_a_killed_launcher_leaves_no_orphan(launch: Callable[..., Launch]) -> None:
     """The ranks ask themselves to stop, though nobody has waited for the dead launcher yet."""
     one = launch("wait")
     pids = {process for pair in one.begun() for process in pair}
@@ -194,7 +225,7 @@ def test_a_killed_launcher_leaves_no_orphan(launch: Callable[[str], Launch]) -> 
     assert one.left() == ["SIGTERM", "SIGTERM"]
 
 
-def test_a_killed_agent_leaves_no_orphan(launch: Callable[[str], Launch]) -> None:
+def test_a_killed_agent_leaves_no_orphan(launch: Callable[..., Launch]) -> None:
     one = launch("wait")
     pids = one.begun()
     os.kill(pids[0][1], signal.SIGKILL)

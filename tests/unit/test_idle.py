@@ -56,6 +56,11 @@ CASES = [
     ("parallel.sharded_norms=true", [], ["parallel.tensor=2"]),
     ("parallel.schedule=gpipe", [], ["parallel.pipeline=2"]),
     ("parallel.stages_per_rank=2", ["parallel.pipeline=2"], ["parallel.pipeline=2", "parallel.schedule=interleaved"]),
+    ("train.spike_factor=5", [], ["train.on_spike=stop"]),
+    ("train.roll_back_checkpoints=2", ["train.on_nonfinite=skip"], ["train.on_spike=roll_back"]),
+    ("train.max_recoveries=9", ["train.on_spike=stop"], ["train.on_nonfinite=skip"]),
+    ("launch.max_restarts=3", [], ["launch.local=2"]),
+    ("parallel.hang_floor_s=9", ["parallel.hang_factor=0"], []),
     ("train.sample_every=5", [], ['sample.prompts=["a"]']),
     ("sample.guidance_rescale=0.7", ["sample.guidance=1"], []),
 ]

@@ -36,6 +36,13 @@ class Parallel(Section):
         False, description="count calls and bytes of every collective of the second step, on every rank"
     )
     timeout_s: float = Field(600.0, ge=1, le=1e6, description="how long ranks wait for one another before all stop")
+    hang_factor: float = Field(
+        20.0, ge=0, description="a section that takes so many times the median step hangs, and the run ends; 0 = never"
+    )
+    hang_floor_s: float = Field(120.0, gt=0, description="but no section shorter than this hangs")
+    slow_rank: float = Field(
+        0.25, gt=0, description="a rank is named that takes longer for its own work than the others, by this share"
+    )
 
     @property
     def ranks_per_row(self) -> int:
@@ -47,3 +54,6 @@ class Launch(Section):
     """Where the ranks of a run are started."""
 
     local: Positive = Field(1, description="ranks on this machine; 1 = this process")
+    max_restarts: NotNegative = Field(
+        0, description="how often in a row the ranks are started again after one failed, without a new checkpoint"
+    )

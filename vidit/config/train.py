@@ -1,5 +1,6 @@
 """Optimisation, precision and the rhythm of a run."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -47,4 +48,33 @@ class Train(Section):
     async_checkpoint: bool = Field(True, description="write checkpoints beside the training")
     validate_every: int = Field(500, gt=0)
     num_time_bands: int = Field(5, gt=0, description="bands of the timestep density in validation")
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = Field(
+        "stop", description="where loss or gradient is not finite: skip the update, or go back and pass over the steps"
+    )
+    on_spike: Literal["ignore", "stop", "skip", "roll_back"] = Field(
+        "ignore", description="the same where the loss is far above those before it"
+    )
+    spike_factor: float = Field(10.0, gt=0, description="how far: median + factor x median absolute deviation")
+    spike_window: int = Field(128, gt=1, description="of how many losses before")
+    roll_back_checkpoints: int = Field(1, gt=0, description="1 = go back to the newest checkpoint, 2 = the one before")
+    max_recoveries: int = Field(3, gt=0, description="skips and roll-backs before the run stops, ...")
+    recovery_window: int = Field(1000, gt=0, description="... in how many steps")
     sample_every: int = Field(0, ge=0, description="sample videos every so many steps; 0 = only at the end")
+
+    @property
+    def recovers(self) -> bool:
+        """Whether the run goes on after any faulty step."""
+        return bool({self.on_nonfinite, self.on_spike} & {"skip", "roll_back"})
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether any faulty step sends the run back to a checkpoint."""
+        return "roll_back" in (self.on_nonfinite, self.on_spike)
+
+    def faults(self) -> Iterator[str]:
+        """What is wrong with this section alone."""
+        if self.rolls_back and self.roll_back_checkpoints > self.keep_checkpoints:
+            yield (
+                f"train.roll_back_checkpoints={self.roll_back_checkpoints} exceeds train.keep_checkpoints="
+                f"{self.keep_checkpoints}: it would be deleted by then; keep at least as many"
+            )

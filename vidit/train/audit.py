@@ -1,4 +1,4 @@
-"""`vidit data audit RUN`: what became of every clip of a run, from its record and its data set.
+"""What became of every clip of a run, from its record and its data set: `vidit data audit RUN`.
 
 The record is read from the first step to the last and held against the order of the clips, place by place
 (`vidit/data/account.py`); nothing is decoded and nothing written.
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from parallel import checkpoint
 from vidit.config import RunConfig
@@ -67,7 +68,7 @@ def audit(run_dir: Path) -> Audit:
             f"{config.data.train} is another data set than the one that {run_dir} was trained on; give the clips back "
             "their place, or their new one as data.train in config.json"
         )
-    rows = [row for row in read_metrics(run_dir) if "loss" in row]
+    rows = _steps(run_dir)
     found = Audit(len(rows), len(catalog.refs), _reasons(train), len(held.refs))
     account = Account(config, catalog, resolve(config).latent_frames)
     try:
@@ -79,6 +80,20 @@ def audit(run_dir: Path) -> Audit:
         found.fault = str(error)
     found.epochs = list(account.epochs.values())
     return found
+
+
+def recalled(config: RunConfig, catalog: Catalog, step: int) -> Account:
+    """The account of a run that goes on after a step: what was skipped before is read from its record."""
+    account = Account(config, catalog, resolve(config).latent_frames)
+    for row in _steps(config.directory) if step else ():
+        if "skipped" in row:
+            account.recall(row["step"], pairs(row["skipped"]))
+    return account
+
+
+def _steps(run_dir: Path) -> list[dict[str, Any]]:
+    """A row for each step."""
+    return [row for row in read_metrics(run_dir) if "keys" in row]
 
 
 def pairs(skipped: Sequence[Sequence[str]]) -> list[tuple[str, str]]:

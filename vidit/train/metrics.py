@@ -44,9 +44,9 @@ class Reporter:
     """Writes the records of a run; use as a context manager."""
 
     def __init__(self, run_dir: Path, total_steps: int, start_step: int):
-        self._file = (run_dir / METRICS).open("a", buffering=1)
+        self._run_dir = run_dir
         self._speed = run_dir / "speed.jsonl"
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+        self._open(start_step)
         self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -58,6 +58,17 @@ class Reporter:
         )
         self._task = self._progress.add_task("train", total=total_steps, completed=start_step, facts="")
         self._total = total_steps
+
+    def _open(self, step: int) -> None:
+        self._file = (self._run_dir / METRICS).open("a", buffering=1)
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded of the steps after `step`."""
+        self._board.close()
+        self._file.close()
+        rewind(self._run_dir, step)
+        self._open(step)
 
     def __enter__(self) -> "Reporter":
         self._progress.start()
@@ -125,6 +136,9 @@ class SilentReporter(Reporter):
     def __exit__(self, *_: object) -> None:
         pass
 
+    def rewind(self, step: int) -> None:
+        pass
+
     def say(self, text: str) -> None:
         pass
 
@@ -151,22 +165,20 @@ class SilentReporter(Reporter):
 
 
 class Stopwatch:
-    """Seconds spent in each section of the loop since the last `take`."""
+    """Seconds spent in each section of the loop, since the last `take` and since the beginning (`totals`)."""
 
     def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
         self._spent: dict[str, float] = {}
-        self._last, self._busy = time.perf_counter(), time.process_time()
+        self._last = time.perf_counter()
 
-    def lap(self, section: str) -> None:
-        """Charge the time since the last lap to a section."""
+    def lap(self, section: str) -> float:
+        """Charge the time since the last lap to a section; returns it."""
         now = time.perf_counter()
-        self._spent[section] = self._spent.get(section, 0.0) + now - self._last
-        self._last = now
-
-    def busy_s(self) -> float:
-        """CPU seconds of this process since the last call: who waits for other ranks has fewer."""
-        before, self._busy = self._busy, time.process_time()
-        return self._busy - before
+        seconds, self._last = now - self._last, now
+        for sums in (self._spent, self.totals):
+            sums[section] = sums.get(section, 0.0) + seconds
+        return seconds
 
     def take(self, steps: int) -> dict[str, float]:
         """Seconds a step by section, over the `steps` since the last call."""

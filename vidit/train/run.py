@@ -1,10 +1,10 @@
 """A training run from its config: set up, resume, train, leave."""
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from vidit.data.listing import number_of
 from vidit.data.loader import Batch, MicroBatches, batches
 from vidit.data.shards import read_index
 from vidit.resolve import resolve
+from vidit.train.audit import recalled
 from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
@@ -26,15 +27,17 @@ from vidit.train.encode_clips import ClipEncoder
 from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
 from vidit.train.encoding import require_same_encoders
 from vidit.train.fingerprint import digest
+from vidit.train.goodput import Ledger, report_goodput
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
-from vidit.train.loop import Beat, train_loop
+from vidit.train.loop import Beat, Watchers, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.review import Review
 from vidit.train.rundir import open_run
+from vidit.train.saves import resume
 from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
 from vidit.train.step import DitStep
@@ -48,14 +51,18 @@ Left = Callable[[int, bool, str | None], None]
 """(step, whether the run is done, name of the signal that came to this rank): a run has been left, all is saved."""
 
 
-def run(config: RunConfig, left: Left | None = None) -> bool:
+def run(config: RunConfig, left: Left | None = None, began: float | None = None) -> bool:
     """Train a run to its end, resuming whatever is in its directory. True when done, False when told to stop.
 
     Every rank of a run calls this; where there are several, the first keeps the run directory, and calls `left` when
-    all is saved.
+    all is saved. `began`: Unix time from which the start-up counts, when the process was started for this; by default
+    now.
     """
-    device = choose_device(config.train.device)
-    with start_ranks(device.type, config.parallel.timeout_s) as ranks, ExitStack() as stack:
+    device, p = choose_device(config.train.device), config.parallel
+    ledger = Ledger(began or time.time())
+    ledger.started("imports")
+    with start_ranks(device.type, p.timeout_s, p.hang_factor, p.hang_floor_s) as ranks, ExitStack() as stack:
+        ledger.started("meeting")
         stack.enter_context(full_disk_explained(config.directory))
         with together():
             config = with_layout(adopt_vae(find_vae(config), num_ranks()), num_ranks(), ranks_per_node())
@@ -63,7 +70,8 @@ def run(config: RunConfig, left: Left | None = None) -> bool:
             if own_rank() == 0:
                 stack.enter_context(run_lock(config.directory))
         stop = stack.enter_context(StopRequest())
-        newest = from_first(lambda: _opened(config, splits))
+        from_first(lambda: str(open_run(config, fingerprints(splits))))
+        ledger.started("dataset")
         start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
         task = build_task(config, device, len(splits[1].refs))
         if isinstance(task.step, DitStep):
@@ -75,9 +83,13 @@ def run(config: RunConfig, left: Left | None = None) -> bool:
         state = TrainState(
             task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
         )
-        held = state.load(Path(newest)) if newest else {}
+        ledger.started("model")
+        held, notes = resume(config.directory / "checkpoints", state)
+        ledger.started("checkpoint")
+        if own_rank() == 0:
+            ledger.keep(config.directory, state.step)
         try:
-            done = _train(task, state, splits, stop, held, ranks.heartbeat.beat)
+            done = _train(task, state, splits, stop, held, notes, ledger, ranks.heartbeat.beat)
             if left and own_rank() == 0:
                 left(state.step, done, stop.signal.name if stop.signal else None)
             return done
@@ -87,27 +99,33 @@ def run(config: RunConfig, left: Left | None = None) -> bool:
                 state.saver.join()
 
 
-def _opened(config: RunConfig, splits: Splits) -> str:
-    """The checkpoint to resume from, or nothing."""
-    newest = open_run(config, fingerprints(splits))
-    return str(newest) if newest else ""
-
-
-def _train(task: Task, state: TrainState, splits: Splits, stop: StopRequest, held: dict[str, Any], beat: Beat) -> bool:
-    """Train from the state; `held` are the facts of the checkpoint that it came from."""
+def _train(
+    task: Task,
+    state: TrainState,
+    splits: Splits,
+    stop: StopRequest,
+    held: dict[str, Any],
+    notes: list[str],
+    ledger: Ledger,
+    beat: Beat,
+) -> bool:
+    """Train from the state; `held` are the facts of the checkpoint that it came from, `notes` what to say of that."""
     config, run_dir = task.config, task.config.directory
     from_first(lambda: rewind(run_dir, state.step))
     reports = own_rank() == 0
     with Reporter(run_dir, config.train.steps, state.step) if reports else SilentReporter() as reporter:
+        for note in notes:
+            reporter.say(note)
         if state.step:
             reporter.say(f"resumed {run_dir} at step {state.step}")
         try:
-            done = _reach_the_end(task, state, splits, stop, reporter, held, beat)
+            done = _reach_the_end(task, state, splits, stop, reporter, held, ledger, beat)
         except StoppedError:
             done = False
         by = stop.signal.name if stop.signal else "a signal to another rank"
         why = "done" if done else f"stopped by {by}"
         reporter.say(f"{why} at step {state.step}, {run_dir}")
+        from_first(lambda: report_goodput(reporter, run_dir, state.step))
     return done
 
 
@@ -118,6 +136,7 @@ def _reach_the_end(
     stop: StopRequest,
     reporter: Reporter,
     held: dict[str, Any],
+    ledger: Ledger,
     beat: Beat,
 ) -> bool:
     config, device, run_dir = task.config, task.step.device, task.config.directory
@@ -135,7 +154,10 @@ def _reach_the_end(
     facts = {**described, "data": fingerprints(splits), "order": order}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
     review = Review(task, state, validation, num_batches, reporter, stop)
-    done = train_loop(task, state, data, review, reporter, stop, run_dir / "checkpoints", facts, peak, beat)
+    ledger.started("data")
+    account = recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None
+    watchers = Watchers(review, reporter, ledger, stop, beat, account)
+    done = train_loop(task, state, data, watchers, run_dir / "checkpoints", facts, held, peak)
     if done and config.train.task == "vae":
         num = min(NUM_CLIPS, len(dataset.refs))
         reporter.say(f"latent mean and std over {num} training clips")

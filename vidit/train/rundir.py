@@ -10,6 +10,7 @@ checkpoints/       step-XXXXXXXX/
 latents/           with data.cache_latents: every clip, encoded once
 metrics.jsonl, speed.jsonl, tensorboard/, samples/
 costs.jsonl        wall time and peak memory of each start
+goodput.jsonl      where the time of each start went, up to its last moments
 """
 
 import filecmp
@@ -18,6 +19,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from vidit.whole_file import write_whole
 FREE = {
     "run_dir", "train.device", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.keep_every", "train.async_checkpoint", "train.validate_every", "train.sample_every", "train.compile",
-    "train.activation_checkpointing",
+    "train.activation_checkpointing", "train.on_nonfinite", "train.on_spike", "train.spike_factor",
+    "train.spike_window", "train.roll_back_checkpoints", "train.max_recoveries", "train.recovery_window",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
     "data.cache_dir", "data.cache_gib", "data.stall_s", "data.patience_s",
 }  # fmt: skip
@@ -91,7 +94,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
     run_dir = config.directory
     newest = newest_checkpoint(run_dir)
     if newest is not None:
-        kept = checkpoint.read_manifest(newest)["facts"].get("data", data)
+        kept = _newest_facts(run_dir).get("data", data)
         # Another cut of the same folder is another set of clips too: the option that made it is the fault to name.
         faults = list(_changes(read_config(run_dir), config)) or list(_data_faults(config, kept, data))
         if faults:
@@ -105,6 +108,15 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
     else:
         (run_dir / "source.diff").unlink(missing_ok=True)
     return newest
+
+
+def _newest_facts(run_dir: Path) -> dict[str, Any]:
+    """Of the newest checkpoint with a manifest that can be read."""
+    root = run_dir / "checkpoints"
+    for step in reversed(checkpoint.steps(root)):
+        with suppress(checkpoint.DamagedError):
+            return dict(checkpoint.read_manifest(checkpoint.folder_of(root, step))["facts"])
+    return {}
 
 
 def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ class SkipLimitError(RuntimeError):
     """More clips failed than `data.max_skipped` allows; raised on every rank."""
 
     shared = True
+    retry = False
 
 
 class SkipCount:
