@@ -205,9 +205,9 @@ def recover(
 def record(
     reporter: Reporter, state: TrainState, row: dict[str, Any], fetched: Fetched, ended: Sequence[Epoch]
 ) -> None:
-    """The line of a step in metrics.jsonl, and one for each epoch that it ended."""
+    """The line of a step in metrics.jsonl, with the epochs that it ended."""
     lost = {"skipped": fetched.skipped} if fetched.skipped else {}
-    reporter.record({"step": state.step, "clips": state.clips, **row, "keys": fetched.keys, **lost})
+    epochs = {"epochs": [epoch.as_dict() for epoch in ended]} if ended else {}
+    reporter.record({"step": state.step, "clips": state.clips, **row, "keys": fetched.keys, **lost, **epochs})
     for epoch in ended:
-        reporter.record({"step": state.step, "epoch": epoch.as_dict()})
         reporter.say(epoch.line())
