@@ -100,7 +100,7 @@ TABLE = {
     "parallel.planner": Rule((), ("pydantic",)),
     "parallel.failure": Rule((), ()),
     "configs": Rule(("vidit.config",), ()),
-    "launch": Rule(("vidit.config", "parallel.planner", "parallel.failure"), ("pydantic",)),
+    "launch": Rule(("vidit.config", "vidit.whole_file", "parallel.planner", "parallel.failure"), ("pydantic", "jinja2")),
     "cluster.health": Rule((), ("torch",), distributed=True),
     "cluster": Rule((), ()),
 }

@@ -1,0 +1,1 @@
+"""SLURM: the template of our jobs, and a throwaway SLURM on one machine."""
