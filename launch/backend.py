@@ -13,7 +13,7 @@ from typing import Literal, Protocol, cast
 from launch.job import JobSpec
 from launch.site import Site
 
-BACKENDS = {"local": "launch.process", "slurm": "launch.slurm"}
+BACKENDS = {"local": "launch.process", "slurm": "launch.slurm", "ray": "launch.ray_backend"}
 State = Literal["pending", "running", "done", "failed", "cancelled", "unknown"]
 
 
