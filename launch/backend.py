@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
+from launch import BACKENDS
 from launch.job import JobSpec
 from launch.site import Site
 
-BACKENDS = {"local": "launch.process", "slurm": "launch.slurm", "ray": "launch.ray_backend"}
 State = Literal["pending", "running", "done", "failed", "cancelled", "unknown"]
 
 

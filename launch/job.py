@@ -35,6 +35,7 @@ class JobSpec(Section):
     devices: int = Field(1, ge=1, description="on each node; one rank each")
     minutes: int | None = Field(None, ge=1, description="time limit; None = that of the site")
     site: str = Field("", description="name in cluster/sites, or a path to a .toml; empty = none")
+    address: str = Field("", description="of Ray's job server; empty = that of the site or of the environment")
     ranks: Ranks = "device"
     workdir: str = Field(description="where relative paths of the config start")
     python: str = Field(description="the interpreter, by its absolute path")
@@ -54,12 +55,14 @@ class JobSpec(Section):
     def num_ranks(self) -> int:
         return self.nodes * self.devices
 
-    def command(self, task: Task) -> list[str]:
-        """What each process of a task runs: one for each rank, or for each node. `-P`: no module of the workdir goes
-        before the snapshot of the code."""
+    def overrides(self, task: Task) -> list[str]:
+        """Those of a task, and what the job adds: where it writes, and how many ranks each process starts."""
         local = self.devices if self.ranks == "node" else 1
-        more = [f"run_dir={task.run_dir}", f"launch.local={local}"]
-        return [self.python, "-P", "-m", "vidit.cli", "train", self.config, *task.overrides, *more]
+        return [*task.overrides, f"run_dir={task.run_dir}", f"launch.local={local}"]
+
+    def command(self, task: Task) -> list[str]:
+        """What each process of a task runs: one for each rank, or for each node."""
+        return [self.python, "-m", "vidit.cli", "train", self.config, *self.overrides(task)]
 
 
 def parse_minutes(text: str) -> int:

@@ -6,9 +6,11 @@ again and know from RANK that they are ranks (`launch/rank.py`). It imports no t
 Output: that of rank 0 goes where this process writes, that of the others to RUN/logs/rank-N.log, the agent's own to
 RUN/logs/torchrun.log. What a rank failed of is printed once, as `vidit: rank 2: ...`.
 
+Over several nodes, one such process a node, the agents meet at MASTER_ADDR (`launch/srun.py`).
+
 Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call either a failure. So it gets neither:
-SIGTERM, SIGUSR1 and SIGINT to this process go from here to every rank, which save and leave as one process does,
-in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do not.
+SIGTERM, SIGUSR1, SIGUSR2 and SIGINT to this process go from here to every rank, which save and leave as one process
+does, in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do not.
 Ranks whose launcher or agent is killed ask themselves to stop.
 """
 
@@ -29,6 +31,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from launch.rank import FOLDER, SIGNALS, is_held
+from launch.srun import ALONE, Node
 from parallel.failure import read_report
 
 POLL_S = 0.1
@@ -47,16 +50,19 @@ class Rendered:
 
 def render(
     command: Sequence[str], num_ranks: int, folder: Path, environment: Mapping[str, str], num_cores: int,
-    python: str = sys.executable,
+    python: str = sys.executable, node: Node = ALONE,
 ) -> Rendered:  # fmt: skip
-    """How `num_ranks` ranks of `command` are started: what follows `python` for one process, a script or -m module.
+    """How `num_ranks` ranks of `command` are started on this node: what follows `python` for one process.
 
     `folder` is where this launch and its ranks leave word for each other. Each rank gets its share of the cores; how
     many threads and which warnings of c10d there are is left to the environment where it says so. Pure.
     """
+    meet = ["--standalone", "--local-addr=127.0.0.1", "--nnodes=1"]
+    if node.count > 1:
+        meet = [f"--nnodes={node.count}", f"--node-rank={node.number}"]
+        meet += [f"--master-addr={node.address}", f"--master-port={node.port}"]
     argv = (
-        python, "-m", "torch.distributed.run",
-        "--standalone", "--local-addr=127.0.0.1", "--nnodes=1", f"--nproc-per-node={num_ranks}", "--max-restarts=0",
+        python, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={num_ranks}", "--max-restarts=0",
         f"--log-dir={folder / 'torch'}", *command,
     )  # fmt: skip
     wanted = {
@@ -67,27 +73,28 @@ def render(
     return Rendered(argv, {name: value for name, value in wanted.items() if name == FOLDER or name not in environment})
 
 
-def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool = False) -> int:
-    """Start the ranks, pass signals on, wait for all, print why one failed. Returns the exit code.
+def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool = False, node: Node = ALONE) -> int:
+    """Start the ranks of this node, pass signals on, wait for them, print why one failed. Returns the exit code.
 
     0 when every rank ended well, after a request to stop too; else that of the rank at fault, 128 + N where
     signal N ended it.
     """
     logs.mkdir(parents=True, exist_ok=True)
+    first = node.number * num_ranks
     with _folder() as folder, Forward() as forward:
-        rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)))
+        rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)), node=node)
         own_log = folder / "torchrun.log"  # not that of another launch, which may still run there
         with own_log.open("wb") as log:
             agent = subprocess.Popen(
                 rendered.argv, env={**os.environ, **rendered.environment}, stdin=sys.stderr.fileno(), stderr=log,
-                start_new_session=True, preexec_fn=_ignore_usr1,
+                start_new_session=True, preexec_fn=_ignore_usr,
             )  # fmt: skip
-        ranks = [Rank(folder / f"rank-{n}") for n in range(num_ranks)]
+        ranks = [Rank(folder / f"rank-{n}") for n in range(first, first + num_ranks)]
         while agent.poll() is None:
             forward.to(ranks, agent)
             time.sleep(POLL_S)
         _end_stragglers(ranks, forward, agent)
-        shutil.copy(own_log, logs)
+        shutil.copy(own_log, logs / (f"torchrun-{node.number}.log" if node.count > 1 else "torchrun.log"))
         if all(rank.is_done() for rank in ranks):
             return 0
         if forward.insists:
@@ -98,9 +105,10 @@ def run(command: Sequence[str], num_ranks: int, logs: Path, show_traceback: bool
     return failure.code
 
 
-def _ignore_usr1() -> None:
+def _ignore_usr() -> None:
     """In the agent, before it starts: SLURM sends SIGUSR1 to every process of a step, and it would die of it."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """One rank, from inside its own process: where it writes, how it is told to stop, how it says why it ended.
 
-A process is a rank when RANK and WORLD_SIZE say so, whoever started it: a launch of ours, torchrun or SLURM. A launch
-of ours (`launch/local.py`) also names a folder in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for
-as long as it lives, and the launcher one on `launcher`: locks end with their process however that ends, so either
+A process is a rank when RANK and WORLD_SIZE say so, whoever started it: a launch of ours or torchrun. Where srun
+started it, its variables are read instead (`launch/srun.py`). A launch of ours (`launch/local.py`) also names a folder
+in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as long as it lives, and the launcher one on `launcher`: locks end with their process however that ends, so either
 side sees when the other is gone.
 """
 
@@ -19,10 +19,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, NoReturn
 
+from launch import srun
 from parallel.failure import RankError, report_of, write_report
 
 FOLDER = "VIDIT_LAUNCH"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 POLL_S = 0.2
 HOLD_S = 10.0  # a signal that nothing takes up in this time ends the process: nothing is under way yet
 ORPHAN_S = 60.0  # what a rank without a launcher has to save and leave
@@ -53,8 +54,13 @@ class Place:
             )
 
 
-def own_place() -> Place | None:
-    """The place of this process."""
+def own_place(local: int = 1) -> Place | None:
+    """The place of this process, which starts `local` ranks if it is none.
+
+    Where srun started it as one rank of several, the variables of torchrun are set, which everything else reads.
+    """
+    if "RANK" not in os.environ and local == 1:
+        os.environ.update(srun.rank_variables(os.environ))
     return Place.of(os.environ)
 
 

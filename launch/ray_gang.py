@@ -61,12 +61,12 @@ class Gang:
         try:
             meet = ray.get(self.actors[0].meeting_point.remote(self.addresses[0]), timeout=START_S)
             calls = [
-                actor.start.remote(list(order.command), meet, str(order.output), dict(variables))
+                actor.start.remote(list(order.command), os.getcwd(), meet, str(order.output), dict(variables))
                 for actor in self.actors
             ]
             ray.get(calls, timeout=START_S)
         except RayError as error:
-            raise LostError(f"the actors did not start: {_first_line(error)}") from error
+            raise LostError(f"the actors did not start: {_reason(error)}") from error
 
     def watch(self, stopped: Callable[[], bool]) -> list[Ended]:
         """How each rank ended. Asks all to save and leave once `stopped`; waits no longer than it has to.
@@ -99,7 +99,7 @@ class Gang:
         try:
             return list(ray.get(ref))
         except RayError as error:
-            return self._gone(index, f"node {self.addresses[index]} or its actor is gone: {_first_line(error)}")
+            return self._gone(index, f"node {self.addresses[index]} or its actor is gone: {_reason(error)}")
 
     def _gone(self, index: int, message: str | None) -> list[Ended]:
         first = index * self.order.devices
@@ -150,5 +150,7 @@ def _addresses(group: Any, count: int) -> list[str]:
     return [names.get(places[index], "?") for index in range(count)]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _reason(error: Exception) -> str:
+    """What went wrong in an actor, or with it, in one line."""
+    inner = getattr(error, "cause", None)
+    return str(f"{type(inner).__name__}: {inner}" if inner else error).strip().partition("\n")[0]

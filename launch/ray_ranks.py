@@ -55,15 +55,17 @@ class NodeRanks:
             one.bind((address, 0))
             return [address, str(one.getsockname()[1])]
 
-    def start(self, command: Sequence[str], meet: Sequence[str], output: str, variables: Mapping[str, str]) -> None:
-        """Start the ranks, unless a request to stop has come before."""
+    def start(
+        self, command: Sequence[str], workdir: str, meet: Sequence[str], output: str, variables: Mapping[str, str]
+    ) -> None:
+        """Start the ranks in `workdir`, unless a request to stop has come before."""
         if self.asked or self.ended:
             return
         with Path(output).open("ab") as out:
             for local in range(self.count):
                 self.processes.append(
                     subprocess.Popen(
-                        list(command), stdin=out, stdout=out, stderr=out, start_new_session=True,
+                        list(command), cwd=workdir, stdin=out, stdout=out, stderr=out, start_new_session=True,
                         env={**os.environ, **variables, **self._place(local, meet)},
                     )
                 )  # fmt: skip

@@ -1,146 +1,47 @@
 """The `vidit` command. Each subcommand imports what it needs when it is called, so `--help` is instant."""
 
 import argparse
-import importlib
-import importlib.util
-import inspect
 import json
 import logging
-import pkgutil
-import re
+import os
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
 
-from pydantic import ValidationError
-
-from vidit.config import ConfigError, RunConfig
-from vidit.overrides import apply_overrides, faults_of
-
-DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-
-
-def load_config(name: str, overrides: Sequence[str]) -> RunConfig:
-    """`configs.demo`, `configs.demo:vae` or `path/to/file.py:function` with overrides applied.
-
-    The function defaults to the module's last name. ValueError where module or function is not there or fails,
-    ConfigError with every fault of the config itself.
-    """
-    module_name, _, function = name.partition(":")
-    module = _load_module(module_name)
-    function = function or module.__name__.rpartition(".")[2]
-    build = getattr(module, function, None)
-    if not callable(build):
-        raise ValueError(f"{module_name} has no config {function!r}; {_what_is_there(module)}")
-    with _errors_named(name):
-        config = build()
-    if not isinstance(config, RunConfig):
-        raise ValueError(f"{name} returns {type(config).__name__}, not a RunConfig")
-    try:
-        return apply_overrides(config, overrides)
-    except ConfigError as error:
-        raise ConfigError([*error.faults, *_other_faults(config, overrides)]) from error
-
-
-def _load_module(name: str) -> ModuleType:
-    """The module of a config: a file by its path, anything else by its dotted name."""
-    if name.endswith(".py") or not DOTTED.fullmatch(name):
-        path = Path(name)
-        if path.suffix != ".py" or not path.is_file():
-            near = path.parent / f"{path.name}.py"
-            cure = f"give {near}" if near.is_file() else "give a path that ends in .py, or a module like configs.demo"
-            raise ValueError(f"no config file {path}; {cure}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        with _errors_named(name):
-            spec.loader.exec_module(module)
-        return module
-    with _errors_named(name):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            if error.name and (name == error.name or name.startswith(error.name + ".")):
-                raise ConfigError([f"no config module {name} ({error}); the shipped ones are configs.*"]) from error
-            raise
-
-
-def _what_is_there(module: ModuleType) -> str:
-    """What to name instead: the functions of a module, the modules of a package."""
-    functions = [
-        n for n, f in vars(module).items()
-        if not n.startswith("_") and inspect.isfunction(f) and f.__module__ == module.__name__
-    ]  # fmt: skip
-    if functions:
-        return f"it has {', '.join(functions)}"
-    modules = [f"{module.__name__}.{m.name}" for m in pkgutil.iter_modules(getattr(module, "__path__", ()))]
-    return f"it is a package; name one of {', '.join(modules)}" if modules else "it defines no function"
-
-
-@contextmanager
-def _errors_named(name: str) -> Iterator[None]:
-    """Errors of a config's own source as one line that names it; wrong fields of a section as faults."""
-    try:
-        yield
-    except ValidationError as error:
-        raise ConfigError(faults_of(error)) from error
-    except ConfigError:
-        raise
-    except SyntaxError as error:
-        raise ValueError(f"config {name}: {error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        # The last place outside Python's own import machinery, which is where the config went wrong.
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
-        where = f"{frames[-1].filename}, line {frames[-1].lineno}"
-        raise ValueError(f"config {name}: {type(error).__name__}: {error} ({where})") from error
-
-
-def _other_faults(config: RunConfig, overrides: Sequence[str]) -> Sequence[str]:
-    """What is wrong with a config apart from the overrides that do not parse."""
-    from vidit.resolve import resolve
-    from vidit.vae.stored import adopt_vae
-
-    for text in overrides:
-        with suppress(ConfigError):
-            config = apply_overrides(config, [text])
-    try:
-        resolve(adopt_vae(config))
-    except ConfigError as error:
-        return error.faults
-    return ()
+from vidit.config import RunConfig
+from vidit.config_source import load_config
 
 
 def train(arguments: argparse.Namespace) -> int:
     from launch import local
+    from launch.marker import Marker
     from launch.rank import own_place, rank_process
+    from launch.srun import own_node
 
     config = load_config(arguments.config, arguments.overrides)
-    logs = config.directory / "logs"
-    place = own_place()
-    if place is None and config.launch.local > 1:
-        _check(config)
+    logs, ranks = config.directory / "logs", config.launch.local
+    place = own_place(ranks)
+    if place is None and ranks > 1:
+        node = own_node(os.environ)
+        _check(config, ranks * node.count, ranks)
         command = ["-m", "vidit.cli", "train", arguments.config, *arguments.overrides]
-        return local.run(command, config.launch.local, logs, arguments.traceback)
+        return local.run(command, ranks, logs, arguments.traceback, node)
     if place is not None:
         place.check(config.launch.local)
     with rank_process(place, logs) if place else nullcontext():
         from vidit.train.run import run
 
-        run(config)
+        run(config, Marker(config.directory))
     return 0
 
 
-def _check(config: RunConfig) -> None:
-    """Raise what is wrong with a config once, before ranks are started."""
+def _check(config: RunConfig, num_ranks: int, ranks_per_node: int) -> RunConfig:
+    """Raise what is wrong with a config once, before ranks are started; the config with its layout written out."""
     from vidit.train.layout import with_layout
     from vidit.vae.stored import adopt_vae, find_vae
 
-    ranks = config.launch.local
-    with_layout(adopt_vae(find_vae(config), ranks), ranks, ranks)
+    return with_layout(adopt_vae(find_vae(config), num_ranks), num_ranks, ranks_per_node)
 
 
 def config(arguments: argparse.Namespace) -> int:
@@ -148,6 +49,38 @@ def config(arguments: argparse.Namespace) -> int:
 
     json.dump(describe(load_config(arguments.config, arguments.overrides)), sys.stdout, indent=1)
     print()
+    return 0
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    from launch.commands import submit
+
+    def load(more: Sequence[str]) -> RunConfig:
+        return load_config(arguments.config, [*arguments.overrides, *more])
+
+    print(submit(arguments, load, _check))
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    from launch.commands import status
+
+    print(status(Path(arguments.run)))
+    return 0
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    from launch.commands import logs
+
+    for text in logs(Path(arguments.run), arguments.lines, arguments.follow):
+        print(text, end="", flush=True)
+    return 0
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    from launch.commands import cancel
+
+    print(cancel(Path(arguments.run)))
     return 0
 
 
@@ -281,6 +214,8 @@ def whole(least: int) -> Callable[[str], int]:
 
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
+    from launch.options import takes_job_options
+
     top = argparse.ArgumentParser(prog="vidit", description="Train video diffusion transformers.")
     top.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -296,6 +231,17 @@ def parser() -> argparse.ArgumentParser:
 
     takes_config(add("train", train, "train a run, or resume the one in its directory"))
     takes_config(add("config", config, "print a resolved run with every derived number, as JSON"))
+    p = add("submit", submit, "run it as a job: on this machine, or on a cluster")
+    takes_job_options(p)
+    takes_config(p)
+    p = add("status", status, "how the last submitted job of a run is")
+    p.add_argument("run")
+    p = add("logs", logs, "the output of the last submitted job of a run")
+    p.add_argument("run")
+    p.add_argument("--lines", type=whole(1), default=100, help="from the end of each file")
+    p.add_argument("--follow", action="store_true", help="go on until the job is over")
+    p = add("cancel", cancel, "ask the last submitted job of a run to save and leave")
+    p.add_argument("run")
     p = add("pack", pack, "check videos and write them as shards; the same command again goes on after a kill")
     p.add_argument("source", help="a folder of videos, a .csv .tsv .jsonl or .parquet table, a .tar or folder of tars")
     p.add_argument("out", help="a new folder")
@@ -373,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.call(arguments))
     except (ValueError, RuntimeError, OSError) as error:
-        ours = type(error).__module__.split(".")[0] in ("builtins", "vidit", "parallel")
+        ours = type(error).__module__.split(".")[0] in ("builtins", "vidit", "parallel", "launch")
         if arguments.traceback or not ours:
             raise
         print(f"vidit: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, TypeVar
 
-HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Submit = Callable[..., "Future[Any]"]

@@ -1,6 +1,7 @@
 """A training run from its config: set up, resume, train, leave."""
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -36,11 +37,15 @@ from vidit.train.whitening import NUM_CLIPS, finish_vae
 from vidit.vae.stored import adopt_vae, find_vae
 from vidit.whole_file import full_disk_explained, write_whole
 
+Left = Callable[[int, bool, str | None], None]
+"""(step, whether the run is done, name of the signal that came to this rank): a run has been left, all is saved."""
 
-def run(config: RunConfig) -> bool:
+
+def run(config: RunConfig, left: Left | None = None) -> bool:
     """Train a run to its end, resuming whatever is in its directory. True when done, False when told to stop.
 
-    Every rank of a run calls this; where there are several, the first keeps the run directory.
+    Every rank of a run calls this; where there are several, the first keeps the run directory, and calls `left` when
+    all is saved.
     """
     device = choose_device(config.train.device)
     with start_ranks(device.type, config.parallel.timeout_s) as ranks, ExitStack() as stack:
@@ -62,7 +67,10 @@ def run(config: RunConfig) -> bool:
         )
         held = state.load(Path(newest)) if newest else {}
         try:
-            return _train(task, state, splits, stop, held, ranks.heartbeat.beat)
+            done = _train(task, state, splits, stop, held, ranks.heartbeat.beat)
+            if left and own_rank() == 0:
+                left(state.step, done, stop.signal.name if stop.signal else None)
+            return done
         finally:
             start.step = state.step
             if num_ranks() == 1:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave: SIGTERM, SIGUSR1, and Ctrl-C."""
+"""Signals that ask a run to save and leave: SIGTERM, SIGUSR1, SIGUSR2, and Ctrl-C."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from parallel.exchange import any_rank
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class StoppedError(Exception):
