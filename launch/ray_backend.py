@@ -100,9 +100,8 @@ class Backend:
                 _run(_argv(spec, script, task))
                 ids.append(_id(spec, script, task))
         except RuntimeError:
-            client = _client(_address(spec, read_site(spec.site), os.environ)) if ids else None
             for job in ids:
-                client.stop_job(job)
+                _client(_address(spec, read_site(spec.site), os.environ)).stop_job(job)
             raise
         return tuple(ids)
 

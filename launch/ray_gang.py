@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from launch.ray_order import Order
@@ -25,9 +26,7 @@ class LostError(RuntimeError):
 
 def node_resources() -> list[dict[str, float]]:
     """What each living node has in all."""
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    return [dict(node["Resources"]) for node in _nodes() if node["Alive"]]
 
 
 class Gang:
@@ -44,7 +43,7 @@ class Gang:
             num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), resources=more, max_restarts=0,
             max_concurrency=CALLS, runtime_env={"env_vars": _of_actors()},
         )  # fmt: skip
-        self.actors = [
+        self.actors: list[Any] = [
             made.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)).remote(
                 index * devices, devices, count * devices
             )
@@ -61,7 +60,7 @@ class Gang:
         try:
             meet = ray.get(self.actors[0].meeting_point.remote(self.addresses[0]), timeout=START_S)
             calls = [
-                actor.start.remote(list(order.command), os.getcwd(), meet, str(order.output), dict(variables))
+                actor.start.remote(list(order.command), str(Path.cwd()), meet, str(order.output), dict(variables))
                 for actor in self.actors
             ]
             ray.get(calls, timeout=START_S)
@@ -141,12 +140,18 @@ def _of_actors() -> dict[str, str]:
     return {**code, "RAY_kill_child_processes_on_worker_exit": "0"}
 
 
-def _addresses(group: Any, count: int) -> list[str]:
+def _nodes() -> list[dict[str, Any]]:
     import ray
+
+    nodes: Any = ray.nodes  # Ray leaves it untyped
+    return list(nodes())
+
+
+def _addresses(group: Any, count: int) -> list[str]:
     from ray.util import placement_group_table
 
     places = placement_group_table(group)["bundles_to_node_id"]
-    names = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
+    names = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in _nodes()}
     return [names.get(places[index], "?") for index in range(count)]
 
 
