@@ -40,6 +40,8 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     for number, task in enumerate(spec.tasks):
         try:
             configs.append(check(load(spec.overrides(task)), spec.num_ranks, spec.devices))
+            if spec.min_nodes:
+                check(load(spec.overrides(task)), spec.min_nodes * spec.devices, spec.devices)
         except ConfigError as error:
             name = f"run {number}: " if len(spec.tasks) > 1 else ""
             faults += [f"{name}{fault}" for fault in error.faults]

@@ -6,11 +6,11 @@ imported when it is asked. A run of a sweep is a job of its own: none waits for 
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 PYTHON = ("PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED")
 MORE_S = 60  # after the grace of the ranks: for the driver itself, before Ray kills it
 SUBMIT_S = 120.0
+ID = re.compile(r"Job '([^']+)' submitted")
+ERROR = re.compile(r"[\w.]*(Error|Exception): ")
 SCRIPT = """\
 #!/bin/bash
 # {title}
@@ -95,13 +97,13 @@ class Backend:
 
     def submit(self, spec: JobSpec, script: Path) -> tuple[str, ...]:
         ids: list[str] = []
+        address = _address(spec, read_site(spec.site), os.environ)
         try:
             for task in range(len(spec.tasks)):
-                _run(_argv(spec, script, task))
-                ids.append(_id(spec, script, task))
+                ids.append(_submit(_argv(spec, script, task), address))
         except RuntimeError:
             for job in ids:
-                _client(_address(spec, read_site(spec.site), os.environ)).stop_job(job)
+                _client(address).stop_job(job)
             raise
         return tuple(ids)
 
@@ -140,45 +142,53 @@ def _argv(spec: JobSpec, script: Path, task: int) -> list[str]:
     """`ray job submit`. Ray kills what it stops after 3 s unless its supervisor of the job is told otherwise."""
     site = read_site(spec.site)
     patience = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(site.ray.grace_s + MORE_S)}}
+    name = spec.name if len(spec.tasks) == 1 else f"{spec.name}/{task}"
     return [
         "ray", "job", "submit", f"--address={_address(spec, site, os.environ)}", "--no-wait",
-        f"--submission-id={_id(spec, script, task)}", f"--runtime-env-json={json.dumps(patience)}",
+        f"--metadata-json={json.dumps({'job_name': name})}", f"--runtime-env-json={json.dumps(patience)}",
         "--", "bash", str(script), str(task),
     ]  # fmt: skip
 
 
-def _id(spec: JobSpec, script: Path, task: int) -> str:
-    """Of a task's job: one of a kind on the cluster, which may know runs of the same name in other directories."""
-    name = "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in spec.name)
-    key = format(zlib.crc32(str(script.parent).encode()), "08x")
-    return f"{name}-{key}-{script.parent.name}-{task}"
+def _submit(argv: Sequence[str], address: str) -> str:
+    """The id that Ray gives a job. RuntimeError with what Ray says where it takes none.
 
-
-def _run(argv: Sequence[str]) -> None:
-    """A command of Ray's. RuntimeError with what it says where it fails."""
+    The address is set in the environment too: to Ray that counts more than its own option.
+    """
+    environment = {**os.environ, ADDRESSES[0]: address}
     beside = Path(sys.executable).with_name(argv[0])
     program = str(beside) if beside.is_file() else shutil.which(argv[0])
     if program is None:
         raise RuntimeError("no command ray; run `pip install -e '.[ray]'` in the clone, in the cluster's version")
     try:
-        done = subprocess.run([program, *argv[1:]], capture_output=True, text=True, timeout=SUBMIT_S)
+        done = subprocess.run([program, *argv[1:]], env=environment, capture_output=True, text=True, timeout=SUBMIT_S)
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"`ray job submit` has not ended in {SUBMIT_S:g} s; is {argv[3]} right?") from error
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip()).rpartition("\n")[2]
-        raise RuntimeError(f"ray job submit: {last or f'exit code {done.returncode}'}")
+    found = ID.search(done.stdout + done.stderr)
+    if done.returncode or not found:
+        said = [line for line in (done.stderr or done.stdout).splitlines() if any(map(str.isalpha, line))]
+        errors = [line for line in said if ERROR.match(line)]
+        raise RuntimeError(f"ray job submit: {[f'exit code {done.returncode}', *said, *errors][-1]}")
+    return found[1]
 
 
 def _client(address: str) -> Any:
-    """Ray's own client of a job server. RuntimeError where it does not answer or refuses."""
+    """Ray's own client of a job server, whatever address the environment has. RuntimeError where it does not answer."""
     try:
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is not installed; run `pip install -e '.[ray]'` in the clone") from error
+    before = os.environ.get(ADDRESSES[0])
+    os.environ[ADDRESSES[0]] = address
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError) as error:
-        raise RuntimeError(f"no job server of Ray at {address}: {error}") from error
+    except (ConnectionError, RuntimeError, RayError) as error:
+        raise RuntimeError(f"the job server of Ray at {address} does not answer: {error}") from error
+    finally:
+        del os.environ[ADDRESSES[0]]
+        if before is not None:
+            os.environ[ADDRESSES[0]] = before
 
 
 def _kept_address(folder: Path) -> str:

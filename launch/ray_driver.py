@@ -20,7 +20,7 @@ from types import FrameType
 
 from launch.rank import ORPHAN_S, SIGNALS, is_held
 from launch.ray_gang import Gang, LostError, form, node_resources
-from launch.ray_nodes import Failures, cause, has, newest_step, node_counts, read_config, refusal
+from launch.ray_nodes import Failures, cause, config_of, has, newest_step, node_counts, refusal
 from launch.ray_order import Order, parse
 
 TRY_S = 5.0  # for nodes that seem to be there
@@ -43,7 +43,7 @@ class Driver:
     def run(self) -> int:
         """The exit code: 0 when the run is done, STOPPED after a request to stop."""
         order = self.order
-        counts = node_counts(read_config(order.folder, order.task), order.nodes, order.min_nodes, order.devices)
+        counts = node_counts(config_of(order.command), order.nodes, order.min_nodes, order.devices)
         while True:
             gang = None if self.stopped() else self._gang(counts)
             if gang is None:
@@ -155,6 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         driver.say(str(error))
         return 1
+    except Exception as error:  # Ray itself, or a fault of ours: whoever looks into the output must see it there too
+        driver.say(f"{type(error).__name__}: {error}")
+        raise
     finally:
         ray.shutdown()
 

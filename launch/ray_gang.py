@@ -39,12 +39,13 @@ class Gang:
         self.order, self.group, self.count = order, group, count
         devices, bundle = order.devices, order.bundle
         more = {name: amount for name, amount in bundle.items() if name not in ("CPU", "GPU")}
-        made = ray.remote(NodeRanks).options(
-            num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0), resources=more, max_restarts=0,
-            max_concurrency=CALLS, runtime_env={"env_vars": _of_actors()},
-        )  # fmt: skip
+        options = {
+            "num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0), "resources": more, "max_restarts": 0,
+            "max_concurrency": CALLS, "runtime_env": {"env_vars": _of_actors()},
+        }  # fmt: skip
+        actor: Any = ray.remote(NodeRanks)
         self.actors: list[Any] = [
-            made.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)).remote(
+            actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index), **options).remote(
                 index * devices, devices, count * devices
             )
             for index in range(count)

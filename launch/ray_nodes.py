@@ -1,6 +1,5 @@
 """On how many nodes a run can be trained, and when it is given up: what the driver decides, without Ray."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,16 +8,17 @@ from pathlib import Path
 
 from launch.ray_ranks import Ended
 from vidit.config import ConfigError, RunConfig
+from vidit.config_source import load_config
 from vidit.train.layout import with_layout
 from vidit.vae.stored import adopt_vae, find_vae
 
 STEP = re.compile(r"step-(\d{8,})")
 
 
-def read_config(folder: Path, task: int) -> RunConfig:
-    """The resolved config of a task, as it lies beside the script of its submission."""
-    told = json.loads((folder / "config.json").read_text())
-    return RunConfig.model_validate(told[task] if isinstance(told, list) else told)
+def config_of(command: Sequence[str]) -> RunConfig:
+    """The config of `... train CONFIG [override ...]`, with what is left to the number of ranks still open."""
+    name, *overrides = command[list(command).index("train") + 1 :]
+    return load_config(name, overrides)
 
 
 def check(config: RunConfig, nodes: int, devices: int) -> None:
