@@ -40,8 +40,7 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     for number, task in enumerate(spec.tasks):
         try:
             configs.append(check(load(spec.overrides(task)), spec.num_ranks, spec.devices))
-            if spec.min_nodes:
-                check(load(spec.overrides(task)), spec.min_nodes * spec.devices, spec.devices)
+            faults += _faults_of_fewer(spec, load(spec.overrides(task)), check)
         except ConfigError as error:
             name = f"run {number}: " if len(spec.tasks) > 1 else ""
             faults += [f"{name}{fault}" for fault in error.faults]
@@ -57,6 +56,16 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     ids = backend.submit(spec, path)
     folders.record(target, arguments.backend, spec, argv, ids)
     return f"submitted {' '.join(ids)}, {target}"
+
+
+def _faults_of_fewer(spec: JobSpec, config: RunConfig, check: Check) -> list[str]:
+    """What keeps a run from going on with the fewest nodes that its job allows."""
+    try:
+        if spec.min_nodes is not None:
+            check(config, spec.min_nodes * spec.devices, spec.devices)
+    except ConfigError as error:
+        return [f"--min-nodes={spec.min_nodes}: {fault}" for fault in error.faults]
+    return []
 
 
 def _tasks(array: str | None, load: Load, base: Path) -> list[Task]:

@@ -21,7 +21,7 @@ def takes_job_options(command: argparse.ArgumentParser) -> None:
     add("--array", metavar="FILE", help="one run for each line of overrides, in RUN/0, RUN/1 and so on")
     add("--chain", type=_count, default=1, metavar="N", help="N jobs in a row, for sites that requeue nothing")
     add("--restarts", type=int, help="failures without a new checkpoint in between after which to start again")
-    add("--address", default="", help="ray: the job server; default that of the site, RAY_API_SERVER_ADDRESS, RAY_ADDRESS")
+    add("--address", default="", help="ray: its job server; default that of the site or of RAY_API_SERVER_ADDRESS")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="more options, as --sbatch=--account=x")
     add("--dry-run", action="store_true", help="print the script and the command, and submit nothing")
 
