@@ -10,8 +10,8 @@ Over several nodes, one such process a node, the agents meet at MASTER_ADDR (`la
 
 Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call either a failure. So it gets neither:
 SIGTERM, SIGUSR1, SIGUSR2 and SIGINT to this process go from here to every rank, which save and leave as one process
-does, in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do not.
-Ranks whose launcher or agent is killed ask themselves to stop.
+does, in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do
+not. Ranks whose launcher or agent is killed ask themselves to stop.
 """
 
 import fcntl

@@ -1,8 +1,8 @@
 """RUN/stopped.json: how a start of a run ended, for the script that started it.
 
 Exit codes do not say it: under `srun --kill-on-bad-exit` they are of the process that was killed last, and torchrun
-ends with 1 after every signal. `attempt` names the start (submission / job . restart), so the word of a rank that lives on
-where its node is lost is not taken for that of the start that replaced it.
+ends with 1 after every signal. `attempt` names the start (submission / job . restart), so the word of a rank that lives
+on where its node is lost is not taken for that of the start that replaced it.
 """
 
 import json

@@ -2,8 +2,8 @@
 
 A process is a rank when RANK and WORLD_SIZE say so, whoever started it: a launch of ours or torchrun. Where srun
 started it, its variables are read instead (`launch/srun.py`). A launch of ours (`launch/local.py`) also names a folder
-in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as long as it lives, and the launcher one on `launcher`: locks end with their process however that ends, so either
-side sees when the other is gone.
+in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as long as it lives, and the launcher one on
+`launcher`: locks end with their process however that ends, so either side sees when the other is gone.
 """
 
 import fcntl

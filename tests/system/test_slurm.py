@@ -1,0 +1,301 @@
+"""Jobs under a real SLURM: six nodes of this machine, all jobs at the same time, losses compared bit for bit.
+
+Every job here trains the same run, so each has one answer: the metrics of the job that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.slurm import processes
+from cluster.slurm.local import LocalSlurm, Shape, missing
+from vidit.config import Launch, Parallel, RunConfig
+from vidit.train.metrics import read_metrics
+from vidit.train.run import run
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"not installed: {' '.join(missing())}")
+WAIT_S, STEPS = 240.0, 60
+ANYWHERE, LOST, PREEMPTED = ["127.0.0.11", "127.0.0.12"], ["127.0.0.13", "127.0.0.14", "127.0.0.15"], ["127.0.0.16"]
+NODES = [*ANYWHERE, *LOST, *PREEMPTED]
+Vidit = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@dataclass
+class Cluster:
+    """The SLURM, how jobs are submitted to it, and what has been."""
+
+    slurm: LocalSlurm
+    vidit: Vidit
+    config: str
+    folder: Path
+    jobs: dict[str, str] = field(default_factory=dict)
+
+    def submit(self, name: str, *options: str, nodes: list[str] = ANYWHERE, run_dir: str | None = None) -> Path:
+        path = self.folder / (run_dir or name)
+        away = ",".join(node for node in NODES if node not in nodes)
+        site = () if "--site" in options else ("--site", "cpu_test")
+        done = self.vidit(
+            "submit", "slurm", self.config, f"run_dir={path}", *site, f"--sbatch=--exclude={away}", *options,
+            extra=self.slurm.environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        self.jobs[name] = done.stdout.removeprefix("submitted ").partition(",")[0]
+        return path
+
+    def ask(self, *argv: str) -> str:
+        done = subprocess.run(argv, env=self.slurm.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def nodes(self, name: str) -> list[str]:
+        return self.ask("scontrol", "show", "hostnames", self.field(name, "NodeList")).split()
+
+    def field(self, name: str, key: str) -> str:
+        line = self.ask("scontrol", "-o", "show", "job", self.jobs[name])
+        return line.partition(f" {key}=")[2].split(" ")[0]
+
+    def wait(self, name: str, state: str = "COMPLETED") -> None:
+        """Until the job is in that state and nothing of it runs; another end fails at once."""
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        until(lambda: self.field(name, "JobState") in final, lambda: self.output(name))
+        assert self.field(name, "JobState") == state, self.output(name)
+
+    def status(self, name: str) -> str:
+        done = self.vidit("status", self.folder / name, extra=self.slurm.environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def output(self, name: str) -> str:
+        logs = sorted(self.folder.glob(f"{name}/jobs/*/output-*.log"))
+        return "\n".join(path.read_text() for path in logs)
+
+    def ranks(self, name: str) -> list[int]:
+        """Processes of the ranks of a job, in their order."""
+        found = {}
+        for process in processes.find(self.slurm.root):
+            told = processes.environment_of(process)
+            command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            if told.get("SLURM_JOB_ID") == self.jobs[name] and "SLURM_STEP_ID" in told and b"vidit.cli" in command:
+                found[int(told["SLURM_PROCID"])] = process
+        return [found[rank] for rank in sorted(found)]
+
+
+def until(condition: Callable[[], bool], explain: Callable[[], object] = lambda: "") -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.1)
+
+
+def steps(run_dir: Path) -> int:
+    rows = read_metrics(run_dir) if (run_dir / "metrics.jsonl").is_file() else []
+    return max((row["step"] for row in rows if "loss" in row), default=0)
+
+
+def losses(run_dir: Path) -> list[Any]:
+    return [(row["step"], row["loss"], row["grad_norm"], row["keys"]) for row in read_metrics(run_dir) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    configure: Callable[..., RunConfig],
+    config_file: Callable[[Path, RunConfig], str],
+    vidit: Vidit,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    train = {"steps": STEPS, "validate_every": 1000, "checkpoint_every": 10, "micro_batch": 1}
+    config = config_file(folder, configure(train=train, sample={"prompts": ()}))
+    with LocalSlurm(Shape(nodes=len(NODES), gpus=0)) as slurm:
+        yield Cluster(slurm, vidit, config, folder)
+
+
+TWO = ("--nodes", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster) -> Path:
+    """Two nodes, and nothing happens."""
+    return cluster.submit("whole", *TWO)
+
+
+AWKWARD = "a 'q\" b;touch pwned;$(touch pwned)`touch pwned` #&|%j"
+SICK = """
+[slurm]
+devices_as = "none"
+signal_before_s = 30
+[environment]
+GLOO_SOCKET_IFNAME = "lo"
+OMP_NUM_THREADS = "1"
+[health]
+command = ["bash", "-c", "test \\"$SLURM_RESTART_COUNT\\""]
+"""
+NO_REQUEUE = SICK.partition("[health]")[0].replace("[slurm]", "[slurm]\nrequeue = false")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def submitted(cluster: Cluster, whole: Path) -> None:
+    """All at once: those that take longest are on their way while others are looked at."""
+    folder = cluster.folder
+    cluster.submit("lost", *TWO, nodes=LOST)
+    cluster.submit("preempted", "--devices", "2", nodes=PREEMPTED)
+    cluster.submit("stopped", *TWO)
+    cluster.submit("killed", *TWO)
+    (folder / "sick.toml").write_text(SICK)
+    cluster.submit("sick", "--site", str(folder / "sick.toml"))
+    (folder / "chain.toml").write_text(NO_REQUEUE)
+    cluster.submit("chain", "--site", str(folder / "chain.toml"), "--chain", "2")
+    (folder / "sweep.txt").write_text("# seeds\n" + "".join(f"train.steps=3 train.seed={n}\n" for n in range(4)))
+    cluster.submit("sweep", "--array", str(folder / "sweep.txt"))
+
+
+def reached(cluster: Cluster, name: str, step: int) -> Path:
+    run_dir = cluster.folder / name
+    until(lambda: steps(run_dir) >= step, lambda: cluster.output(name))
+    return run_dir
+
+
+def test_a_node_is_lost(cluster: Cluster) -> None:
+    """Its power goes; what happens then is looked at last, since SLURM takes half a minute to notice."""
+    reached(cluster, "lost", 12)
+    cluster.slurm.kill_node(cluster.nodes("lost")[1])
+
+
+def test_preemption(cluster: Cluster) -> None:
+    """A job of a higher partition wants the node: this one saves, gives way and goes on after it."""
+    reached(cluster, "preempted", 3)
+    script = f"#!/bin/bash\nsleep 1; date +%s >'{cluster.folder}/high'\n"
+    (cluster.folder / "high.sh").write_text(script)
+    cluster.ask(
+        "sbatch", "--partition=high", "--exclusive", f"--nodelist={PREEMPTED[0]}", "--output=/dev/null",
+        str(cluster.folder / "high.sh"),
+    )  # fmt: skip
+    until(lambda: "-> requeue" in cluster.output("preempted"), lambda: cluster.output("preempted"))
+
+
+def test_usr1(cluster: Cluster, whole: Path) -> None:
+    run_dir = cluster.folder / "stopped"
+    until(lambda: steps(run_dir) >= 3, lambda: cluster.output("stopped"))
+    cluster.ask("scancel", "--batch", "--signal=USR1", cluster.jobs["stopped"])
+    cluster.wait("stopped")
+    assert "stopped and saved -> requeue" in cluster.output("stopped")
+    assert cluster.field("stopped", "Restarts") == "1"
+    told = json.loads((run_dir / "stopped.json").read_text())
+    assert told == {"attempt": f"001/{cluster.jobs['stopped']}.1", "done": True, "step": STEPS, "signal": None}
+    cluster.wait("whole")
+    assert losses(run_dir) == losses(whole)
+
+
+def test_two_nodes_train_as_one_process(cluster: Cluster, whole: Path) -> None:
+    cluster.wait("whole")
+    one = cluster.folder / "one"
+    config = RunConfig.model_validate_json((whole / "config.json").read_text())
+    changes = {"run_dir": str(one), "parallel": Parallel(), "launch": Launch()}
+    assert run(config.model_copy(update=changes))
+    expected, found = losses(one), losses(whole)
+    assert [row[0] for row in found] == list(range(1, STEPS + 1))
+    assert [(row[0], row[3]) for row in found] == [(row[0], row[3]) for row in expected]
+    assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=1e-5)
+
+
+def test_a_rank_is_killed(cluster: Cluster, whole: Path) -> None:
+    """The job starts again by itself, from the last checkpoint; the message names the rank."""
+    run_dir = reached(cluster, "killed", 12)
+    os.kill(cluster.ranks("killed")[1], signal.SIGKILL)
+    cluster.wait("killed")
+    assert cluster.field("killed", "Restarts") == "1"
+    assert (run_dir / "jobs/001/failures").read_text().startswith("step-000000")
+    assert "vidit: rank 1: gives no sign of life" in cluster.output("killed")
+    assert losses(run_dir) == losses(whole)
+
+
+def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster) -> None:
+    cluster.wait("sick")
+    (sick,) = (path.name for path in (cluster.folder / "sick/jobs/001/sick").rglob("127.*"))
+    assert cluster.field("sick", "ExcNodeList").endswith(f",{sick}")
+    assert cluster.nodes("sick") == [node for node in ANYWHERE if node != sick]
+    assert steps(cluster.folder / "sick") == STEPS
+
+
+def test_a_chain_goes_on_where_a_job_ended(cluster: Cluster) -> None:
+    """On a site that requeues nothing: two jobs with two ids, one run."""
+    run_dir = reached(cluster, "chain", 3)
+    first, second = cluster.jobs["chain"].split()
+    cluster.ask("scancel", "--batch", "--signal=USR1", first)
+    cluster.jobs["chain"] = second
+    cluster.wait("chain")
+    assert steps(run_dir) == STEPS
+    assert "stopped and saved" in cluster.output("chain")
+    assert json.loads((run_dir / "stopped.json").read_text())["attempt"] == f"001/{second}.0"
+
+
+def test_an_array(cluster: Cluster) -> None:
+    runs = [cluster.folder / "sweep" / str(number) for number in range(4)]
+    until(lambda: all((path / "stopped.json").is_file() for path in runs), lambda: cluster.output("sweep"))
+    until(lambda: cluster.status("sweep").count(" done (completed") == 4, lambda: cluster.status("sweep"))
+    assert [steps(path) for path in runs] == [3, 3, 3, 3]
+    assert len({str(losses(path)) for path in runs}) == 4, "each with its own seed"
+
+
+def test_awkward_words_do_no_harm(cluster: Cluster) -> None:
+    """In paths, in the name of the job and in overrides; a line break in an override too."""
+    prompts = json.dumps([f"{AWKWARD}\n$(touch pwned)"]).replace("\\n", "\\n \n")
+    run_dir = cluster.submit(
+        "awkward", "--name", AWKWARD, "train.steps=2", f"sample.prompts={prompts}", run_dir=AWKWARD
+    )
+    cluster.wait("awkward")
+    assert steps(run_dir) == 2
+    assert json.loads((run_dir / "config.json").read_text())["sample"]["prompts"] == json.loads(prompts)
+    assert not [path for path in (*Path.cwd().glob("*"), *cluster.folder.rglob("*")) if path.name == "pwned"]
+    assert AWKWARD in cluster.ask("squeue", "-h", "-t", "all", "-j", cluster.jobs["awkward"], "-o", "%j")
+
+
+def test_torchrun_on_every_node(cluster: Cluster) -> None:
+    """One process a node that starts two ranks; a signal reaches all, and torchrun makes no failure of it."""
+    wide = ("--devices", "2", "--ranks", "node", "train.global_batch=8", "train.steps=20000")
+    run_dir = cluster.submit("torchrun", *TWO, *wide)
+    reached(cluster, "torchrun", 2)
+    assert "torchrun" in cluster.vidit("status", run_dir, extra=cluster.slurm.environment).stdout
+    done = cluster.vidit("cancel", run_dir, extra=cluster.slurm.environment)
+    assert done.stdout == f"asked {cluster.jobs['torchrun']} to save and leave\n"
+    cluster.wait("torchrun", "CANCELLED")
+    told = json.loads((run_dir / "stopped.json").read_text())
+    assert not told["done"]
+    assert told["step"] == steps(run_dir)
+    assert (run_dir / f"checkpoints/step-{told['step']:08d}/manifest.json").is_file()
+    assert cluster.field("torchrun", "Restarts") == "0"
+
+
+def test_status_and_logs(cluster: Cluster, whole: Path) -> None:
+    cluster.wait("whole")
+    text = cluster.status("whole")
+    assert text.startswith(f"slurm {cluster.jobs['whole']} done (completed, nodes 127.0.0.[11-12], ")
+    assert f"{whole}: done at step {STEPS}, start 001/{cluster.jobs['whole']}.0" in text
+    out = cluster.vidit("logs", whole, "--lines", 1, extra=cluster.slurm.environment).stdout
+    assert out.endswith(": done\n")
+    assert out.count("\n") == 1
+    again = cluster.vidit("cancel", whole, extra=cluster.slurm.environment).stdout
+    assert again == f"nothing to cancel: {cluster.jobs['whole']} is done\n"
+
+
+def test_the_preempted_job_went_on(cluster: Cluster, whole: Path) -> None:
+    cluster.wait("preempted")
+    assert int((cluster.folder / "high").read_text()) > 0
+    assert cluster.field("preempted", "Restarts") == "1"
+    assert losses(cluster.folder / "preempted") == losses(whole)
+
+
+def test_the_lost_node_was_replaced(cluster: Cluster, whole: Path) -> None:
+    cluster.wait("lost")
+    assert int(cluster.field("lost", "Restarts")) >= 1
+    assert losses(cluster.folder / "lost") == losses(whole)
