@@ -2,12 +2,14 @@
 
     python -m benchmarks.loader VIDEOS
 
-VIDEOS is a folder of H.264 clips (mp4). Three parts, each can be asked for alone by ``--only``:
+VIDEOS is a folder of H.264 clips (mp4). Four parts, each can be asked for alone by ``--only``:
 
 throughput  clips/s of vidit, webdataset and LitData (where installed) over the same clips, one epoch each in turn,
             once all workers run, with 1 and 2 workers. What they deliver is compared.
 memory      resident memory of the process and its workers over many micro-batches of tiny clips.
 wait        `data_wait` of the demo's training, its clips decoded in every step, and encoded once as the demo does.
+resume      time to the first batch of a run that resumes in the middle of a data set of ``--clips`` clips, part by part,
+            and memory a clip (``benchmarks/loader_resume.py``), in fresh processes.
 
 Prints the answer as JSON and writes it to benchmarks/results/.
 """
@@ -43,7 +45,7 @@ from vidit.data.encode import encode_mp4
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.video import probe
 
-PARTS = ("throughput", "memory", "wait")
+PARTS = ("throughput", "memory", "wait", "resume")
 SHARDS = 8  # so that two workers of a loader that deals whole shards get the same work
 TINY_CLIPS = 1000
 
@@ -180,6 +182,19 @@ def wait(folder: Path, steps: int) -> dict[str, Any]:
     return answer
 
 
+def resume(folder: Path, num_clips: int, trials: int) -> dict[str, Any]:
+    """Each trial in a process of its own, in this one and in a worker."""
+    program = [sys.executable, "-m", "benchmarks.loader_resume"]
+    subprocess.run([*program, "make", folder, "--clips", str(num_clips)], check=True)
+    answer: dict[str, Any] = {}
+    for workers in (0, 1):
+        command = [*program, "measure", folder, "--clip", str(num_clips // 2), "--workers", str(workers)]
+        found = [json.loads(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(trials)]
+        seconds = [one["seconds"]["all"] for one in found]
+        answer[f"{workers} workers"] = {"all_s": seconds, "median_s": statistics.median(seconds), "trials": found}
+    return answer
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, metavar="VIDEOS", help="folder of mp4 clips")
@@ -190,6 +205,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batches", type=int, default=50_000, help="micro-batches of the memory part")
     parser.add_argument("--steps", type=int, default=40, help="steps of the wait part")
+    parser.add_argument("--clips", type=int, default=2_000_000, help="clips of the resume part (%(default)s)")
+    parser.add_argument("--trials", type=int, default=5, help="starts of the resume part (%(default)s)")
     parser.add_argument("--record", default="loader", help="name of the result's file")
     options = parser.parse_args()
     shape = Shape()
@@ -202,6 +219,8 @@ def main() -> None:
             clips = clips_of(options.videos, shape, options.copies)
             answer["clips"] = len(clips)
             answer["throughput"] = throughput(clips, folder, shape, options.rounds)
+        if "resume" in options.only:
+            answer["resume"] = resume(folder / "resume", options.clips, options.trials)
         if "wait" in options.only:
             answer["wait"] = wait(folder, options.steps)
     print(json.dumps(answer))

@@ -16,18 +16,29 @@ from vidit.batching import micro_batch_rows, row_cost
 from vidit.config import Bucket, RunConfig
 from vidit.data.order import Shares, counts_of
 from vidit.data.schedule import Schedule
+from vidit.data.texts import Texts
 
 NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What decides a clip's bucket, one entry a clip; `frames` at the rate of the run."""
+CHUNK = 1 << 17
+"""Clips that are looked at together: what is made on the way is a table of clips and buckets."""
 
-    keys: Sequence[str]
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What decides a clip's bucket, one entry a clip of one data set; `frames` at the rate of the run."""
+
+    keys: Texts
     frames: NDArray[np.int64]
     width: NDArray[np.int64]
     height: NDArray[np.int64]
+    label: str = ""
+    """What tells the clips of one data set of a mixture from those of another with the same keys."""
+
+    def part(self, clips: range) -> "Facts":
+        frames, width, height = (each[clips.start : clips.stop] for each in (self.frames, self.width, self.height))
+        return Facts(self.keys.take(clips), frames, width, height, self.label)
 
 
 def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
@@ -48,7 +59,13 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
 
 def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
     """The bucket of each clip; -1 for a clip that is too short for every one."""
-    ranked, drawn = _ranked(facts, buckets), _drawn(facts.keys, buckets, seed)
+    num = len(facts.frames)
+    parts = (facts.part(range(start, min(start + CHUNK, num))) for start in range(0, num, CHUNK))
+    return np.concatenate([np.zeros(0, np.int64), *(_assigned(part, buckets, seed) for part in parts)])
+
+
+def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
+    ranked, drawn = _ranked(facts, buckets), _drawn(facts, buckets, seed)
     keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
     found = np.full(len(ranked), -1)
     for place in range(len(buckets)):
@@ -59,12 +76,13 @@ def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int
     return found
 
 
-def _drawn(names: Sequence[str], buckets: Sequence[Bucket], seed: int) -> NDArray[np.float64]:
+def _drawn(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.float64]:
     """One number in [0, 1) for each clip and bucket; 0 where every clip is kept anyway."""
-    drawn = np.zeros((len(names), len(buckets)))
+    drawn = np.zeros((len(facts.frames), len(buckets)))
     for i, bucket in enumerate(buckets):
         if bucket.keep < 1:
-            drawn[:, i] = [keys.key(seed, "bucket", i, name) / 2.0**63 for name in names]
+            bits = facts.keys.hashes(keys.key(seed, "bucket", i, facts.label))
+            drawn[:, i] = (bits >> np.uint64(11)) / 2.0**53
     return drawn
 
 

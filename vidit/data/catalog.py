@@ -3,18 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vidit.config import RunConfig
 from vidit.data.buckets import Facts, assign, schedule_of
+from vidit.data.clip_list import Clips
+from vidit.data.listing import Listing
 from vidit.data.order import ClipOrder
 from vidit.data.schedule import Schedule
 from vidit.data.shards import ClipRef
 
 Dropped = list[tuple[str, str]]
 """Names of clips that cannot be used, and the reasons."""
+LeftOut = Listing[tuple[str, str]]
+"""The same of as many as a data set may have."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Catalog:
     """
 
     refs: Sequence[ClipRef]
-    bucket: NDArray[np.int64]
-    source: NDArray[np.int64]
+    bucket: NDArray[np.integer[Any]]
+    source: NDArray[np.integer[Any]]
     weights: tuple[float, ...] = (1.0,)
     labels: tuple[str, ...] = ("",)
     num_buckets: int = 1
@@ -36,11 +41,26 @@ class Catalog:
     @classmethod
     def plain(cls, refs: Sequence[ClipRef]) -> "Catalog":
         """Clips of one data set and one bucket."""
-        return cls(refs, np.zeros(len(refs), np.int64), np.zeros(len(refs), np.int64))
+        none = np.broadcast_to(np.int16(0), len(refs))
+        return cls(refs, none, none)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without orders, and numbers only where there are several to tell apart: a worker process is sent this."""
+        bucket, source = (
+            numbers if several else None
+            for numbers, several in ((self.bucket, self.num_buckets > 1), (self.source, len(self.weights) > 1))
+        )
+        return _catalog, (self.refs, bucket, source, self.weights, self.labels, self.num_buckets)
 
     def name(self, number: int) -> str:
         """What a clip is called in records."""
-        return self.labels[self.source[number]] + self.refs[number].key
+        key = self.refs.key(number) if isinstance(self.refs, Clips) else self.refs[number].key
+        return self.labels[self.source[number]] + key
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all clips are of one data set and one bucket."""
+        return self.num_buckets == len(self.weights) == 1
 
     def stream(self, what: str, bucket: int) -> str:
         """The name of a stream of a bucket, which keys its order."""
@@ -52,8 +72,10 @@ class Catalog:
 
         A data set's weight is spread over the buckets as its clips are, so that weights hold for the run as a whole.
         """
-        counts = np.zeros((self.num_buckets, len(self.weights)))
-        np.add.at(counts, (self.bucket, self.source), 1)
+        if self.is_plain:
+            return np.array([[1.0 if len(self.refs) else 0.0]])
+        cells = self.bucket.astype(np.int64) * len(self.weights) + self.source
+        counts = np.bincount(cells, minlength=self.num_buckets * len(self.weights)).reshape(self.num_buckets, -1)
         return counts / np.maximum(counts.sum(0), 1) * np.array(self.weights)
 
     def order(self, seed: int, what: str, bucket: int) -> ClipOrder:
@@ -61,7 +83,9 @@ class Catalog:
         key = seed, what, bucket
         if key not in self._orders:
             held = np.flatnonzero(self.shares[bucket]).tolist()
-            parts = tuple(np.flatnonzero((self.bucket == bucket) & (self.source == source)) for source in held)
+            parts: tuple[NDArray[np.int64] | range, ...] = (range(len(self.refs)),)
+            if not self.is_plain:
+                parts = tuple(np.flatnonzero((self.bucket == bucket) & (self.source == source)) for source in held)
             weights = tuple(self.shares[bucket, held].tolist())
             self._orders[key] = ClipOrder(seed, self.stream(what, bucket), parts, weights)
         return self._orders[key]
@@ -71,36 +95,65 @@ class Catalog:
         return schedule_of(config, self.shares.sum(1).tolist())
 
 
-def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[Catalog, Dropped, list[str]]:
+def _catalog(
+    refs: Sequence[ClipRef],
+    bucket: NDArray[np.integer[Any]] | None,
+    source: NDArray[np.integer[Any]] | None,
+    weights: tuple[float, ...],
+    labels: tuple[str, ...],
+    num_buckets: int,
+) -> Catalog:
+    none = np.broadcast_to(np.int16(0), len(refs))
+    return Catalog(
+        refs, none if bucket is None else bucket, none if source is None else source, weights, labels, num_buckets
+    )
+
+
+def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[Catalog, LeftOut, Listing[str]]:
     """(clips long enough, those that are not with the reason, names of those whose picture is cropped).
 
     `sources` are the clips of each data set of `config.data.sources`, or of one other.
     """
-    d, refs = config.data, [ref for source in sources for ref in source]
-    source = np.repeat(np.arange(len(sources)), list(map(len, sources)))
+    d, refs = config.data, Clips.chained(sources)
     weights: tuple[float, ...] = (1.0,)
     labels: tuple[str, ...] = ("",)
     if len(sources) > 1:
         weights = tuple(one.weight for one in d.sources)
         labels = tuple(f"{one.name}/" for one in d.sources)
-    shapes, frames = d.shapes, np.array([_available(ref, d.fps) for ref in refs], np.int64)
-    width, height = (np.array([getattr(ref, side) for ref in refs], np.int64) for side in ("width", "height"))
-    names = [labels[of] + ref.key for of, ref in zip(source.tolist(), refs, strict=True)]
-    bucket = assign(Facts(names, frames, width, height), shapes, config.train.seed)
-    least = min(shape.num_frames for shape in shapes)
-    dropped = []
-    for number in np.flatnonzero(bucket < 0).tolist():
-        own = refs[number].fps
-        at = f" are {frames[number]} at data.fps={d.fps:g} (its own rate is {own:g})" if d.fps else ""
-        needed = f"the shortest of data.buckets has {least}" if d.buckets else f"data.num_frames={least}"
-        dropped.append((names[number], f"{refs[number].num_frames} frames{at}; {needed}"))
-    kept = np.flatnonzero(bucket >= 0)
-    sizes = np.array([(shape.height, shape.width) for shape in shapes])[bucket[kept]]
-    cut = kept[width[kept] * sizes[:, 0] != height[kept] * sizes[:, 1]] if len(kept) else kept
-    catalog = Catalog([refs[i] for i in kept.tolist()], bucket[kept], source[kept], weights, labels, len(shapes))
-    return catalog, dropped, [names[i] for i in cut.tolist()]
+    facts = [_facts(Clips.of(one), d.fps, label) for one, label in zip(sources, labels, strict=True)]
+    bucket = np.concatenate([assign(one, d.shapes, config.train.seed) for one in facts])
+    source = np.repeat(np.arange(len(sources), dtype=np.int16), list(map(len, sources)))
+    width, height = (np.concatenate([getattr(one, side) for one in facts]) for side in ("width", "height"))
+    high, wide = (np.array([getattr(shape, side) for shape in d.shapes])[bucket] for side in ("height", "width"))
+    cut = np.flatnonzero((width * high != height * wide) & (bucket >= 0))
+
+    def name(number: int) -> str:
+        return labels[source[number]] + refs.key(number)
+
+    short = np.flatnonzero(bucket < 0)
+    dropped = Listing((len(short), lambda i: (name(short[i]), _too_short(refs[int(short[i])], config))))
+    cropped = Listing((len(cut), lambda i: name(cut[i])))
+    kept = np.flatnonzero(bucket >= 0) if len(short) else slice(None)
+    used = refs.take(kept) if isinstance(kept, np.ndarray) else refs
+    num_buckets = len(d.shapes)
+    if num_buckets == len(sources) == 1:
+        return Catalog.plain(used), dropped, cropped
+    catalog = Catalog(used, bucket[kept].astype(np.int16), source[kept], weights, labels, num_buckets)
+    return catalog, dropped, cropped
 
 
-def _available(ref: ClipRef, fps: float) -> int:
-    """Frames at the rate of the run, as the decoder counts, half a frame of grace included."""
-    return int(ref.num_frames / ref.fps * fps + 0.5) if fps else ref.num_frames
+def _facts(refs: Clips, fps: float, label: str) -> Facts:
+    frames, width, height = (refs.column(name).astype(np.int64) for name in ("num_frames", "width", "height"))
+    if fps:
+        # Frames at the rate of the run, as the decoder counts, half a frame of grace included.
+        frames = (frames / refs.column("fps") * fps + 0.5).astype(np.int64)
+    return Facts(refs.keys, frames, width, height, label)
+
+
+def _too_short(ref: ClipRef, config: RunConfig) -> str:
+    d = config.data
+    at = f" are {int(ref.num_frames / ref.fps * d.fps + 0.5)} at data.fps={d.fps:g}" if d.fps else ""
+    at += f" (its own rate is {ref.fps:g})" if d.fps else ""
+    least = min(shape.num_frames for shape in d.shapes)
+    needed = f"the shortest of data.buckets has {least}" if d.buckets else f"data.num_frames={least}"
+    return f"{ref.num_frames} frames{at}; {needed}"

@@ -83,7 +83,7 @@ class ClipOrder:
 
     seed: int
     stream: str
-    parts: tuple[NDArray[np.int64], ...]
+    parts: tuple[NDArray[np.int64] | range, ...]
     weights: tuple[float, ...] = (1.0,)
     _epochs: dict[int, tuple[int, NDArray[np.int64]]] = field(default_factory=dict, compare=False, repr=False)
     """The epoch that each part was last asked for: of large data sets a permutation is large."""

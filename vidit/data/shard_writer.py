@@ -1,4 +1,4 @@
-"""Write clips into tar shards, with an index beside each and a manifest at the end.
+"""Write clips into tar shards, with an index beside each, and the columns of all clips and a manifest at the end.
 
 Where a shard ends depends on the sizes of the clips alone, so it can be known before a video is read (``is_full``).
 """
@@ -16,8 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from vidit.data.manifest import is_ours, sha256_of, write_manifest
-from vidit.data.shards import facts_of, index_path, ref_of, row_of
+from vidit.data.clip_ref import ref_of, row_of
+from vidit.data.column_file import write_columns
+from vidit.data.columns import Columns
+from vidit.data.index_rows import read_rows_of
+from vidit.data.manifest import COLUMNS, index_path, is_ours, sha256_of, write_manifest
+from vidit.data.shards import facts_of
 from vidit.data.tar import BLOCK, VIDEO_SUFFIXES, Limits, ShardError, padded, scan, suffix_of, video_of
 from vidit.whole_file import write_whole
 
@@ -140,7 +144,14 @@ class ShardWriter:
             raise ValueError(f"no clip was added, so {self._out_dir} would be an empty data set")
         for path in sorted(self._out_dir.glob("shard-*"))[2 * len(self._done) :]:
             path.unlink()
-        return write_manifest(self._out_dir, self._done, self._allow_empty_captions)
+        # From the rows on disk, so that what an earlier try wrote counts as what this one did.
+        shards = [self._out_dir / row["name"] for row in self._done]
+        listed = write_columns(self._out_dir / COLUMNS, Columns.joined(list(map(read_rows_of, shards))))
+        rows = [
+            {**row, "index_bytes": index_path(shard).stat().st_size}
+            for row, shard in zip(self._done, shards, strict=True)
+        ]
+        return write_manifest(self._out_dir, rows, self._allow_empty_captions, listed)
 
     def __enter__(self) -> Self:
         return self

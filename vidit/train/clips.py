@@ -6,8 +6,10 @@ from typing import Any
 
 from parallel.exchange import same_everywhere
 from vidit.config import ConfigError, RunConfig
-from vidit.data.catalog import Catalog, Dropped, catalogue
+from vidit.data.catalog import Catalog, LeftOut, catalogue
+from vidit.data.clip_list import Clips
 from vidit.data.curation.table import select_clips
+from vidit.data.listing import Listing
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
@@ -20,8 +22,8 @@ class Split:
     """Clips that are long enough, those that are not with the reason, names of those whose picture is cropped."""
 
     catalog: Catalog
-    dropped: Dropped
-    cropped: list[str]
+    dropped: LeftOut
+    cropped: Listing[str]
     fingerprint: Fingerprint
     selection: tuple[str, ...] = ()
     """What each rule of `data.select` drops, for the log."""
@@ -32,7 +34,7 @@ class Split:
 
     def report(self) -> dict[str, Any]:
         """As data.json has it."""
-        report = {"used": len(self.refs), "dropped": self.dropped, "cropped": self.cropped}
+        report = {"used": len(self.refs), **self.dropped.report("dropped"), **self.cropped.report("cropped")}
         return report | ({"select": self.selection} if self.selection else {})
 
 
@@ -69,7 +71,7 @@ def read_splits(config: RunConfig) -> Splits:
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
     train, held = _split(sources, config), _split([validation], alone(config))
-    unwanted = [entry for one in chosen for entry in one.dropped]
+    unwanted = sum((one.dropped for one in chosen), LeftOut())
     train = replace(
         train, dropped=unwanted + train.dropped, selection=tuple(line for one in chosen for line in one.lines)
     )
@@ -86,12 +88,12 @@ def read_splits(config: RunConfig) -> Splits:
 
 
 def _first(split: Split) -> str:
-    key, reason = split.dropped[0]
+    key, reason = split.dropped.first
     return f"the first: {key}: {reason}"
 
 
 def _split(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> Split:
-    return Split(*catalogue(sources, config), fingerprint([ref for source in sources for ref in source]))
+    return Split(*catalogue(sources, config), fingerprint(Clips.chained(sources)))
 
 
 def alone(config: RunConfig) -> RunConfig:

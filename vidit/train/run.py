@@ -12,6 +12,7 @@ from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog, Dropped
+from vidit.data.listing import number_of
 from vidit.data.loader import Batch, MicroBatches, batches
 from vidit.resolve import resolve
 from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
@@ -173,7 +174,8 @@ def _data(task: Task, splits: Splits, stop: StopRequest, reporter: Reporter) -> 
     for line in train.selection:
         reporter.say(line)
     for name, part in (("", report), ("validation ", report["validation"])):
-        counts = f"{part['used']} {name}clips, {len(part['dropped'])} dropped, {len(part['cropped'])} cropped to {size}"
+        left_out, cut = (number_of(part, what) for what in ("dropped", "cropped"))
+        counts = f"{part['used']} {name}clips, {left_out} dropped, {cut} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
     return MicroBatches(config, catalog, task.tokenizer, images, store, rank, world), validation, num_batches

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from vidit.batching import micro_batch_rows, row_cost
 from vidit.config import Bucket, ConfigError, RunConfig
 from vidit.data.buckets import Facts, assign, schedule_of
+from vidit.data.texts import Texts
 from vidit.resolve import resolve
 
 Configure = Callable[..., RunConfig]
@@ -25,7 +26,7 @@ NAMES = [(b.num_frames, b.height, b.width) for b in SHAPES]
 
 def facts(*clips: tuple[int, int, int]) -> Facts:
     frames, height, width = (np.array(column) for column in zip(*clips, strict=True))
-    return Facts([f"clip-{i}" for i in range(len(clips))], frames, width, height)
+    return Facts(Texts.of([f"clip-{i}" for i in range(len(clips))]), frames, width, height)
 
 
 @pytest.mark.parametrize(

@@ -237,10 +237,10 @@ def test_catalogue_counts_short_and_cropped_clips(configure: Configure, tmp_path
     assert [ref.key for ref in kept.refs] == ["square", "wide", "slow"]
     assert cropped == ["wide"]
     assert [key for key, _ in dropped] == ["short"]
-    assert dropped[0][1] == "4 frames; data.num_frames=5"
+    assert dropped.first[1] == "4 frames; data.num_frames=5"
     kept, dropped, _ = catalogue([refs], configure(data={"train": str(tmp_path), "fps": 4.0}))
     assert [ref.key for ref in kept.refs] == ["slow"]
-    assert dropped[0][1] == "5 frames are 3 at data.fps=4 (its own rate is 8); data.num_frames=5"
+    assert dropped.first[1] == "5 frames are 3 at data.fps=4 (its own rate is 8); data.num_frames=5"
 
 
 def test_catalogue_agrees_with_the_decoder(configure: Configure, tmp_path: Path) -> None:

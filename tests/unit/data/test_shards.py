@@ -36,6 +36,15 @@ def write(folder: Path, num_clips: int = 5, **limits: int) -> dict[str, Any]:
     return manifest
 
 
+def without_columns(folder: Path) -> Path:
+    """As an earlier version wrote it: rows and a manifest, no columns."""
+    manifest = json.loads((folder / "dataset.json").read_text())
+    del manifest["columns"]
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    (folder / "index.safetensors").unlink()
+    return folder
+
+
 class TestRoundTrip:
     def test_all_clips_come_back(self, tmp_path: Path) -> None:
         manifest = write(tmp_path)
@@ -78,6 +87,7 @@ class TestRoundTrip:
     def test_the_index_is_what_a_scan_finds(self, tmp_path: Path) -> None:
         write(tmp_path)
         data = read_index(tmp_path)
+        without_columns(tmp_path)
         for path in tmp_path.glob("*.jsonl"):
             path.unlink()
         assert read_index(tmp_path) == tuple(
@@ -96,6 +106,7 @@ class TestRoundTrip:
     def test_an_index_of_an_earlier_version_is_read(self, tmp_path: Path, lacks: tuple[str, ...]) -> None:
         write(tmp_path, 2)
         data = read_index(tmp_path)
+        without_columns(tmp_path)
         path = index_path(tmp_path / "shard-000000.tar")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         bare = [{name: value for name, value in row.items() if name not in lacks} for row in rows]
@@ -235,6 +246,7 @@ class TestDamage:
     )
     def test_a_wrong_index_row(self, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
         write(tmp_path, 2)
+        without_columns(tmp_path)
         path = index_path(tmp_path / "shard-000000.tar")
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         path.write_text("".join(json.dumps({**row, **change} if row is rows[0] else row) + "\n" for row in rows))
@@ -248,6 +260,7 @@ class TestDamage:
     )
     def test_an_index_that_is_none(self, tmp_path: Path, text: str, reason: str) -> None:
         write(tmp_path, 2)
+        without_columns(tmp_path)
         index_path(tmp_path / "shard-000000.tar").write_text(text)
         with pytest.raises(ShardError, match=reason):
             read_index(tmp_path)
@@ -266,6 +279,7 @@ class TestDamage:
 
     def test_a_row_left_out(self, tmp_path: Path) -> None:
         write(tmp_path, 2)
+        without_columns(tmp_path)
         path = index_path(tmp_path / "shard-000000.tar")
         path.write_text(path.read_text().splitlines(keepends=True)[0])
         with pytest.raises(ShardError, match="the tar goes on"):

@@ -7,7 +7,7 @@ import json
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
-def spread(refs: tuple[ClipRef, ...]) -> list[tuple[Any, ...]]:
+def spread(refs: Sequence[ClipRef]) -> list[tuple[Any, ...]]:
     return [(ref.shard_path.name, ref.key, ref.video_offset, ref.video_crc32, ref.allow_empty_caption) for ref in refs]
 
 
@@ -137,7 +137,7 @@ class TestCache:
             )
             web.asked.clear()
             assert read_index(web.url, reach)[0].allow_empty_caption is not before[0].allow_empty_caption
-            assert any(name.endswith("index.jsonl") for name, _, _ in web.asked)
+            assert any(name == "index.safetensors" for name, _, _ in web.asked)
 
 
 class TestEarly:

@@ -216,8 +216,8 @@ def test_a_plugin_adds_its_scores_alone_and_is_named_with_its_version(dataset: P
     name = plugin(body.format(1, 0))
     assert score_set(dataset, [name]).num_scored == NUM_CLIPS
     table = read_table(read_index(dataset))
-    assert table.columns["words"] == [2.0] * NUM_CLIPS
-    assert table.columns["stills"] == [9.0] * NUM_CLIPS
+    assert list(table.columns["words"]) == [2.0] * NUM_CLIPS
+    assert list(table.columns["stills"]) == [9.0] * NUM_CLIPS
     assert {key: table.columns[key] for key in before} == before
     assert table.scorers == tuple(sorted((f"{name}@1", BUILT_IN)))
     assert score_set(dataset, [name]).num_scored == 0
@@ -228,7 +228,7 @@ def test_a_plugin_adds_its_scores_alone_and_is_named_with_its_version(dataset: P
     command = [sys.executable, "-m", "vidit.cli", "score", str(dataset), "--plugin", name]
     assert subprocess.run(command, cwd=Path(__file__).parents[4], stdout=subprocess.DEVNULL).returncode == 0
     table = read_table(read_index(dataset))
-    assert table.columns["words"] == [7.0] * NUM_CLIPS
+    assert list(table.columns["words"]) == [7.0] * NUM_CLIPS
     assert f"{name}@1" not in table.scorers
 
 
