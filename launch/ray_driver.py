@@ -144,13 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command. 1 after an error, which is the last line of the output."""
     import ray
 
-    order = parse(argv)
+    driver = Driver(parse(argv), os.environ)
     address = os.environ.get("RAY_ADDRESS") or "auto"  # never a new cluster
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    driver = Driver(order, os.environ)
-    for number in SIGNALS:  # after init, which takes SIGTERM for itself
-        signal.signal(number, driver.ask)
     try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        for number in SIGNALS:  # after init, which takes SIGTERM for itself
+            signal.signal(number, driver.ask)
         return driver.run()
     except (ValueError, RuntimeError, OSError) as error:
         driver.say(str(error))
