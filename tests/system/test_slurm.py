@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vidit.train.metrics import read_metrics
 from vidit.train.run import run
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=f"not installed: {' '.join(missing())}")
-WAIT_S, STEPS = 240.0, 60
+WAIT_S, STEPS = 240.0, 40
 ANYWHERE, LOST, PREEMPTED = ["127.0.0.11", "127.0.0.12"], ["127.0.0.13", "127.0.0.14", "127.0.0.15"], ["127.0.0.16"]
 NODES = [*ANYWHERE, *LOST, *PREEMPTED]
 Vidit = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -60,15 +61,15 @@ class Cluster:
     def nodes(self, name: str) -> list[str]:
         return self.ask("scontrol", "show", "hostnames", self.field(name, "NodeList")).split()
 
-    def field(self, name: str, key: str) -> str:
-        line = self.ask("scontrol", "-o", "show", "job", self.jobs[name])
+    def field(self, name: str, key: str, job: str = "") -> str:
+        line = self.ask("scontrol", "-o", "show", "job", job or self.jobs[name])
         return line.partition(f" {key}=")[2].split(" ")[0]
 
-    def wait(self, name: str, state: str = "COMPLETED") -> None:
+    def wait(self, name: str, state: str = "COMPLETED", job: str = "") -> None:
         """Until the job is in that state and nothing of it runs; another end fails at once."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-        until(lambda: self.field(name, "JobState") in final, lambda: self.output(name))
-        assert self.field(name, "JobState") == state, self.output(name)
+        until(lambda: self.field(name, "JobState", job) in final, lambda: self.output(name))
+        assert self.field(name, "JobState", job) == state, self.output(name)
 
     def status(self, name: str) -> str:
         done = self.vidit("status", self.folder / name, extra=self.slurm.environment)
@@ -159,34 +160,56 @@ def submitted(cluster: Cluster, whole: Path) -> None:
     cluster.submit("sweep", "--array", str(folder / "sweep.txt"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def disturbed(cluster: Cluster, submitted: None) -> Iterator[dict[str, Future[None]]]:
+    """What happens to them, each in its own time."""
+    with ThreadPoolExecutor() as pool:
+        does = (usr1, kill_a_rank, kill_a_node, preempt, end_the_first)
+        yield {action.__name__: pool.submit(action, cluster) for action in does}
+
+
 def reached(cluster: Cluster, name: str, step: int) -> Path:
     run_dir = cluster.folder / name
     until(lambda: steps(run_dir) >= step, lambda: cluster.output(name))
     return run_dir
 
 
-def test_a_node_is_lost(cluster: Cluster) -> None:
-    """Its power goes; what happens then is looked at last, since SLURM takes half a minute to notice."""
+def usr1(cluster: Cluster) -> None:
+    """What SLURM sends before the time limit, which it looks at twice a minute."""
+    reached(cluster, "stopped", 3)
+    cluster.ask("scancel", "--batch", "--signal=USR1", cluster.jobs["stopped"])
+
+
+def kill_a_rank(cluster: Cluster) -> None:
+    reached(cluster, "killed", 12)
+    os.kill(cluster.ranks("killed")[1], signal.SIGKILL)
+
+
+def kill_a_node(cluster: Cluster) -> None:
+    """As if its power went; SLURM takes half a minute to notice."""
     reached(cluster, "lost", 12)
     cluster.slurm.kill_node(cluster.nodes("lost")[1])
 
 
-def test_preemption(cluster: Cluster) -> None:
-    """A job of a higher partition wants the node: this one saves, gives way and goes on after it."""
+def preempt(cluster: Cluster) -> None:
+    """A job of a higher partition wants the node."""
     reached(cluster, "preempted", 3)
-    script = f"#!/bin/bash\nsleep 1; date +%s >'{cluster.folder}/high'\n"
-    (cluster.folder / "high.sh").write_text(script)
+    (cluster.folder / "high.sh").write_text(f"#!/bin/bash\nsleep 1; date +%s >'{cluster.folder}/high'\n")
     cluster.ask(
         "sbatch", "--partition=high", "--exclusive", f"--nodelist={PREEMPTED[0]}", "--output=/dev/null",
         str(cluster.folder / "high.sh"),
     )  # fmt: skip
-    until(lambda: "-> requeue" in cluster.output("preempted"), lambda: cluster.output("preempted"))
 
 
-def test_usr1(cluster: Cluster, whole: Path) -> None:
+def end_the_first(cluster: Cluster) -> None:
+    """Of two jobs in a chain."""
+    reached(cluster, "chain", 3)
+    cluster.ask("scancel", "--batch", "--signal=USR1", cluster.jobs["chain"].split()[0])
+
+
+def test_usr1(cluster: Cluster, whole: Path, disturbed: dict[str, Future[None]]) -> None:
     run_dir = cluster.folder / "stopped"
-    until(lambda: steps(run_dir) >= 3, lambda: cluster.output("stopped"))
-    cluster.ask("scancel", "--batch", "--signal=USR1", cluster.jobs["stopped"])
+    disturbed["usr1"].result()
     cluster.wait("stopped")
     assert "stopped and saved -> requeue" in cluster.output("stopped")
     assert cluster.field("stopped", "Restarts") == "1"
@@ -208,14 +231,14 @@ def test_two_nodes_train_as_one_process(cluster: Cluster, whole: Path) -> None:
     assert [row[1] for row in found] == pytest.approx([row[1] for row in expected], rel=1e-5)
 
 
-def test_a_rank_is_killed(cluster: Cluster, whole: Path) -> None:
-    """The job starts again by itself, from the last checkpoint; the message names the rank."""
-    run_dir = reached(cluster, "killed", 12)
-    os.kill(cluster.ranks("killed")[1], signal.SIGKILL)
+def test_a_rank_is_killed(cluster: Cluster, whole: Path, disturbed: dict[str, Future[None]]) -> None:
+    """The job starts again by itself, from the last checkpoint; srun names the rank."""
+    run_dir = cluster.folder / "killed"
+    disturbed["kill_a_rank"].result()
     cluster.wait("killed")
     assert cluster.field("killed", "Restarts") == "1"
     assert (run_dir / "jobs/001/failures").read_text().startswith("step-000000")
-    assert "vidit: rank 1: gives no sign of life" in cluster.output("killed")
+    assert "task 1: Killed" in cluster.output("killed")
     assert losses(run_dir) == losses(whole)
 
 
@@ -227,13 +250,12 @@ def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster) -> None:
     assert steps(cluster.folder / "sick") == STEPS
 
 
-def test_a_chain_goes_on_where_a_job_ended(cluster: Cluster) -> None:
+def test_a_chain_goes_on_where_a_job_ended(cluster: Cluster, disturbed: dict[str, Future[None]]) -> None:
     """On a site that requeues nothing: two jobs with two ids, one run."""
-    run_dir = reached(cluster, "chain", 3)
-    first, second = cluster.jobs["chain"].split()
-    cluster.ask("scancel", "--batch", "--signal=USR1", first)
-    cluster.jobs["chain"] = second
-    cluster.wait("chain")
+    run_dir = cluster.folder / "chain"
+    disturbed["end_the_first"].result()
+    second = cluster.jobs["chain"].split()[1]
+    cluster.wait("chain", job=second)
     assert steps(run_dir) == STEPS
     assert "stopped and saved" in cluster.output("chain")
     assert json.loads((run_dir / "stopped.json").read_text())["attempt"] == f"001/{second}.0"
@@ -249,9 +271,15 @@ def test_an_array(cluster: Cluster) -> None:
 
 def test_awkward_words_do_no_harm(cluster: Cluster) -> None:
     """In paths, in the name of the job and in overrides; a line break in an override too."""
-    prompts = json.dumps([f"{AWKWARD}\n$(touch pwned)"]).replace("\\n", "\\n \n")
+    prompts = "[\n" + json.dumps(f"{AWKWARD}\n$(touch pwned)") + "\n]"
     run_dir = cluster.submit(
-        "awkward", "--name", AWKWARD, "train.steps=2", f"sample.prompts={prompts}", run_dir=AWKWARD
+        "awkward",
+        "--name",
+        AWKWARD,
+        "train.steps=2",
+        "sample.num_steps=1",
+        f"sample.prompts={prompts}",
+        run_dir=AWKWARD,
     )
     cluster.wait("awkward")
     assert steps(run_dir) == 2
@@ -288,14 +316,18 @@ def test_status_and_logs(cluster: Cluster, whole: Path) -> None:
     assert again == f"nothing to cancel: {cluster.jobs['whole']} is done\n"
 
 
-def test_the_preempted_job_went_on(cluster: Cluster, whole: Path) -> None:
+def test_the_preempted_job_went_on(cluster: Cluster, whole: Path, disturbed: dict[str, Future[None]]) -> None:
+    """It has saved, given way and gone on."""
+    disturbed["preempt"].result()
+    until(lambda: (cluster.folder / "high").is_file(), lambda: cluster.output("preempted"))
     cluster.wait("preempted")
-    assert int((cluster.folder / "high").read_text()) > 0
+    assert "stopped and saved -> requeue" in cluster.output("preempted")
     assert cluster.field("preempted", "Restarts") == "1"
     assert losses(cluster.folder / "preempted") == losses(whole)
 
 
-def test_the_lost_node_was_replaced(cluster: Cluster, whole: Path) -> None:
+def test_the_lost_node_was_replaced(cluster: Cluster, whole: Path, disturbed: dict[str, Future[None]]) -> None:
+    disturbed["kill_a_node"].result()
     cluster.wait("lost")
     assert int(cluster.field("lost", "Restarts")) >= 1
     assert losses(cluster.folder / "lost") == losses(whole)

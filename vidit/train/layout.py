@@ -11,7 +11,7 @@ from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_d
 from parallel.layout import Layout
 from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
-from vidit.config import Bucket, RunConfig, Window, refuse
+from vidit.config import Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
 from vidit.resolve import faults, grid_of, resolve
 
@@ -27,6 +27,8 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
 
     Raises ConfigError with every fault of the run and of its layout.
     """
+    if config.launch.local not in (1, num_ranks):  # of one node of several: the layout is what tells of all ranks
+        config = config.model_copy(update={"launch": Launch()})
     found = list(faults(config, num_ranks))
     refuse([*found, *_whatever_the_ranks(config)] if found else [])
     changes: dict[str, object] = {"shard": resolve(config, num_ranks).shard}
