@@ -83,6 +83,7 @@ class Job:
 
     def __init__(self, vidit: Vidit, ray: LocalRay, run_dir: Path):
         self.vidit, self.ray, self.run_dir = vidit, ray, run_dir
+        self.is_over = True
 
     def __call__(self, *words: object) -> str:
         done = self.vidit(*words, extra=self.ray.environment)
@@ -93,6 +94,7 @@ class Job:
         """`options` may hold overrides."""
         told = self("submit", "ray", "--site", site, name, f"run_dir={self.run_dir}", *options)
         assert told.startswith("submitted ")
+        self.is_over = False
 
     def reach(self, step: int) -> None:
         """Wait for a checkpoint of that step or a later one."""
@@ -100,7 +102,9 @@ class Job:
 
     def end(self) -> str:
         """The output, when the job is over."""
-        return self("logs", "--follow", self.run_dir)
+        output = self("logs", "--follow", self.run_dir)
+        self.is_over = True
+        return output
 
     def status(self) -> str:
         return self("status", self.run_dir).splitlines()[0]
@@ -124,7 +128,7 @@ def wait(condition: Callable[[], bool], poll_s: float = 0.1) -> None:
 def job(vidit: Vidit, ray_cluster: LocalRay, tmp_path: Path) -> Iterator[Job]:
     one = Job(vidit, ray_cluster, tmp_path / "run")
     yield one
-    if (one.run_dir / "jobs").is_dir():
+    if not one.is_over:
         vidit("cancel", one.run_dir, extra=ray_cluster.environment)
 
 
@@ -143,8 +147,9 @@ def test_two_nodes_train_as_one_process(job: Job, name: str, site: Path, alone: 
     output = job.end()
     assert "start 1" in output
     assert "2 ranks on 127.0.0.1" in output
-    assert job.status().endswith("is done)"), output
-    assert " done (succeeded" in job.status()
+    status = job.status()
+    assert " done (succeeded" in status, output
+    assert status.endswith("is done)")
     same(job.run_dir, alone)
     wait(lambda: not job.left())
 
@@ -200,8 +205,9 @@ def test_a_run_that_cannot_start_is_given_up(job: Job, name: str, site: Path) ->
     job.submit(name, site, "--nodes=2", "--restarts=0", "data.train=/nowhere")
     output = job.end()
     assert "(newest checkpoint: none; failure 1 in a row there, 0 allowed)" in output
-    assert "/nowhere" in job.status()
-    assert " failed (" in job.status()
+    status = job.status()
+    assert "/nowhere" in status
+    assert " failed (" in status
     wait(lambda: not job.left())
 
 
