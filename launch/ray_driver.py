@@ -77,18 +77,23 @@ class Driver:
         """A gang of the largest of `counts` that is to be had; None after a request to stop. RuntimeError after
         `wait_s` without."""
         order, until = self.order, time.monotonic() + self.order.wait_s
+        if self._num_large() < counts[0]:
+            self.say(f"waiting for nodes: {self._num_large()} of {counts[0]} are there")
         while True:
             for count in counts:
                 first = count == counts[0]
                 patience = TRY_S if not first else order.settle_s if len(counts) > 1 else order.wait_s
-                large = sum(has(node, order.bundle) for node in node_resources())
-                if not first and large < count:
+                if not first and self._num_large() < count:
                     continue
                 gang = form(order, count, min(patience, max(until - time.monotonic(), 1)), self.stopped)
                 if gang or self.stopped():
                     return gang
             if time.monotonic() >= until:
                 raise RuntimeError(refusal(counts[-1], order.bundle, node_resources(), order.wait_s))
+
+    def _num_large(self) -> int:
+        """How many nodes are large enough, whatever runs there now."""
+        return sum(has(node, self.order.bundle) for node in node_resources())
 
     def _train(self, gang: Gang) -> str | None:
         """One start, watched to its end: None when the run is done, else why not."""

@@ -216,6 +216,7 @@ def test_more_than_the_cluster_has_is_refused(job: Job, name: str, tmp_path: Pat
     large.write_text(SITE.format(wait=2, cpus=64))
     job.submit(name, large, "--nodes=2")
     output = job.end()
+    assert "waiting for nodes: 0 of 2 are there" in output
     assert "2 nodes with CPU=64 each are wanted, but 0 of the cluster's 3 nodes are that large" in output
     assert "(2 with CPU=2; 1 with CPU=0)" in output
     assert " failed (" in job.status()
