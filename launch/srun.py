@@ -4,6 +4,7 @@ Only variables of the step count, and only steps of several tasks: those of the 
 stand in a batch script and in a shell on a node, which are no ranks.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +46,12 @@ def rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def own_node(environment: Mapping[str, str]) -> Node:
+def own_node() -> Node:
+    """The node of this process."""
+    return node_of(os.environ)
+
+
+def node_of(environment: Mapping[str, str]) -> Node:
     """The node of a process that srun started once on each of several nodes, to start the ranks there.
 
     ValueError where there is more than one such process on a node.

@@ -102,7 +102,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_every_paths_row_of_the_run_directory_is_written_by_the_code() -> None:
-    source = "".join(path.read_text() for path in (ROOT / "vidit").rglob("*.py"))
+    source = "".join(path.read_text() for package in ("vidit", "launch") for path in (ROOT / package).rglob("*.py"))
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "run_directory.md").read_text(), re.MULTILINE)
     for name in re.findall(r"`([\w./-]+)`", " ".join(rows)):
         assert name.rstrip("/").split("/")[0] in source, name

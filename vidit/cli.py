@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ def train(arguments: argparse.Namespace) -> int:
     logs, ranks = config.directory / "logs", config.launch.local
     place = own_place(ranks)
     if place is None and ranks > 1:
-        node = own_node(os.environ)
+        node = own_node()
         _check(config, ranks * node.count, ranks)
         command = ["-m", "vidit.cli", "train", arguments.config, *arguments.overrides]
         return local.run(command, ranks, logs, arguments.traceback, node)

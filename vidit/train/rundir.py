@@ -39,6 +39,7 @@ FREE = {
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
     "data.cache_dir", "data.cache_gib", "data.stall_s", "data.patience_s",
 }  # fmt: skip
+SOURCE = Path(vidit.__file__).parent.parent
 FREE_SECTIONS = ("sample.", "parallel.", "launch.")
 
 
@@ -98,7 +99,7 @@ def open_run(config: RunConfig, data: Mapping[str, Any]) -> Path | None:
                                for fault in faults])  # fmt: skip
     write_whole(run_dir / "config.json", config.to_json() + "\n")
     write_whole(run_dir / "environment.json", json.dumps(environment(), indent=1) + "\n")
-    diff = _git("diff", "HEAD")
+    diff = _diff()
     if diff:
         write_whole(run_dir / "source.diff", diff)
     else:
@@ -143,7 +144,7 @@ def environment() -> dict[str, Any]:
         "machine": platform.platform(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _git("rev-parse", "HEAD").strip(),
+        "commit": _commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
 
@@ -171,12 +172,24 @@ def _with_vae(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(folder)})})
 
 
+def _commit() -> str:
+    """Of the source tree, or of what a job's copy of it was taken from (`launch/snapshot.py`)."""
+    kept = SOURCE / "commit"
+    return (kept.read_text() if kept.is_file() else _git("rev-parse", "HEAD")).strip()
+
+
+def _diff() -> str:
+    kept = SOURCE / "source.diff"
+    return kept.read_text(errors="replace") if kept.is_file() else _git("diff", "HEAD")
+
+
 def _git(*arguments: str) -> str:
     """Output of git in the source tree; empty where there is no repository or no git."""
-    root = Path(vidit.__file__).parent.parent
+    if not (SOURCE / ".git").exists():  # git would find one above a copy: the runs may lie in a clone
+        return ""
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=20
+            ["git", "-C", str(SOURCE), *arguments], capture_output=True, encoding="utf-8", errors="replace", timeout=20
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
