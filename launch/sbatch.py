@@ -121,6 +121,9 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
 def faults(spec: JobSpec, site: Site) -> Iterator[str]:
     """What keeps a job from running on a site, one line each."""
     s, minutes = site.slurm, spec.minutes or site.minutes
+    for name, value in (("min-nodes", spec.min_nodes), ("address", spec.address)):
+        if value:
+            yield f"--{name} has no effect with back-end slurm; leave it out"
     if site.devices and spec.devices > site.devices:
         yield f"--devices={spec.devices}: a node of site {spec.site} has {site.devices}; use at most that many"
     if minutes is not None and minutes * 60 <= s.signal_before_s:

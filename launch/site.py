@@ -40,6 +40,19 @@ class Slurm(Section):
     options: tuple[str, ...] = Field((), description="more options of sbatch, such as --comment=x")
 
 
+class Ray(Section):
+    """How a Ray cluster is reached and what is asked of it."""
+
+    address: str | None = Field(
+        None, description="of its job server, such as http://head:8265; None = RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
+    )
+    device: str = Field("GPU", min_length=1, description="what Ray calls a device: GPU, CPU, or a resource of its own")
+    cpus_per_device: int = Field(1, ge=1)
+    wait_s: int = Field(600, ge=1, description="how long nodes are waited for before the job fails")
+    settle_s: int = Field(30, ge=1, description="how long all nodes are waited for where fewer will do")
+    grace_s: int = Field(120, ge=1, description="what ranks that are asked to stop have to save")
+
+
 class Container(Section):
     """In what the processes run; pyxis is a plug-in of srun, Apptainer a command before ours."""
 
@@ -64,6 +77,7 @@ class Site(Section):
     devices: int | None = Field(None, ge=1, description="of a node; a job may ask for fewer, not for more")
     minutes: int | None = Field(None, ge=1, description="time limit of a job that gives none")
     slurm: Slurm = Slurm()
+    ray: Ray = Ray()
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = Field((), description="lines of bash before anything is started")
     environment: dict[str, str] = Field({}, description="variables that are set for every process")
