@@ -50,6 +50,13 @@ TINY: dict[str, dict[str, Any]] = {
 Configure = Callable[..., RunConfig]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once."""
+    for item in items:
+        shared = "dist" if item.path.parent.name == "dist" else str(item.path.relative_to(ROOT))
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a VAE of strides 2x4x4 and 4 channels: initial weights, plausible latent statistics."""
