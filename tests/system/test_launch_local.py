@@ -63,7 +63,7 @@ from launch.restart import Restarts
 assert "torch" not in sys.modules
 folder, budget = Path(sys.argv[1]), int(sys.argv[3])
 restarts = Restarts(budget, folder / "checkpoints")
-sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", False, restarts))
+sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", restarts=restarts))
 """
 
 
