@@ -50,6 +50,7 @@ TINY: dict[str, dict[str, Any]] = {
 Configure = Callable[..., RunConfig]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once."""
     for item in items:
