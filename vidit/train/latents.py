@@ -31,6 +31,7 @@ from vidit.train.fingerprint import digest
 from vidit.train.step import to_pixels
 from vidit.train.stop import StoppedError
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.coding import encode_clip
 from vidit.whole_file import write_whole
 
 ENCODE_BATCH = 16
@@ -217,7 +218,7 @@ def encode(
                 pixels.append(found)
                 keys.append(ref.key)
         check()
-        latents = vae.encode(to_pixels(torch.stack(pixels), device)).mean.cpu() if pixels else None
+        latents = encode_clip(vae, to_pixels(torch.stack(pixels), device), config.vae).cpu() if pixels else None
         yield Part(keys, latents, failed)
 
 

@@ -37,6 +37,7 @@ FREE = {
     "train.keep_every", "train.async_checkpoint", "train.validate_every", "train.sample_every", "train.compile",
     "train.activation_checkpointing",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
+    "vae.max_frames",
     "data.cache_dir", "data.cache_gib", "data.stall_s", "data.patience_s",
 }  # fmt: skip
 FREE_SECTIONS = ("sample.", "parallel.", "launch.")

@@ -23,6 +23,7 @@ from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.coding import encode_clip
 
 
 @dataclass
@@ -200,8 +201,7 @@ class DitStep:
         if clips.latents is not None:
             return clips.latents.to(self.device)
         assert clips.pixels is not None
-        with torch.no_grad():
-            return self.vae.encode(to_pixels(clips.pixels, self.device)).mean
+        return encode_clip(self.vae, to_pixels(clips.pixels, self.device), self.config.vae)
 
     def text(self, model: nn.ModuleDict, tokens: TextTokens | None, num_clips: int) -> TextInputs:
         """Encode the captions, by the trained encoder or the frozen one."""
