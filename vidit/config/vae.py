@@ -106,8 +106,8 @@ class Vae(Section):
             )
 
 
-# walt is the tokenizer of W.A.L.T. and MAGVIT-v2 without its quantizer; cogvideox, wan and wavelet have the widths, the blocks and
-# the channels of those autoencoders, with this project's joints. Blocks of the decoder: finest level first.
+# walt is the tokenizer of W.A.L.T., MAGVIT-v2's without its quantizer; cogvideox, wan and wavelet have the widths and
+# the latent channels of those autoencoders, with this project's joints. Blocks of the decoder: finest level first.
 VAE_PRESETS: dict[str, dict[str, Any]] = {
     "walt": {},
     "cogvideox": {

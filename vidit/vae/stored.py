@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from vidit.config import ConfigError, RunConfig, Vae
 from vidit.resolve import faults
 
-
 # What the run says of its VAE: in what parts it codes, which is no matter of the weights.
 HOW = ("max_frames", "tile", "tile_overlap")
 
