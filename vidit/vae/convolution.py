@@ -3,7 +3,8 @@
 On a CPU torch hands a convolution to oneDNN only above a size (more than one row, or more than 20480 numbers in
 C x T x H), and its own loop for the rest is up to ten times as slow in fp32. A streamed video is one row of a few
 frames: just what falls below. There a convolution with k_t frames is written as the sum of k_t two-dimensional
-ones over all frames at once, which oneDNN always takes, and a pointwise one as a matrix product. Tensors are in
+ones over all frames at once, which oneDNN always takes. A pointwise one is a matrix product everywhere: torch 2.13's
+strided pointwise conv2d in channels_last has wrong gradients on a CPU, or ends the process. Tensors are in
 channels_last_3d, where frames are a view: (B, T) folds into one dim without a copy. Measured in
 `benchmarks/conv3d.py`.
 """
@@ -26,8 +27,9 @@ def conv3d(
 ) -> Tensor:
     """A convolution without padding in time, `padding` zeros around rows and columns. (B, C', T', H', W')."""
     x = channels_last(x_BCTHW)
-    if weight.shape[2:] == (1, 1, 1) and stride == (1, 1, 1) and x.device.type == "cpu":
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    if weight.shape[2:] == (1, 1, 1):
+        t, h, w = stride
+        return F.linear(x[:, :, ::t, ::h, ::w].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if torch.compiler.is_exporting() or not _small(x):
         return F.conv3d(x, weight, bias, stride, (0, *padding))
     return _over_frames(x, weight, bias, stride, padding)
