@@ -4,9 +4,10 @@
 
 AutoencoderKLCogVideoX and AutoencoderKLWan with random weights, 4x8x8 and 16 channels, and our presets of the same
 names with the same widths and as many residual blocks in each level: the rest of the difference is of design, and
-its FLOPs are counted. diffusers' two code 8 and 4 frames at a time by themselves; ours is streamed with 8, with 4,
-and at once. Each is a process of its own, which codes a small video to warm up; memory is the peak
-resident size above that of the loaded model. Needs the extra `export`.
+its FLOPs are counted. A third of ours, `wavelet`, has no layer at full size, and stands beside Wan's. diffusers' two
+code 8 and 4 frames at a time by themselves; ours is streamed with 8, with 4, and at once. Each is a process of its
+own, which codes a small video to warm up; memory is the peak resident size above that of the loaded model. Needs the
+extra `export`.
 """
 
 import argparse
@@ -35,7 +36,9 @@ OURS: dict[str, dict[str, Any]] = {
     "cogvideox": {"num_res_blocks": (3, 3, 3, 5), "decoder_res_blocks": (4, 4, 4, 6)},
     "wan": {"num_res_blocks": (2, 2, 2, 4), "decoder_res_blocks": (3, 3, 3, 5)},
 }
-SYSTEMS = tuple(f"{who} {name}" for name in OURS for who in ("diffusers", "ours-4", "ours-8", "ours-whole"))
+PARTS = ("diffusers", "ours-4", "ours-8", "ours-whole")
+SYSTEMS = (*(f"{who} {name}" for name in OURS for who in PARTS), "ours-4 wavelet")
+BESIDE = {"wavelet": "wan"}
 Code = Callable[[Tensor], Tensor]
 
 
@@ -54,7 +57,7 @@ def diffusers(name: str, width: int) -> tuple[nn.Module, Code, Code]:
 
 
 def ours(name: str, width: int, part: str) -> tuple[nn.Module, Code, Code]:
-    limits = Vae.preset(name, base_channels=width, max_frames=0 if part == "whole" else int(part), **OURS[name])
+    limits = Vae.preset(name, base_channels=width, max_frames=0 if part == "whole" else int(part), **OURS.get(name, {}))
     vae = CausalVae(limits)
     initialise(vae, 0)
     return vae, lambda x: encode_clip(vae, x, limits), lambda z: decode_clip(vae, z, limits)
@@ -115,7 +118,8 @@ def main() -> None:
     for system in SYSTEMS:
         for task in ("encode", "decode"):
             rows.append(measure(system, task, words))
-            theirs = next(r for r in rows if r["system"] == f"diffusers {system.split()[1]}" and r["task"] == task)
+            name = system.split()[1]
+            theirs = next(r for r in rows if r["system"] == f"diffusers {BESIDE.get(name, name)}" and r["task"] == task)
             rows[-1]["time_of_theirs"] = round(rows[-1]["seconds"] / theirs["seconds"], 2)
             rows[-1]["memory_of_theirs"] = round(rows[-1]["peak_mib"] / theirs["peak_mib"], 2)
             print(json.dumps(rows[-1]), flush=True)

@@ -2,10 +2,10 @@
 
 On a CPU torch hands a convolution to oneDNN only above a size (more than one row, or more than 20480 numbers in
 C x T x H), and its own loop for the rest is up to ten times as slow in fp32. A streamed video is one row of a few
-frames: just what falls below. There a convolution with k_t frames is written as the sum of k_t two-dimensional
-ones over all frames at once, which oneDNN always takes. A pointwise one is a matrix product everywhere: torch 2.13's
-strided pointwise conv2d in channels_last has wrong gradients on a CPU, or ends the process. Tensors are in
-channels_last_3d, where frames are a view: (B, T) folds into one dim without a copy. Measured in
+frames: just what falls below. There a convolution with k_t frames is written as a two-dimensional one over all
+frames at once, with the k_t frames that it meets as channels, which oneDNN takes. A pointwise one is a matrix product
+everywhere: torch 2.13's strided pointwise conv2d in channels_last ends the process in its backward pass on a CPU.
+Tensors are in channels_last_3d, where frames are a view: (B, T) folds into one dim without a copy. Measured in
 `benchmarks/conv3d.py`.
 """
 
@@ -32,7 +32,7 @@ def conv3d(
         return F.linear(x[:, :, ::t, ::h, ::w].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if torch.compiler.is_exporting() or not _small(x):
         return F.conv3d(x, weight, bias, stride, (0, *padding))
-    return _over_frames(x, weight, bias, stride, padding)
+    return _of_stacked_frames(x, weight, bias, stride, padding)
 
 
 def _small(x: Tensor) -> bool:
@@ -42,15 +42,12 @@ def _small(x: Tensor) -> bool:
     )
 
 
-def _over_frames(
+def _of_stacked_frames(
     x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int, int], padding: tuple[int, int]
 ) -> Tensor:
-    """The sum over the kernel's frames, each a two-dimensional convolution of the frames that it meets."""
+    """One two-dimensional convolution of all frames, whose channels are those of the frames that the kernel meets."""
     rows, frames = len(x), (x.shape[2] - weight.shape[2]) // stride[0] + 1
-    out: Tensor | None = None
-    for k, weight_k in enumerate(weight.unbind(2)):
-        met = x[:, :, k : k + (frames - 1) * stride[0] + 1 : stride[0]].transpose(1, 2).flatten(0, 1)
-        term = F.conv2d(met, weight_k, bias if k == 0 else None, stride[1:], padding)
-        out = term if out is None else out + term
-    assert out is not None
+    met = [x[:, :, k : k + (frames - 1) * stride[0] + 1 : stride[0]] for k in range(weight.shape[2])]
+    stacked = torch.cat(met, dim=1).transpose(1, 2).flatten(0, 1)
+    out = F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, stride[1:], padding)
     return out.unflatten(0, (rows, frames)).transpose(1, 2)
