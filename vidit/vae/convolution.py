@@ -31,7 +31,7 @@ def conv3d(
         t, h, w = stride
         return F.linear(x[:, :, ::t, ::h, ::w].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     if torch.compiler.is_exporting() or not _small(x):
-        return F.conv3d(x, weight, bias, stride, (0, *padding))
+        return F.conv3d(x, channels_last(weight), bias, stride, (0, *padding))
     return _of_stacked_frames(x, weight, bias, stride, padding)
 
 

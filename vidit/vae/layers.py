@@ -59,7 +59,8 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size[0] > 1:
             x = channels_last(x)
-            x = torch.cat((self.front(x), x), dim=2)
+            # A repeated frame lies nowhere in memory, and cat would take its format for that of the whole.
+            x = torch.cat((channels_last(self.front(x)), x), dim=2)
         assert self.bias is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         _, *padding = cast(tuple[int, int, int], self.padding)
