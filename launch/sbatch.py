@@ -88,6 +88,12 @@ def words(parts: Sequence[str]) -> str:
     return " ".join(parts)
 
 
+def check_command(spec: JobSpec, site: Site) -> list[str]:
+    """The site's check of a node, with what it needs to know of the job."""
+    known = {"{python}": spec.python, "{devices}": str(spec.devices), "{hardware}": site.hardware or ""}
+    return [known.get(word, word) for word in site.health.command] if site.health else []
+
+
 def render(spec: JobSpec, site: Site, folder: Path) -> str:
     """The script; it lies in `folder`, the folder of this submission."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
@@ -112,7 +118,7 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
         restarts=spec.restarts,
         flags=words([*flags(spec, site), *more]),
         prefix=prefix,
-        health=prefix + shlex.join(site.health.command) if site.health else "",
+        health=prefix + shlex.join(check_command(spec, site)) if site.health else "",
         health_flags=words([*nodes, *more]),
         health_call=f'timeout {site.health.timeout_s} "$@"' if site.health else "",
     )

@@ -73,6 +73,7 @@ requeue() {
   say "$* -> requeue"
   trap '' USR1 TERM
   scontrol requeue "$SLURM_JOB_ID" || exit 1
+  [ -z "${exclude:-}" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude" || exit 1
   sleep 600
   exit 1
 }
@@ -82,6 +83,20 @@ if left "001/[^\"]*" true; then
   exit 0
 fi
 say "start"
+
+# Every node in which the check fails is left out from now on.
+sick=$job/sick/$VIDIT_ATTEMPT
+mkdir -p -- "$sick"
+export sick
+run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+  check apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif /env/bin/python -m cluster.health --json --gpus 4 --hardware a100_80gb --folder /scratch
+bad=$(find "$sick" -type f -printf '%f,')
+if [ "$bad" ] && [ -z "$asked" ]; then
+  before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  exclude=${bad%,} rc=1
+  [ "$before" = "(null)" ] || exclude=$before,$exclude
+  requeue "the check found ${bad%,} unhealthy"
+fi
 
 if [ -z "$asked" ]; then
   run_step srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif "${command[@]}"

@@ -65,6 +65,7 @@ requeue() {
   say "$* -> requeue"
   trap '' USR1 TERM
   scontrol requeue "$SLURM_JOB_ID" || exit 1
+  [ -z "${exclude:-}" ] || scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$exclude" || exit 1
   sleep 600
   exit 1
 }
@@ -74,6 +75,20 @@ if left "001/[^\"]*" true; then
   exit 0
 fi
 say "start"
+
+# Every node in which the check fails is left out from now on.
+sick=$job/sick/$VIDIT_ATTEMPT
+mkdir -p -- "$sick"
+export sick
+run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+  check /env/bin/python -m cluster.health --json --gpus 8 --hardware h100_sxm --folder /lustre
+bad=$(find "$sick" -type f -printf '%f,')
+if [ "$bad" ] && [ -z "$asked" ]; then
+  before=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  exclude=${bad%,} rc=1
+  [ "$before" = "(null)" ] || exclude=$before,$exclude
+  requeue "the check found ${bad%,} unhealthy"
+fi
 
 if [ -z "$asked" ]; then
   run_step srun --kill-on-bad-exit=1 --nodes=128 --ntasks=1024 --ntasks-per-node=8 --cpus-per-task=14 --cpu-bind=none '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home "${command[@]}"
