@@ -34,7 +34,7 @@ def read_table(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def as_count(what: str, cell: str) -> int | None:
-    """A counter or a yes; None for what the device does not have. UnfitError for anything else, such as `GPU is lost`."""
+    """A counter or a yes; None for what the device lacks. UnfitError for anything else, such as `GPU is lost`."""
     if cell in ABSENT:
         return None
     if cell.lower() in WORDS:
