@@ -102,7 +102,9 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
     if c and c.runtime == "pyxis":
         more = pyxis(c)
     prefix = words([*apptainer(c), ""]) if c and c.runtime == "apptainer" else ""
-    nodes = f"--nodes={spec.nodes}", f"--ntasks={spec.nodes}", "--ntasks-per-node=1"
+    nodes = [f"--nodes={spec.nodes}", f"--ntasks={spec.nodes}", "--ntasks-per-node=1"]
+    if site.slurm.cpus_per_device:  # or the check has one core for all devices of its node
+        nodes.append(f"--cpus-per-task={site.slurm.cpus_per_device * spec.devices}")
     return environment.get_template("job.sh.j2").render(
         title=f"{spec.name}: {spec.num_ranks} ranks, {spec.nodes} nodes of {spec.devices} devices",
         options=list(options(spec, site, folder)),

@@ -89,6 +89,9 @@ def test_command(
         done = subprocess.run([Path(sys.executable).parent / words[0], "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert words[1] in done.stdout
+    elif words[:2] == ["python", "-m"]:
+        done = subprocess.run([sys.executable, *words[1:]], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
     elif words[0] == ".":
         assert (Path(sys.executable).parent / Path(words[1]).name).is_file()
     else:

@@ -1,4 +1,4 @@
-"""`python -m cluster.health`: the command. One report for this node on standard output; exit code 0 fit, 1 not, 2 usage.
+"""`python -m cluster.health`: one report for this node on standard output. Exit code 0 fit, 1 not, 2 usage.
 
 python -m cluster.health --gpus 8 --hardware h100_sxm        everything, as one job step with one task a node
 python -m cluster.health --check disk --folder /scratch      one check, by hand

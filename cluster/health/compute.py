@@ -38,7 +38,7 @@ def on_device(device: Any, asked: Asked) -> Iterator[Finding]:
     name = str(device).replace(":", " ")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     at = torch.arange(side, device=device)
-    # a[i, k] = i % 8 and b[k, j] = j % 8 sum to side * (i % 8) * (j % 8): at most 49 times a power of two, exact in bf16.
+    # Every element is side * (i % 8) * (j % 8): at most 49 times a power of two, exact in bf16.
     a = (at[:, None] % 8).expand(side, side).to(dtype)
     b = (at[None, :] % 8).expand(side, side).to(dtype)
     wanted = side * (at[:, None] % 8) * (at[None, :] % 8)

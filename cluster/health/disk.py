@@ -1,4 +1,4 @@
-"""Folders that a run reads and writes: that they take a file, give it back as it was, are quick enough and have room."""
+"""Folders that a run reads and writes: they take a file, give it back as it was, are quick enough and have room."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cluster.health.asked import Asked
-from cluster.health.finding import Finding, Unfit, at_least, equal
+from cluster.health.finding import Finding, UnfitError, at_least, equal
 
 PIECE, PIECES = 4 << 20, 8
 
@@ -18,7 +18,7 @@ def disk(asked: Asked) -> Iterator[Finding]:
     """Free space, then 32 MiB written with fsync and read again past the page cache where the system lets it go."""
     for folder in asked.folders or (Path(tempfile.gettempdir()),):
         if not folder.is_dir():
-            raise Unfit(f"folder {folder} does not exist, must be a folder; mount it, or give another --folder")
+            raise UnfitError(f"folder {folder} does not exist, must be a folder; mount it, or give another --folder")
         free = shutil.disk_usage(folder).free / 2**30
         yield at_least(f"{folder} free GiB", free, asked.free_gib, "delete old checkpoints, or use another file system")
         yield from _write_and_read(folder, asked)
@@ -43,7 +43,7 @@ def _write_and_read(folder: Path, asked: Asked) -> Iterator[Finding]:
             wrong = sum(file.read(PIECE) != piece for _ in range(PIECES))
             read = mib / (time.perf_counter() - start)
     except OSError as error:
-        raise Unfit(
+        raise UnfitError(
             f"folder {folder} takes no file: {error.strerror}; check its rights, its quota and its mount"
         ) from error
     yield equal(f"{folder} wrong pieces of {PIECES}", wrong, 0, "do not use this file system")

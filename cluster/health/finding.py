@@ -7,7 +7,7 @@ Value = float | int | str
 Verdict = Literal["pass", "fail"]
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A check cannot give a value, and that is a fault of the node. The text says what failed and the cure."""
 
 

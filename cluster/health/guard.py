@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from cluster.health.asked import Asked
-from cluster.health.finding import Finding, Unfit
+from cluster.health.finding import Finding, UnfitError
 
 Check = Callable[[Asked], Iterable[Finding]]
 PDEATHSIG = 1  # PR_SET_PDEATHSIG of prctl
@@ -72,7 +72,7 @@ def _child(check: Check, asked: Asked, connection: Connection) -> None:
         for finding in check(asked):
             found.append(finding)
         because = "; ".join(str(finding) for finding in found if not finding.is_fit)
-    except Unfit as error:
+    except UnfitError as error:
         because = str(error)
     except Exception as error:
         because = f"{type(error).__name__}: {error}; the check itself cannot run here"

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 
 from cluster.health.asked import Asked
-from cluster.health.finding import Finding, Unfit, equal
+from cluster.health.finding import Finding, UnfitError, equal
 
 INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
@@ -22,7 +22,7 @@ def names(asked: Asked) -> Iterator[Finding]:
             # ^ leaves out, a name without = is a prefix: both as NCCL reads them
             if not name.startswith("^") and not any(one.startswith(name.lstrip("=")) for one in there):
                 known = " ".join(sorted(there))
-                raise Unfit(f"{variable}={name} and this node has {known}, must be one of them; correct the site")
+                raise UnfitError(f"{variable}={name} and this node has {known}, must be one of them; correct the site")
     if place.nodes > 1 and place.number == 0:
         yield _listen(place.port)
 
@@ -31,7 +31,7 @@ def _resolve(name: str) -> str:
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
-        raise Unfit(f"the name {name} does not resolve: {error}; check DNS and /etc/hosts of this node") from error
+        raise UnfitError(f"the name {name} does not resolve: {error}; check DNS and /etc/hosts of this node") from error
 
 
 def _listen(port: int) -> Finding:
@@ -40,5 +40,7 @@ def _listen(port: int) -> Finding:
         try:
             server.bind(("", port))
         except OSError as error:
-            raise Unfit(f"port {port} of node 0: {error.strerror}, must be free; use another MASTER_PORT") from error
+            raise UnfitError(
+                f"port {port} of node 0: {error.strerror}, must be free; use another MASTER_PORT"
+            ) from error
     return equal("MASTER_PORT", port, port, "")

@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.health.asked import Asked
 from cluster.health.exchange import Rank
-from cluster.health.finding import Finding, Unfit, at_most, within
+from cluster.health.finding import Finding, UnfitError, at_most, within
 
 ROOT = Path(__file__).parents[2]
 POLL_S = 0.05
@@ -60,7 +60,7 @@ class Meeting:
                 place.address, place.port, None, place.number == 0, timeout=limit, wait_for_workers=False
             )
         except RuntimeError as error:
-            raise Unfit(
+            raise UnfitError(
                 f"{place.address}:{place.port} not reached in {asked.arrival_s:g} s; check the network between this "
                 "node and node 0, its firewall, and that node 0 runs this check"
             ) from error
@@ -80,10 +80,12 @@ class Meeting:
         self.woke = self.now()  # at the same moment everywhere: the wait ends when the roster is written
         self.roster = {int(number): (name, fit) for number, (name, fit) in json.loads(self.store.get("roster")).items()}
         if place.number not in self.roster:
-            raise Unfit(f"this node came after the others had waited {wait_s:g} s; look at what delays its start")
+            raise UnfitError(f"this node came after the others had waited {wait_s:g} s; look at what delays its start")
         absent = [number for number in range(place.nodes) if number not in self.roster]
         if place.number == 0 and len(absent) == place.nodes - 1 > 0:
-            raise Unfit(f"none of {len(absent)} other nodes reached {self.address}:{self.port} in {wait_s:g} s; {LINK}")
+            raise UnfitError(
+                f"none of {len(absent)} other nodes reached {self.address}:{self.port} in {wait_s:g} s; {LINK}"
+            )
         missing = f"; absent: {' '.join(map(str, absent))}" if absent else ""
         yield Finding("nodes that came", len(self.roster), f"of {place.nodes}{missing}", "")
 

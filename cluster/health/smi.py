@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 
 from cluster.health.asked import Asked
-from cluster.health.finding import Finding, Unfit, at_least, at_most, equal
+from cluster.health.finding import Finding, UnfitError, at_least, at_most, equal
 
 ABSENT = ("N/A", "Not Supported", "Not Available")
 WORDS = {"no": 0, "not active": 0, "disabled": 0, "yes": 1, "active": 1, "enabled": 1}
@@ -22,11 +22,11 @@ SMI_S = 20.0
 
 
 def read_table(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
-    """Rows of `--format=csv,noheader,nounits`. Unfit where one has not as many cells as fields."""
+    """Rows of `--format=csv,noheader,nounits`. UnfitError where one has not as many cells as fields."""
     rows = [[cell.strip().strip("[]") for cell in row] for row in csv.reader(text.splitlines()) if row]
     for row in rows:
         if len(row) != len(fields):
-            raise Unfit(
+            raise UnfitError(
                 f"nvidia-smi says {', '.join(row)!r}, {len(row)} cells for {len(fields)} fields; "
                 "a GPU may have fallen off the bus: look at dmesg for Xid, and reset or drain the node"
             )
@@ -34,28 +34,30 @@ def read_table(text: str, fields: Sequence[str]) -> list[dict[str, str]]:
 
 
 def as_count(what: str, cell: str) -> int | None:
-    """A counter or a yes; None for what the device does not have. Unfit for anything else, such as `GPU is lost`."""
+    """A counter or a yes; None for what the device lacks. UnfitError for anything else, such as `GPU is lost`."""
     if cell in ABSENT:
         return None
     if cell.lower() in WORDS:
         return WORDS[cell.lower()]
     if not cell.isdecimal():
-        raise Unfit(f"{what} is {cell!r}, must be a number; look at dmesg for Xid, and reset or drain the node")
+        raise UnfitError(f"{what} is {cell!r}, must be a number; look at dmesg for Xid, and reset or drain the node")
     return int(cell)
 
 
 def query(kind: str, fields: Sequence[str]) -> list[dict[str, str]]:
-    """One row a device. Unfit where nvidia-smi is absent, fails or hangs."""
+    """One row a device. UnfitError where nvidia-smi is absent, fails or hangs."""
     if shutil.which("nvidia-smi") is None:
-        raise Unfit("no nvidia-smi on PATH, and GPUs are expected; install the driver, or ask with --gpus 0")
+        raise UnfitError("no nvidia-smi on PATH, and GPUs are expected; install the driver, or ask with --gpus 0")
     argv = ["nvidia-smi", f"--query-{kind}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=SMI_S)
     except subprocess.TimeoutExpired as error:
-        raise Unfit(f"nvidia-smi has not answered in {SMI_S:g} s; the driver hangs: reboot the node") from error
+        raise UnfitError(f"nvidia-smi has not answered in {SMI_S:g} s; the driver hangs: reboot the node") from error
     if done.returncode:
         said = (done.stdout.strip() or done.stderr.strip()).splitlines()
-        raise Unfit(f"nvidia-smi ends with code {done.returncode}: {said[0] if said else 'no word'}; check the driver")
+        raise UnfitError(
+            f"nvidia-smi ends with code {done.returncode}: {said[0] if said else 'no word'}; check the driver"
+        )
     return read_table(done.stdout, fields)
 
 
@@ -71,7 +73,9 @@ def gpus(asked: Asked) -> Iterator[Finding]:
     yield equal("kinds of GPU", ", ".join(kinds), kinds[0] if kinds else "", "give a job nodes with one kind of GPU")
     for row in found:
         if not row["uuid"].startswith("GPU-"):
-            raise Unfit(f"gpu {row['index']} says {row['uuid']!r}, must be its UUID; look at dmesg for Xid, and drain")
+            raise UnfitError(
+                f"gpu {row['index']} says {row['uuid']!r}, must be its UUID; look at dmesg for Xid, and drain"
+            )
 
 
 def ecc(asked: Asked) -> Iterator[Finding]:
@@ -115,7 +119,7 @@ def _clocks() -> list[dict[str, str]]:
         fields = (*plain, *(f"{prefix}.{name}" for name in SLOWDOWNS))
         try:
             found = query("gpu", fields)
-        except Unfit as error:
+        except UnfitError as error:
             if prefix == REASONS[-1] or "not a valid field" not in str(error):
                 raise
             continue

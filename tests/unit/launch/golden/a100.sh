@@ -88,7 +88,7 @@ say "start"
 sick=$job/sick/$VIDIT_ATTEMPT
 mkdir -p -- "$sick"
 export sick
-run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
   check apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif /env/bin/python -m cluster.health --json --gpus 4 --hardware a100_80gb --folder /scratch
 bad=$(find "$sick" -type f -printf '%f,')
 if [ "$bad" ] && [ -z "$asked" ]; then

@@ -80,7 +80,7 @@ say "start"
 sick=$job/sick/$VIDIT_ATTEMPT
 mkdir -p -- "$sick"
 export sick
-run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 --cpus-per-task=112 --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
   check /env/bin/python -m cluster.health --json --gpus 8 --hardware h100_sxm --folder /lustre
 bad=$(find "$sick" -type f -printf '%f,')
 if [ "$bad" ] && [ -z "$asked" ]; then
@@ -91,7 +91,7 @@ if [ "$bad" ] && [ -z "$asked" ]; then
 fi
 
 if [ -z "$asked" ]; then
-  run_step srun --kill-on-bad-exit=1 --nodes=128 --ntasks=1024 --ntasks-per-node=8 --cpus-per-task=14 --cpu-bind=none '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home "${command[@]}"
+  run_step srun --kill-on-bad-exit=1 --nodes=128 --ntasks=1024 --ntasks-per-node=8 --cpus-per-task=14 --cpu-bind=none --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home "${command[@]}"
 else
   rc=0
 fi
