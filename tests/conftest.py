@@ -50,12 +50,17 @@ TINY: dict[str, dict[str, Any]] = {
 Configure = Callable[..., RunConfig]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once."""
-    for item in items:
-        shared = "dist" if item.path.parent.name == "dist" else str(item.path.relative_to(ROOT))
-        item.add_marker(pytest.mark.xdist_group(shared))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/dist" if file.startswith("tests/dist/") else file
+
+    return ByFixtures(config, log)
 
 
 @pytest.fixture(scope="session")
