@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def forever(asked: Asked) -> Iterator[Finding]:
 
 
 def crash(asked: Asked) -> Iterator[Finding]:
-    os.abort()
+    os.kill(os.getpid(), signal.SIGKILL)
     yield Finding("", 0, "", "")
 
 
@@ -119,7 +120,7 @@ def _read(path: Path) -> bytes:
 
 
 def test_a_check_that_crashes() -> None:
-    assert "ended with code -6 and no answer" in run_check(crash, Asked(), 10)["because"]
+    assert "ended with code -9 and no answer" in run_check(crash, Asked(), 10)["because"]
 
 
 def test_disk(tmp_path: Path) -> None:
@@ -183,3 +184,31 @@ def test_nodes_meet_and_the_one_at_fault_fails(tmp_path: Path) -> None:
     first = json.loads(told[0][0])
     assert first["checks"]["nodes"]["verdict"] == "pass"
     assert "not over all" in str(first["checks"]["nodes"]["findings"])
+
+
+OFF = """
+import sys, time
+from cluster.health.asked import Asked, Place
+from cluster.health.nodes import nodes
+
+number, port, off_s = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+asked = Asked(Place(number, 3, "127.0.0.1", port, str(number)), is_fit=False)  # unfit: no sum, clocks only
+for found in nodes(asked, lambda: time.time() + off_s):
+    if found.what.startswith("clock"):
+        print(found.is_fit, found)
+"""
+
+
+def test_the_node_whose_clock_is_off_is_named() -> None:
+    with socket.socket() as one:
+        one.bind(("", 0))
+        port = one.getsockname()[1]
+    running = [
+        subprocess.Popen([sys.executable, "-c", OFF, str(n), str(port), str(off)], cwd=ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for n, off in enumerate((0, -30, 0))
+    ]  # fmt: skip
+    told = [process.communicate(timeout=120) for process in running]
+    fit = [out.split(" ")[0] for out, _ in told]
+    assert fit == ["True", "False", "True"], told
+    assert told[1][0].startswith("False clock off by s 30"), told
