@@ -676,7 +676,25 @@ def test_a_run_is_audited(
     assert lines[4:] == ["every clip is accounted for"]
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows[1]["keys"][0] = rows[0]["keys"][0]
+    keys, rows[1]["keys"][0] = rows[1]["keys"][0], rows[0]["keys"][0]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["data", "audit", str(run)]) == 1
     assert "was delivered instead, and nothing says that" in capfd.readouterr().out
+    del rows[2:]
+    rows[1]["keys"][0] = keys
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "audit", str(run)]) == 1
+    assert "metrics.jsonl ends at step 2, and " in capfd.readouterr().out
+    path.write_text('{"keys": ["a"], "clips": 2}\n')
+    assert "metrics.jsonl, record 1 is damaged (KeyError" in fails(capfd, "data", "audit", run)
+
+
+def test_a_run_with_cached_latents_is_audited(
+    configure: Configure, config_file: ConfigFile, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = {"train": str(partly_broken(tmp_path / "data", 1, 10)), "num_validation": 2, "cache_latents": True}
+    file = config_file(tmp_path, configure(tmp_path / "run", data={**data, "max_skipped": 1}))
+    assert main(["train", file, "train.steps=3"]) == 0
+    capfd.readouterr()
+    assert main(["data", "audit", str(tmp_path / "run")]) == 0
+    assert "epoch 1: 7 clips, 7 delivered, 0 skipped" in capfd.readouterr().out

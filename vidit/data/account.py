@@ -1,18 +1,18 @@
 """Where every clip of a run went: delivered, skipped with a reason, or not yet reached.
 
 Which clip stands at which place is a pure function of the config and the data set. What a run says it was given is held
-against that, place by place: another clip may stand there only where the one that is due was skipped, with a reason. So
-in each epoch of each stream delivered + skipped + not yet reached is the number of its clips, or an error names the
-first place where it is not.
+against that, place by place: where the clip that is due was skipped, with a reason, the one stands that is drawn for it
+and was not skipped itself. So in each epoch of each stream delivered + skipped + not yet reached is the number of its
+clips, or an error names the first place where it is not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
-from vidit.data.order import split_places
+from vidit.data.order import MAX_SUBSTITUTES, split_places
 
 
 class AccountError(RuntimeError):
@@ -20,10 +20,11 @@ class AccountError(RuntimeError):
 
 
 class Due(NamedTuple):
-    """A clip that a step asks for: which epoch of which stream, the how many-th of it, and what it is called."""
+    """A clip that a step asks for: the place in its stream, the how many-th of which epoch, and what it is called."""
 
     stream: str
     bucket: int
+    place: int
     source: int
     epoch: int
     offset: int
@@ -79,6 +80,8 @@ class Account:
         self._shapes = shapes if len(shapes) > 1 else [""]
         self.epochs: dict[tuple[str, int, int, int], Epoch] = {}
         """By stream, bucket, data set and number from 0, in the order in which they began."""
+        self.failed_substitutes: list[tuple[str, str]] = []
+        """(name, reason) of clips that were drawn for skipped ones and skipped too."""
 
     def due(self, step: int) -> Iterator[Due]:
         """The clips that optimizer step `step`, counted from 1, asks for, in the order of its record."""
@@ -91,7 +94,7 @@ class Account:
                 held = self.catalog.sources_of(of.bucket)
                 for place in asked:
                     part, epoch, offset, clip = order.stand(place)
-                    yield Due(stream, of.bucket, held[part], epoch, offset, self.catalog.name(clip))
+                    yield Due(stream, of.bucket, place, held[part], epoch, offset, self.catalog.name(clip))
 
     def recall(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
         """What an earlier start skipped in a step; the rest of it is known without a record."""
@@ -106,23 +109,35 @@ class Account:
         `keys` are the names of the clips that were delivered, `skipped` (name, reason) of those that were not, among
         them substitutes that failed as well.
         """
-        expected, reasons = list(self.due(step)), dict(skipped)
+        expected, reasons, asked = list(self.due(step)), dict(skipped), set[str]()
         if len(expected) != len(keys):
             raise AccountError(f"step {step} asks for {len(expected)} clips, and was given {len(keys)}; {CURE}")
         ended = []
         for due, key in zip(expected, keys, strict=True):
             epoch = self._epoch(due)
-            if key != due.name:
-                if due.name not in reasons:
-                    raise AccountError(
-                        f"step {step}: clip {due.offset + 1} of epoch {due.epoch + 1} of its {due.stream} is "
-                        f"{due.name}; {key} was delivered instead, and nothing says that {due.name} was skipped; {CURE}"
-                    )
-                epoch.skipped.append((due.name, reasons[due.name]))
+            tried = self._tried(step, due, key, reasons)
+            epoch.skipped += [(name, reasons[name]) for name in tried[:1]]
+            self.failed_substitutes += [(name, reasons[name]) for name in tried[1:]]
+            asked.update(tried)
             epoch.reached = due.offset + 1
             if epoch.reached == epoch.total:
                 ended.append(epoch)
+        if strange := sorted(reasons.keys() - asked):
+            raise AccountError(f"step {step} is said to have skipped {strange[0]}, which it did not ask for; {CURE}")
         return ended
+
+    def _tried(self, step: int, due: Due, key: str, reasons: Mapping[str, str]) -> list[str]:
+        """The clips that were skipped until `key` stood in a place. AccountError where it should not stand there."""
+        order, name, tried = self.catalog.order(self.seed, due.stream, due.bucket), due.name, list[str]()
+        while name != key:
+            if name not in reasons or len(tried) == MAX_SUBSTITUTES:
+                raise AccountError(
+                    f"step {step}: clip {due.offset + 1} of epoch {due.epoch + 1} of its {due.stream} is {due.name}; "
+                    f"{key} was delivered instead, and nothing says that {name} was skipped; {CURE}"
+                )
+            tried.append(name)
+            name = self.catalog.name(order.instead(due.place, len(tried) - 1))
+        return tried
 
     def _epoch(self, due: Due) -> Epoch:
         key = due.stream, due.bucket, due.source, due.epoch

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vidit.data.clip_ref import IN_INDEX, ClipRef
 from vidit.data.columns import Columns
-from vidit.data.storage import File
+from vidit.data.storage import File, Folder
 from vidit.data.texts import Texts
 
 Rows = range | NDArray[np.int64]
@@ -149,6 +149,15 @@ class Clips(Sequence[ClipRef]):
         """Of which clips the video, or what is in its place, has this suffix."""
         found = [part.column("video_suffix") == part.table.columns.number_of(suffix) for part in self.parts]
         return np.concatenate([np.zeros(0, bool), *found])
+
+    def folders_with(self, suffix: str) -> list[Folder]:
+        """The folders that such clips lie in, in the order in which they are met."""
+        found: dict[Folder, None] = {}
+        for part in self.parts:
+            hits = part.column("video_suffix") == part.table.columns.number_of(suffix)
+            for number in np.unique(part.table.shard_numbers(part.rows)[hits]).tolist():
+                found[part.table.shards[number].parent] = None
+        return list(found)
 
     @property
     def keys(self) -> Texts:

@@ -29,7 +29,7 @@ from vidit.data.encoded import (
     stored_text,
 )
 from vidit.data.limits import ClipError
-from vidit.data.order import ClipOrder, split_places
+from vidit.data.order import MAX_SUBSTITUTES, ClipOrder, split_places
 from vidit.data.rows import Clips, Row, clips_of
 from vidit.data.schedule import MicroBatch
 from vidit.data.shards import ClipRef, expect_clips, read_clip
@@ -38,7 +38,6 @@ from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
-MAX_SUBSTITUTES = 20
 Skip = tuple[str, str]
 """The key of a clip that cannot be used, and the reason."""
 Item = TypeVar("Item")

@@ -146,9 +146,10 @@ def manifest_text(folder: Folder) -> str:
 
 
 def shard_hashes(folder: Folder) -> dict[str, str]:
-    """Shard name -> SHA-256, as the manifest has it; empty without one."""
+    """Shard name -> SHA-256, of those of which the manifest has it; empty without one."""
     text = manifest_text(folder)
-    return {row["name"]: row["sha256"] for row in json.loads(text)["shards"]} if text else {}
+    rows = json.loads(text)["shards"] if text else []
+    return {row["name"]: row["sha256"] for row in rows if row.get("sha256")}
 
 
 def _parsed(path: Path | RemoteFile, text: str | None = None) -> Manifest:

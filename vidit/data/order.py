@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from vidit import keys
 
 BLOCK = 4096
+MAX_SUBSTITUTES = 20
+"""Clips that are tried in the place of one that cannot be used."""
 
 
 def epoch_order(seed: int, stream: str, epoch: int, num_clips: int) -> NDArray[np.int64]:

@@ -6,8 +6,9 @@ The record is read from the first step to the last and held against the order of
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.data.account import CURE, Account, AccountError, Epoch
 from vidit.data.catalog import Catalog
+from vidit.data.manifest import ENCODE_REPORT
 from vidit.data.shards import read_index
 from vidit.resolve import resolve
 from vidit.train.clips import Split, fingerprints, read_splits
-from vidit.train.fingerprint import digest
-from vidit.train.metrics import read_metrics
+from vidit.train.fingerprint import order_of
+from vidit.train.metrics import METRICS, read_metrics
 from vidit.train.rundir import newest_checkpoint, read_config
 
 NAMED = 20
@@ -36,6 +38,7 @@ class Audit:
     dropped: Counter[str]
     held_out: int
     epochs: list[Epoch] = field(default_factory=list)
+    failed_substitutes: list[tuple[str, str]] = field(default_factory=list)
     fault: str = ""
 
     def lines(self) -> Iterator[str]:
@@ -44,7 +47,10 @@ class Audit:
             yield f"not used: {count} clips: {reason}"
         for epoch in self.epochs:
             yield epoch.line()
-        skipped = Counter((name, reason) for epoch in self.epochs for name, reason in epoch.skipped)
+        if self.failed_substitutes:
+            yield f"{len(self.failed_substitutes)} clips that were drawn for skipped ones were skipped too"
+        due = [entry for epoch in self.epochs for entry in epoch.skipped]
+        skipped = Counter([*due, *self.failed_substitutes])
         for (name, reason), count in sorted(skipped.items())[:NAMED]:
             yield f"skipped {f'{count} times' if count > 1 else 'once'}: {name}: {reason}"
         if len(skipped) > NAMED:
@@ -58,12 +64,11 @@ def audit(run_dir: Path) -> Audit:
     """
     config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
     train, held = splits = read_splits(config)
-    catalog = _catalog(config, train)
+    catalog, order = _drawn_from(config, train)
     newest = newest_checkpoint(run_dir)
     facts = checkpoint.read_manifest(newest)["facts"] if newest else {}
-    if facts.get("data", now := fingerprints(splits)) != now or facts.get("order", digest(catalog.refs)) != digest(
-        catalog.refs
-    ):
+    now = fingerprints(splits)
+    if facts.get("data", now) != now or facts.get("order", order) != order:
         raise ValueError(
             f"{config.data.train} is another data set than the one that {run_dir} was trained on; give the clips back "
             "their place, or their new one as data.train in config.json"
@@ -75,10 +80,14 @@ def audit(run_dir: Path) -> Audit:
         for number, row in enumerate(rows, start=1):
             if row["step"] != number:
                 raise AccountError(f"after step {number - 1} metrics.jsonl goes on with step {row['step']}; {CURE}")
-            account.add(number, row["keys"], pairs(row.get("skipped", ())))
+            account.add(number, row["keys"], row["skipped"])
+        if len(rows) < facts.get("step", 0):
+            raise AccountError(
+                f"metrics.jsonl ends at step {len(rows)}, and {newest} is of step {facts['step']}; {CURE}"
+            )
     except AccountError as error:
         found.fault = str(error)
-    found.epochs = list(account.epochs.values())
+    found.epochs, found.failed_substitutes = list(account.epochs.values()), account.failed_substitutes
     return found
 
 
@@ -86,26 +95,37 @@ def recalled(config: RunConfig, catalog: Catalog, step: int) -> Account:
     """The account of a run that goes on after a step: what was skipped before is read from its record."""
     account = Account(config, catalog, resolve(config).latent_frames)
     for row in _steps(config.directory) if step else ():
-        if "skipped" in row:
-            account.recall(row["step"], pairs(row["skipped"]))
+        if row["skipped"]:
+            account.recall(row["step"], row["skipped"])
     return account
 
 
 def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    """A row for each step."""
-    return [row for row in read_metrics(run_dir) if "keys" in row]
+    """A row for each step, `skipped` as pairs. ValueError for one that no run has written."""
+    rows = []
+    for number, row in enumerate(read_metrics(run_dir), start=1):
+        try:
+            if "keys" in row:
+                skipped = [(str(name), str(reason)) for name, reason in row.get("skipped", ())]
+                rows.append({"step": int(row["step"]), "keys": list(row["keys"]), "skipped": skipped})
+        except (KeyError, TypeError, ValueError) as error:
+            path = run_dir / METRICS
+            raise ValueError(
+                f"{path}, record {number} is damaged ({type(error).__name__}: {error}); restore it from a copy"
+            ) from error
+    return rows
 
 
-def pairs(skipped: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
-    """The (name, reason) of a row of metrics.jsonl."""
-    return [(name, reason) for name, reason in skipped]
+def _drawn_from(config: RunConfig, train: Split) -> tuple[Catalog, str]:
+    """The clips that the run draws from, and what its order stands on, as its checkpoints have it.
 
-
-def _catalog(config: RunConfig, train: Split) -> Catalog:
-    """The clips that the run draws from: where they were encoded before the first step, those that could be."""
+    Where clips were encoded before the first step they are those that could be.
+    """
+    if not (config.data.cache_latents and config.train.task == "dit"):
+        return train.catalog, order_of(train.refs, ())
     latents = config.directory / "latents"
-    cached = config.data.cache_latents and config.train.task == "dit"
-    return Catalog.plain(read_index(latents)) if cached else train.catalog
+    report = json.loads((latents / ENCODE_REPORT).read_text())
+    return Catalog.plain(read_index(latents)), order_of(train.refs, {key for key, _ in report["skipped"]})
 
 
 def _reasons(train: Split) -> Counter[str]:

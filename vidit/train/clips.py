@@ -71,7 +71,7 @@ def read_splits(config: RunConfig) -> Splits:
             )
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
-    require_same_cut(config, [ref for source in sources for ref in source], validation)
+    require_same_cut(config, Clips.chained(sources), validation)
     train, held = _split(sources, config), _split([validation], alone(config))
     unwanted = sum((one.dropped for one in chosen), LeftOut())
     train = replace(

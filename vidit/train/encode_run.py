@@ -4,6 +4,7 @@ It takes the config of the run: its clips and rules, its cut, its VAE and its te
 here, so the layout of the model does not matter, and neither does what the run does with the clips.
 """
 
+import hashlib
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from parallel.exchange import own_rank, together
 from parallel.ranks import start_ranks
 from vidit.config import ConfigError, Launch, Parallel, RunConfig
-from vidit.data.encoded import is_encoded
+from vidit.data.clip_list import Clips
+from vidit.data.tar import LATENT_SUFFIX
 from vidit.resolve import resolve
 from vidit.text.encoder import build_text_encoder
 from vidit.train.clips import every_clip, require_same_clips
@@ -65,9 +67,10 @@ def encode_run(
         with together():
             config = checked(config)
             split = every_clip(config)
-            if any(is_encoded(ref) for ref in split.refs):
+            if Clips.of(split.refs).folders_with(LATENT_SUFFIX):
                 raise ConfigError([f"data.train={config.data.train} holds latents already; give a folder of videos"])
-        require_same_clips([digest(split.refs), split.catalog.bucket.tolist()], "the dataset", config.data.train)
+        buckets = hashlib.sha256(split.catalog.bucket.tobytes()).hexdigest()
+        require_same_clips([digest(split.refs), buckets], "the dataset", config.data.train)
         with together():
             dtype = choose_dtype(config.train.precision, device)
             vae = load_vae(Path(config.vae.weights or ""), ranks.device, dtype)

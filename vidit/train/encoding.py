@@ -16,9 +16,11 @@ from torch import nn
 
 from parallel.exchange import from_first
 from vidit.config import ConfigError, RunConfig
-from vidit.data.encoded import Encoding, is_encoded, read_encoding
+from vidit.data.clip_list import Clips
+from vidit.data.encoded import Encoding, read_encoding
 from vidit.data.shards import ClipRef
 from vidit.data.storage import Folder
+from vidit.data.tar import LATENT_SUFFIX
 from vidit.text.encoder import TextEncoder
 from vidit.vae.autoencoder import CausalVae
 
@@ -56,15 +58,14 @@ def weights_digest(module: nn.Module, dtype: torch.dtype) -> str:
 def encodings_of(refs: Sequence[ClipRef]) -> dict[Folder, Encoding]:
     """The folders among those of the clips that hold latents, and what these were made with."""
     found: dict[Folder, Encoding] = {}
-    for ref in refs:
-        if is_encoded(ref) and ref.shard_path.parent not in found:
-            encoding = read_encoding(ref.shard_path.parent)
-            if encoding is None:
-                raise ValueError(
-                    f"{ref.shard_path.parent} holds latents without a manifest that says what made them; "
-                    "fetch its dataset.json, or run `vidit encode` again"
-                )
-            found[ref.shard_path.parent] = encoding
+    for folder in Clips.of(refs).folders_with(LATENT_SUFFIX):
+        encoding = read_encoding(folder)
+        if encoding is None:
+            raise ValueError(
+                f"{folder} holds latents without a manifest that says what made them; fetch its dataset.json, or run "
+                "`vidit encode` again"
+            )
+        found[folder] = encoding
     return found
 
 

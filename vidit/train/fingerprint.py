@@ -6,7 +6,7 @@ one without, a clip is its key, its place and its sizes. Both are hashed as colu
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -53,6 +53,17 @@ class _Shards:
 def fingerprint(refs: Sequence[ClipRef]) -> Fingerprint:
     """Of these clips in this order; folders, and so a move, do not count."""
     return {"num_clips": len(refs), "sha256": digest(refs)}
+
+
+def order_of(refs: Sequence[ClipRef], lost: Collection[str]) -> str:
+    """What the order of a run stands on: a digest of its clips without those of the keys `lost`, which could not be
+    encoded before the first step.
+    """
+    clips = Clips.of(refs)
+    if lost:
+        kept = [number for number in range(len(clips)) if clips.key(number) not in lost]
+        clips = clips.take(np.array(kept, np.int64))
+    return digest(clips)
 
 
 def digest(refs: Sequence[ClipRef]) -> str:

@@ -98,7 +98,7 @@ def train_loop(
                 # Who waits in the agreement waits for one that is not here yet.
                 fetched = fetch(task, data, accumulation, step, partial(beat, step, "agreement"))
                 watch.lap("data")
-                skips.add(fetched.keys, fetched.skipped)
+                skips.add(len(fetched.keys), fetched.skipped)
                 ended = account.add(step, fetched.keys, fetched.skipped) if account else []
             except (ValueError, RuntimeError, OSError) as error:
                 saves.leave_after(error)

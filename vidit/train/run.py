@@ -7,8 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from parallel.exchange import exchange, from_first, in_order, num_ranks, own_rank, together
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
@@ -26,7 +24,7 @@ from vidit.train.ema import Ema
 from vidit.train.encode_clips import ClipEncoder
 from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
 from vidit.train.encoding import require_same_encoders
-from vidit.train.fingerprint import digest
+from vidit.train.fingerprint import order_of
 from vidit.train.goodput import Ledger, report_goodput
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
@@ -75,7 +73,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         start = stack.enter_context(costed(config.directory, "train")) if own_rank() == 0 else Start()
         task = build_task(config, device, len(splits[1].refs))
         if isinstance(task.step, DitStep):
-            refs = [*splits[0].refs, *splits[1].refs]
+            refs = Clips.chained([split.refs for split in splits])
             require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
         average = Ema(task.model, config.train.ema_decay)
@@ -177,7 +175,7 @@ def _cached(
     made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)
     with together():
         refs = read_index(folder)
-    SkipCount(config.data.max_skipped, reporter).add([ref.key for ref in refs], made.skipped)
+    SkipCount(config.data.max_skipped, reporter).add(len(refs), made.skipped)
     return Catalog.plain(refs), made.skipped
 
 
@@ -222,8 +220,5 @@ def _data(
         counts = f"{part['used']} {name}clips, {left_out} dropped, {cut} cropped to {size}"
         if part["used"]:
             reporter.say(counts)
-    lost, used = {key for key, _ in failed}, Clips.of(train.refs)
-    if lost:
-        used = used.take(np.array([number for number in range(len(used)) if used.key(number) not in lost], np.int64))
-    order = digest(used)
+    order = order_of(train.refs, {key for key, _ in failed})
     return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches, order

@@ -18,12 +18,12 @@ class SkipCount:
     def __init__(self, limit: float, reporter: Reporter):
         self.limit, self.reporter, self.seen, self.skipped = limit, reporter, 0, 0
 
-    def add(self, used: Sequence[str], skipped: Sequence[tuple[str, str]]) -> None:
-        """Count the keys of good clips and the (key, reason) of others; SkipLimitError when too many have failed.
+    def add(self, num_used: int, skipped: Sequence[tuple[str, str]]) -> None:
+        """Count good clips and the (key, reason) of others; SkipLimitError when too many have failed.
 
         A limit above 0 forgives one clip in any case, so that the first batches are not judged by a fraction.
         """
-        self.seen += len(used) + len(skipped)
+        self.seen += num_used + len(skipped)
         self.skipped += len(skipped)
         for key, reason in skipped:
             self.reporter.say(f"skipped clip {key}: {reason}")

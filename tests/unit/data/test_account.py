@@ -135,3 +135,31 @@ def test_what_a_faulty_loader_would_deliver(
     account.add(1, *record[0])
     with pytest.raises(AccountError, match=message):
         account.add(2, change(record[1][0]), [])
+
+
+def test_only_the_clip_that_is_drawn_may_stand_in(configure: Configure, tmp_path: Path, folder: Path) -> None:
+    config = configure(tmp_path, data={"train": str(folder)}, train={"global_batch": 4, "micro_batch": 2})
+    account, record = recorded(config, 1, steps=6)
+    step = next(number for number, (_, skipped) in enumerate(record) if skipped)
+    keys, skipped = record[step]
+    due = [one.name for one in account.due(step + 1)]
+    place = next(i for i, (key, name) in enumerate(zip(keys, due, strict=True)) if key != name)
+    assert account.add(step + 1, keys, skipped) is not None
+    other = next(f"clip-{i:02d}" for i in range(10) if f"clip-{i:02d}" not in (keys[place], due[place], *dict(skipped)))
+    for stranger in ("no-such-clip", other):
+        with pytest.raises(AccountError, match=rf"is {due[place]}; {stranger} was delivered instead"):
+            account.add(step + 1, [*keys[:place], stranger, *keys[place + 1 :]], skipped)
+    with pytest.raises(AccountError, match="is said to have skipped no-such-clip, which it did not ask for"):
+        account.add(step + 1, keys, [*skipped, ("no-such-clip", "x")])
+
+
+def test_substitutes_that_fail_are_counted_apart(configure: Configure, tmp_path: Path) -> None:
+    """Of ten clips eight are broken: what is drawn for one is often broken too."""
+    folder = packed(tmp_path / "data", 10, broken=tuple(range(8)))
+    config = configure(tmp_path, data={"train": str(folder)}, train={"global_batch": 4, "micro_batch": 2})
+    account, record = recorded(config, 1, steps=5)
+    epochs = ended(account, record)
+    assert [(epoch.delivered, len(epoch.skipped)) for epoch in epochs] == [(2, 8), (2, 8)]
+    assert account.failed_substitutes
+    total = sum(len(skipped) for _, skipped in record)
+    assert total == 16 + len(account.failed_substitutes)
