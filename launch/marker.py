@@ -1,17 +1,21 @@
-"""RUN/stopped.json: how a start of a run ended, for the script that started it.
+"""How a start of a run ended, for the script or the driver that started it: RUN/stopped.json and RUN/failed.json.
 
 Exit codes do not say it: under `srun --kill-on-bad-exit` they are of the process that was killed last, and torchrun
 ends with 1 after every signal. `attempt` names the start (submission / job . restart), so the word of a rank that lives
-on where its node is lost is not taken for that of the start that replaced it.
+on where its node is lost is not taken for that of the start that replaced it. The second file says that the start
+failed of what would come again: a config, a loss that is not finite (`parallel.failure.Report.retry`).
 """
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from parallel.failure import report_of
 from vidit.whole_file import write_whole
 
-FILE, ATTEMPT = "stopped.json", "VIDIT_ATTEMPT"
+FILE, FAILED, ATTEMPT = "stopped.json", "failed.json", "VIDIT_ATTEMPT"
 
 
 class Marker:
@@ -24,3 +28,25 @@ class Marker:
         """One line; the order of the first two keys is what job scripts look for."""
         facts = {"attempt": os.environ.get(ATTEMPT, ""), "done": done, "step": step, "signal": signal}
         write_whole(self.run_dir / FILE, json.dumps(facts) + "\n")
+
+
+@contextmanager
+def failures_noted(run_dir: Path) -> Iterator[None]:
+    """Write the second file where the block fails in a job of what would come again."""
+    try:
+        yield
+    except Exception as error:
+        report, attempt = report_of(error, 0), os.environ.get(ATTEMPT)
+        if attempt and not report.retry and run_dir.is_dir():
+            facts = {"attempt": attempt, "retry": False, "message": report.message}
+            write_whole(run_dir / FAILED, json.dumps(facts) + "\n")
+        raise
+
+
+def fails_again(run_dir: Path, attempt: str) -> bool:
+    """Whether that start failed of what would come again."""
+    try:
+        facts = json.loads((run_dir / FAILED).read_text())
+        return facts["attempt"] == attempt and facts["retry"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -18,10 +18,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from launch.marker import fails_again
 from launch.rank import ORPHAN_S, SIGNALS, is_held
 from launch.ray_gang import Gang, LostError, form, node_resources
-from launch.ray_nodes import Failures, cause, config_of, has, newest_step, node_counts, refusal
+from launch.ray_nodes import Failures, cause, config_of, has, node_counts, refusal
 from launch.ray_order import Order, parse
+from launch.restart import newest_step
 
 TRY_S = 5.0  # for nodes that seem to be there
 FREE_S = ORPHAN_S + 15.0  # ranks that lost their launcher are gone by then
@@ -59,7 +61,7 @@ class Driver:
             if self.stopped():
                 self.say(f"stopped by {self.asked}, newest checkpoint: {self._newest()}")
                 return STOPPED
-            again = self.failures.another(newest_step(order.run_dir))
+            again = self.failures.another(newest_step(order.run_dir / "checkpoints"))
             told = f"{why} (newest checkpoint: {self._newest()}"
             told += f"; failure {self.failures.count} in a row there, {order.restarts} allowed)"
             if not again:
@@ -109,7 +111,10 @@ class Driver:
         if left_as(order.run_dir, attempt):
             self.say(f"{order.run_dir} is done")
             return None
-        return cause(endings)
+        why = cause(endings)
+        if fails_again(order.run_dir, attempt):
+            raise RuntimeError(f"{why}; it would fail again")
+        return why
 
     def _wait_for_lock(self) -> None:
         """Ranks of the start before may still be about to leave, where nobody can reach them."""
@@ -124,7 +129,7 @@ class Driver:
             time.sleep(0.2)
 
     def _newest(self) -> str:
-        step = newest_step(self.order.run_dir)
+        step = newest_step(self.order.run_dir / "checkpoints")
         return "none" if step < 0 else f"step {step}"
 
     def say(self, text: str) -> None:

@@ -1,18 +1,14 @@
 """On how many nodes a run can be trained, and when it is given up: what the driver decides, without Ray."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from launch.ray_ranks import Ended
 from vidit.config import ConfigError, RunConfig
 from vidit.config_source import load_config
 from vidit.train.layout import with_layout
 from vidit.vae.stored import adopt_vae, find_vae
-
-STEP = re.compile(r"step-(\d{8,})")
 
 
 def config_of(command: Sequence[str]) -> RunConfig:
@@ -43,12 +39,6 @@ def node_counts(config: RunConfig, most: int, least: int, devices: int) -> list[
             raise ConfigError([f"{option}={nodes} x {devices} devices: {fault}" for fault in error.faults]) from error
         counts.append(nodes)
     return counts
-
-
-def newest_step(run_dir: Path) -> int:
-    """The step of the newest whole checkpoint, -1 where there is none: a folder has its name when it is whole."""
-    found = [STEP.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*")]
-    return max((int(match[1]) for match in found if match), default=-1)
 
 
 @dataclass

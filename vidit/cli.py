@@ -14,7 +14,7 @@ from vidit.config_source import load_config
 
 def train(arguments: argparse.Namespace) -> int:
     from launch import local
-    from launch.marker import Marker
+    from launch.marker import Marker, failures_noted
     from launch.rank import own_place, rank_process
     from launch.restart import Restarts
     from launch.srun import own_node
@@ -35,7 +35,7 @@ def train(arguments: argparse.Namespace) -> int:
         return local.run(command, ranks, logs, arguments.traceback, node, restarts)
     if place is not None:
         place.check(config.launch.local)
-    with rank_process(place, logs) if place else nullcontext():
+    with rank_process(place, logs) if place else nullcontext(), failures_noted(config.directory):
         from vidit.train.goodput import process_began
         from vidit.train.run import run
 

@@ -20,7 +20,7 @@ from cluster.ray import daemons, processes
 from cluster.ray.local import LocalRay, missing, start, up
 from cluster.ray.processes import marked
 from cluster.slurm.processes import end
-from launch.ray_nodes import newest_step
+from launch.restart import newest_step
 from vidit.config import RunConfig
 from vidit.train.metrics import read_metrics
 
@@ -98,7 +98,7 @@ class Job:
 
     def reach(self, step: int) -> None:
         """Wait for a checkpoint of that step or a later one."""
-        wait(lambda: newest_step(self.run_dir) >= step, poll_s=0.05)
+        wait(lambda: newest_step(self.run_dir / "checkpoints") >= step, poll_s=0.05)
 
     def end(self) -> str:
         """The output, when the job is over."""
@@ -170,7 +170,7 @@ def test_an_actor_is_killed_and_the_job_cancelled(job: Job, name: str, site: Pat
     assert " cancelled (" in job.status()
     facts = json.loads((job.run_dir / "stopped.json").read_text())
     assert facts["done"] is False
-    assert newest_step(job.run_dir) == facts["step"] >= 5
+    assert newest_step(job.run_dir / "checkpoints") == facts["step"] >= 5
     wait(lambda: not job.left())
 
 

@@ -17,7 +17,7 @@ from launch.folder import SCRIPT
 from launch.job import JobSpec, Task
 from launch.ray_backend import ADDRESSES, Backend
 from launch.ray_driver import left_as
-from launch.ray_nodes import Failures, cause, config_of, newest_step, node_counts, refusal
+from launch.ray_nodes import Failures, cause, config_of, node_counts, refusal
 from launch.ray_order import Order, parse
 from launch.ray_ranks import Ended, NodeRanks
 from launch.site import Ray, Site
@@ -145,12 +145,6 @@ class TestDecisions:
         failures = Failures(allowed=2)
         assert [failures.another(step) for step in (-1, -1, 5, 5, 5)] == [True, True, True, True, False]
         assert not Failures(allowed=0).another(7)
-
-    def test_newest_step(self, tmp_path: Path):
-        assert newest_step(tmp_path) == -1
-        for name in ("step-00000003", "step-00000012", "step-00000020.partial"):
-            (tmp_path / "checkpoints" / name).mkdir(parents=True)
-        assert newest_step(tmp_path) == 12
 
     def test_numbers_of_nodes_that_divide_the_batch(self, configure: Callable[..., RunConfig]):
         config = configure("", train={"global_batch": 12, "micro_batch": 1})

@@ -176,6 +176,16 @@ def test_a_task_of_an_array_comes_back_alone(bash: Bash, monkeypatch: pytest.Mon
     assert bash.asked() == ["requeue 7_1"]
 
 
+@pytest.mark.parametrize(("attempt", "ends"), [("$VIDIT_ATTEMPT", True), ("001/6.0", False)])
+def test_what_would_fail_again_ends_the_job(bash: Bash, attempt: str, ends: bool) -> None:
+    text = f'{{\\"attempt\\": \\"{attempt}\\", \\"retry\\": false, \\"message\\": \\"nan\\"}}'
+    bash.say(f'echo "{text}" >{shlex.quote(str(bash.run_dir / "failed.json"))}\nexit 3')
+    code, out = bash.finish()
+    assert ("failed with exit code 3 of what would come again" in out) == ends
+    assert bash.asked() == ([] if ends else ["requeue 7"])
+    assert code == 3 or not ends
+
+
 def test_failures_are_forgiven_while_checkpoints_come(bash: Bash) -> None:
     checkpoints = bash.run_dir / "checkpoints"
     bash.say("exit 3")

@@ -110,6 +110,10 @@ if [ "$asked" ] || left "$VIDIT_ATTEMPT" false; then
   say "stopped while $state"
   exit "$rc"
 fi
+if grep -qsE "^.\"attempt\": \"$VIDIT_ATTEMPT\", \"retry\": false," "$run/failed.json"; then
+  say "failed with exit code $rc of what would come again"
+  exit "$rc"
+fi
 newest=$(find "$run/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n1)
 failures=$job/failures
 echo "${newest:-none}" >>"$failures"
