@@ -26,12 +26,13 @@ import numpy as np
 import psutil
 
 from vidit.config import Data, RunConfig, Train
-from vidit.data.catalog import catalogue
-from vidit.data.curation.table import select_clips
+from vidit.data.clip_list import Clips
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import MicroBatches, batches
-from vidit.data.shards import build_index, read_index
-from vidit.train.fingerprint import digest, fingerprint
+from vidit.data.shards import build_index
+from vidit.train.clips import read_splits
+from vidit.train.encoding import encodings_of
+from vidit.train.fingerprint import order_of
 
 PER_SHARD = 1000
 FRAMES, SIDE, MICRO_BATCH = 9, 64, 8
@@ -43,7 +44,6 @@ def key_of(number: int) -> str:
 
 def make(folder: Path, num_clips: int, rows: bool) -> None:
     """Write the data set. ValueError for a number of clips that is no multiple of a shard's."""
-    from vidit.data.clip_list import Clips
     from vidit.data.column_file import write_columns
     from vidit.data.columns import Columns
     from vidit.data.manifest import COLUMNS, index_path, sha256_of, write_manifest
@@ -103,23 +103,28 @@ def measure(folder: Path, clip: int, workers: int, select: Sequence[str] = ()) -
     load = os.getloadavg()[0]
     config = RunConfig(
         name="resume",
-        data=Data(train=str(folder), num_frames=FRAMES, height=SIDE, width=SIDE, num_workers=workers, prefetch=2),
+        data=Data(
+            train=str(folder),
+            num_validation=0,
+            select=tuple(select),
+            num_frames=FRAMES,
+            height=SIDE,
+            width=SIDE,
+            num_workers=workers,
+            prefetch=2,
+        ),
         train=Train(global_batch=MICRO_BATCH, micro_batch=MICRO_BATCH),
     )
     process = psutil.Process()
     before = process.memory_full_info()
-    with _timed(seconds, processor_s, "open index"):
-        refs = read_index(folder)
-    with _timed(seconds, processor_s, "select"):
-        chosen = select_clips(refs, select).refs
-    with _timed(seconds, processor_s, "fingerprint"):
-        known = fingerprint(chosen)
-    with _timed(seconds, processor_s, "catalogue"):
-        catalog, dropped, _ = catalogue([chosen], config)
-    assert not len(dropped)
-    dataset = MicroBatches(config, catalog, tokenizer=None, images_per_row=0)
+    with _timed(seconds, processor_s, "read the data set"):
+        train, held = read_splits(config)
+    with _timed(seconds, processor_s, "latents among it"):
+        assert not encodings_of(Clips.chained([train.refs, held.refs]))
     with _timed(seconds, processor_s, "order of clips"):
-        digest(dataset.refs)
+        order_of(train.refs, ())
+    assert not len(train.dropped)
+    dataset = MicroBatches(config, train.catalog, tokenizer=None, images_per_row=0)
     after = process.memory_full_info()
     start = clip // MICRO_BATCH
     with _timed(seconds, processor_s, "first batch"):
@@ -127,17 +132,17 @@ def measure(folder: Path, clip: int, workers: int, select: Sequence[str] = ()) -
     assert not batch.skipped, batch.skipped
     sent = len(ForkingPickler.dumps(dataset))
     return {
-        "clips": len(refs),
+        "clips": len(train.refs),
         "resumed at clip": clip,
         "workers": workers,
         "seconds": {**seconds, "all": sum(seconds.values())},
         "processor_s": {**processor_s, "all": sum(processor_s.values())},
         "load_before": load,
-        "rss_bytes_per_clip": (after.rss - before.rss) / len(refs),
-        "of them private": (after.uss - before.uss) / len(refs),
+        "rss_bytes_per_clip": (after.rss - before.rss) / len(train.refs),
+        "of them private": (after.uss - before.uss) / len(train.refs),
         "rss_mib": process.memory_info().rss / 2**20,
         "pickled_bytes": sent,
-        "fingerprint": known["sha256"],
+        "fingerprint": train.fingerprint["sha256"],
         "keys": batch.keys,
     }
 

@@ -96,9 +96,20 @@ def read_encoding(folder: Folder) -> Encoding | None:
     try:
         stored = facts.pop("empty_caption")
         empty = _text(_tensors(base64.b64decode(stored))) if stored else None
-    except (KeyError, ValueError, AttributeError) as error:
+        _check(facts)
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ShardError(f"{folder}/{MANIFEST}: `{ENCODED}` is damaged: {error}; {CURE}") from error
     return Encoding(facts, empty)
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """What a run compares must be there and of its kind. KeyError, TypeError."""
+    vae, text = facts["vae"], facts["text"]
+    words = [vae["encoder_sha256"]] if text is None else [vae["encoder_sha256"], text["kind"], text["sha256"]]
+    kinds = [isinstance(word, str) for word in words] + [isinstance(facts["fps"], int | float)]
+    kinds += [len(shape) == 3 and all(isinstance(side, int) for side in shape) for shape in facts["shapes"]]
+    if not all(kinds):
+        raise TypeError("fps, shapes or a hash is of another kind than `vidit encode` writes")
 
 
 def stored_text(rows: Sequence[tuple[int, CaptionText]], num_tokens: int) -> StoredText | None:

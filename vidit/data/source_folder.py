@@ -19,17 +19,18 @@ def files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 def find_in_folder(folder: Path, rows: Mapping[str, Row]) -> Found:
     """All videos below a folder; ``rows``: file name, relative to it -> what a table says."""
-    candidates = []
+    candidates, rejected = [], []
     for path in files_below(folder, VIDEO_SUFFIXES):
-        place = place_of(path)
+        place, name = place_of(path), plain_text(path.relative_to(folder).as_posix())
         if place:
-            name = plain_text(path.relative_to(folder).as_posix())
             row = rows.get(name) or _row_beside(path)
             candidates.append(Candidate(place, name, "", row.caption, row.origin))
-    if not candidates:
+        elif not path.is_dir():
+            rejected.append((name, "no such file: a broken link" if path.is_symlink() else "no regular file"))
+    if not candidates and not rejected:
         raise ValueError(f"{folder} holds no video; suffixes read: {' '.join(sorted(VIDEO_SUFFIXES))}, or tar")
     unused = tuple(sorted(set(rows) - {item.name for item in candidates}))
-    return Found(with_keys(candidates), captions_without_file=unused)
+    return Found(with_keys(candidates), tuple(rejected), captions_without_file=unused)
 
 
 def _row_beside(video: Path) -> Row:

@@ -118,11 +118,9 @@ def _is_there(out: Path, facts: Facts, overwrite: bool) -> dict[str, Any] | None
     held = sorted(path.name for path in out.iterdir() if is_ours(path.name)) if out.is_dir() else []
     if not held:
         return None
-    manifest = json.loads((out / MANIFEST).read_text()) if (out / MANIFEST).is_file() else {}
-    before = manifest.get(ENCODED, {})
-    before.pop("empty_caption", None)
+    before, shards = _held(out)
     if before and not differences(before, facts):
-        lost = [row["name"] for row in manifest["shards"] if not _is_whole(out, row)]
+        lost = [row["name"] for row in shards if not _is_whole(out, row)]
         if not lost and (out / ENCODE_REPORT).is_file():
             return dict(json.loads((out / ENCODE_REPORT).read_text()))
         # Where a process died while it moved the set here, the rest is still beside it.
@@ -130,9 +128,24 @@ def _is_there(out: Path, facts: Facts, overwrite: bool) -> dict[str, Any] | None
             raise ValueError(f"{out} is damaged: {(lost or [ENCODE_REPORT])[0]} is not whole; use --overwrite")
     elif not overwrite:
         if not before:
-            raise ValueError(f"{out} holds {held[0]} of a data set that is no latents; write elsewhere")
+            raise ValueError(
+                f"{out} holds {held[0]} of a data set that is no latents, or whose {MANIFEST} is damaged; write "
+                "elsewhere, or replace it with --overwrite"
+            )
         _require_alike(str(out), before, facts)
     return None
+
+
+def _held(out: Path) -> tuple[Facts, list[dict[str, Any]]]:
+    """What the set in `out` was made with, and its shards; nothing of a set that is not ours, or whose manifest is
+    damaged.
+    """
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+        facts = {name: value for name, value in manifest[ENCODED].items() if name != "empty_caption"}
+        return facts, [{"name": str(row["name"]), "num_bytes": int(row["num_bytes"])} for row in manifest["shards"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}, []
 
 
 def _require_alike(place: str, before: Facts, facts: Facts) -> None:
@@ -146,14 +159,16 @@ def _require_alike(place: str, before: Facts, facts: Facts) -> None:
 
 def _begun(stage: Stage, facts: Facts) -> list[list[Any]]:
     """What an earlier process has made, and a journal that goes on. ValueError for what it made with other settings."""
-    rows = read_rows(stage.journal)
+    rows = [row for row in read_rows(stage.journal) if isinstance(row, dict)]
+    if rows and "made" in rows[0]:
+        rows = []  # without its first line a journal says nothing
     if rows and differences(rows[0], facts):
         if not stage.overwrite:
             _require_alike(str(stage.folder.parent), rows[0], facts)
         stage.discard()
         stage.folder.mkdir()
         rows = []
-    known = {row["made"][0]: row["made"] for row in rows[1:]}
+    known = {row["made"][0]: row["made"] for row in rows[1:] if "made" in row}
     whole = [made for made in known.values() if _is_whole(stage.folder, made[1])]
     kept = [facts, *({"made": made} for made in whole)]
     write_whole(stage.journal, "".join(json.dumps(row) + "\n" for row in kept))

@@ -229,3 +229,10 @@ def test_options_without_effect(videos: Path, tmp_path: Path) -> None:
         pack(videos, tmp_path / "out")
     with pytest.raises(ValueError, match="not a folder, nor a file that ends in"):
         pack(videos / "a.mp4", tmp_path / "out")
+
+
+def test_a_broken_link_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "z.mp4").symlink_to(tmp_path / "gone.mp4")
+    with pytest.raises(ValueError, match=r"z\.mp4: no such file: a broken link"):
+        pack(tmp_path / "videos", tmp_path / "out")

@@ -16,6 +16,8 @@ from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
 from vidit.data.curation.score_set import score_set
 from vidit.data.encoded import read_encoding
+from vidit.data.limits import ShardError
+from vidit.data.manifest import MANIFEST
 from vidit.data.pack import pack
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import ClipRef, read_clip, read_index
@@ -403,3 +405,26 @@ def test_latents_are_not_scored_or_packed(configure: Configure, tmp_path: Path) 
         score_set(tmp_path / "out")
     with pytest.raises(ValueError, match="0 videos under one key"):
         pack(tmp_path / "out", tmp_path / "packed")
+
+
+@pytest.mark.parametrize("manifest", ["{", "[]", '{"encoded": "x"}', '{"encoded": {}, "shards": 3}'])
+def test_a_damaged_manifest_is_replaced_when_asked(configure: Configure, tmp_path: Path, manifest: str) -> None:
+    config, out = configure(tmp_path), tmp_path / "out"
+    encode(config, out)
+    before = content(out)
+    (out / MANIFEST).write_text(manifest)
+    with pytest.raises(ValueError, match="damaged; write elsewhere, or replace it with --overwrite"):
+        encode(config, out)
+    encode(config, out, overwrite=True)
+    assert content(out) == before
+
+
+@pytest.mark.parametrize("change", [{"fps": "8"}, {"shapes": 3}, {"vae": {}}, {"shapes": [[1, 2]]}, {"text": 4}])
+def test_an_entry_of_another_version_is_refused(configure: Configure, tmp_path: Path, change: dict[str, Any]) -> None:
+    encode(configure(tmp_path), tmp_path / "out")
+    path = tmp_path / "out" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["encoded"] |= change
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ShardError, match="`encoded` is damaged"):
+        read_splits(configure(tmp_path / "run", data={"train": str(tmp_path / "out")}))
