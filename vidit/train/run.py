@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -16,21 +16,24 @@ from vidit.config import RunConfig
 from vidit.data.catalog import Catalog, Dropped
 from vidit.data.clip_list import Clips
 from vidit.data.listing import number_of
-from vidit.data.loader import Batch, MicroBatches, batches
+from vidit.data.loader import Batch, MicroBatches, read_ahead
 from vidit.data.shards import read_index
+from vidit.data.stream_loader import StreamBatches, num_readers
+from vidit.data.stream_plan import begin, resumed
 from vidit.resolve import resolve
 from vidit.train.audit import recalled
-from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
+from vidit.train.clips import Splits, StreamSplit, fingerprints, fixed_batches, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
 from vidit.train.encode_clips import ClipEncoder
 from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
 from vidit.train.encoding import require_same_encoders
+from vidit.train.entry import by_order
 from vidit.train.fingerprint import digest
 from vidit.train.goodput import Ledger, report_goodput
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
-from vidit.train.loop import Beat, Watchers, train_loop
+from vidit.train.loop import Account, Beat, Watchers, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
@@ -42,6 +45,7 @@ from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
 from vidit.train.step import DitStep
 from vidit.train.stop import StoppedError, StopRequest
+from vidit.train.stream_account import StreamAccount
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
 from vidit.vae.stored import adopt_vae, find_vae
@@ -140,9 +144,10 @@ def _reach_the_end(
     beat: Beat,
 ) -> bool:
     config, device, run_dir = task.config, task.step.device, task.config.directory
-    dataset, validation, num_batches, order = _data(task, splits, stop, reporter)
+    dataset, validation, num_batches, order = _data(task, splits, stop, reporter, held)
     accumulation = resolve(config).accumulation
-    data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
+    asked = range(state.step * accumulation, config.train.steps * accumulation)
+    data = read_ahead(dataset, asked, config.data.num_workers, config.data.prefetch)
     require_same_clips([fingerprints(splits), order], "the dataset", config.data.train)
     if held.get("order", order) != order:
         raise RuntimeError(
@@ -151,19 +156,29 @@ def _reach_the_end(
             "dataset, or give a new run_dir"
         )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
-    facts = {**described, "data": fingerprints(splits), "order": order}
+    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
     review = Review(task, state, validation, num_batches, reporter, stop)
     ledger.started("data")
-    account = recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None
+    if isinstance(dataset, StreamBatches):
+        account: Account = StreamAccount(dataset, facts, held.get("stream", {})).enter
+    else:
+        account = by_order(recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None)
     watchers = Watchers(review, reporter, ledger, stop, beat, account)
     done = train_loop(task, state, data, watchers, run_dir / "checkpoints", facts, held, peak)
     if done and config.train.task == "vae":
-        num = min(NUM_CLIPS, len(dataset.refs))
+        num = NUM_CLIPS if isinstance(dataset, StreamBatches) else min(NUM_CLIPS, len(dataset.refs))
         reporter.say(f"latent mean and std over {num} training clips")
-        clips = fixed_batches(config, dataset.refs, num, None, 1)
+        clips = _measured(dataset, num)
         finish_vae(config, task.model, state.ema, clips, run_dir / "vae", stop.check)
     return done
+
+
+def _measured(dataset: MicroBatches | StreamBatches, num: int) -> Iterator[Batch]:
+    """So many training clips, which never differ: the first of a stream."""
+    if isinstance(dataset, StreamBatches):
+        return dataset.first(num)
+    return fixed_batches(dataset.config, dataset.refs, num, None, 1)
 
 
 def _cached(
@@ -182,8 +197,8 @@ def _cached(
 
 
 def _data(
-    task: Task, splits: Splits, stop: StopRequest, reporter: Reporter
-) -> tuple[MicroBatches, list[Batch], int, str]:
+    task: Task, splits: Splits, stop: StopRequest, reporter: Reporter, facts: dict[str, Any]
+) -> tuple[MicroBatches | StreamBatches, list[Batch], int, str]:
     """This rank's training batches and its fixed ones of validation, how many of those all ranks have, and the order.
 
     data.json says what they are made of. The order is a digest of the clips that can be used: one that fails where
@@ -226,4 +241,19 @@ def _data(
     if lost:
         used = used.take(np.array([number for number in range(len(used)) if used.key(number) not in lost], np.int64))
     order = digest(used)
+    if isinstance(train, StreamSplit):
+        with together():
+            stream = _stream(task, train, reporter, facts.get("stream"))
+        return stream, validation, num_batches, order
     return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches, order
+
+
+def _stream(task: Task, train: StreamSplit, reporter: Reporter, held: dict[str, Any] | None) -> StreamBatches:
+    """This rank's batches of a stream, from where a checkpoint says that its readers were."""
+    readers = num_readers(task.config, task.data_place[1])
+    plan = begin(readers)
+    reporter.say(f"{len(train.tars)} tars without an index, by {readers} readers: a resume reads the last ones again")
+    if held:
+        plan, note = resumed(held, readers, len(train.tars))
+        reporter.say(note)
+    return StreamBatches(task.config, train.tars, task.tokenizer, plan, *task.data_place)
