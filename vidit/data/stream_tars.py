@@ -98,11 +98,11 @@ def _addresses(train: str) -> Iterator[str]:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand  # here, since few runs need it
 
     try:
         yield from braceexpand(pattern)
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise ValueError(f"{pattern}: its braces do not match: {error}; {_FORMS}") from error
 
 

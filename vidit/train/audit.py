@@ -18,10 +18,11 @@ from vidit.data.account import CURE, Account, AccountError, Epoch
 from vidit.data.catalog import Catalog
 from vidit.data.shards import read_index
 from vidit.resolve import resolve
-from vidit.train.clips import Split, fingerprints, read_splits
+from vidit.train.clips import Split, StreamSplit, fingerprints, read_splits
 from vidit.train.fingerprint import digest
 from vidit.train.metrics import read_metrics
 from vidit.train.rundir import newest_checkpoint, read_config
+from vidit.train.stream_audit import StreamAudit, audit_stream
 
 NAMED = 20
 """Skipped clips that are printed; the record holds all."""
@@ -52,12 +53,14 @@ class Audit:
         yield self.fault or "every clip is accounted for"
 
 
-def audit(run_dir: Path) -> Audit:
+def audit(run_dir: Path) -> Audit | StreamAudit:
     """Of a run whose data set is where config.json says. ValueError for a folder that is no run's, or another data set;
     errors of `read_splits`.
     """
     config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
     train, held = splits = read_splits(config)
+    if isinstance(train, StreamSplit):
+        return audit_stream(_steps(run_dir), train.tars, len(held.refs))
     catalog = _catalog(config, train)
     newest = newest_checkpoint(run_dir)
     facts = checkpoint.read_manifest(newest)["facts"] if newest else {}

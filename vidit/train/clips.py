@@ -120,9 +120,7 @@ def every_clip(config: RunConfig) -> Split:
     Raises what `read_splits` raises for them.
     """
     if config.data.streaming:
-        raise ConfigError(
-            ["data.streaming=true knows no clip before it is read; pack the tars, or leave it out"]
-        )
+        raise ConfigError(["data.streaming=true knows no clip before it is read; pack the tars, or leave it out"])
     undivided = config.model_copy(
         update={"data": config.data.model_copy(update={"validation": None, "num_validation": 0})}
     )
