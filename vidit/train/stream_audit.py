@@ -31,7 +31,8 @@ class StreamAudit:
         for number in sorted({place // len(self.tars) + 1 for place in self.places}):
             delivered, skipped, too_short, refused = self._sum(number)
             yield (
-                f"epoch {number}: {delivered} delivered, {skipped} skipped, {too_short} too short; {refused} tars refused"
+                f"epoch {number}: {delivered} delivered, {skipped} skipped, {too_short} too short; "
+                f"{refused} tars refused"
             )
         for name, reason in self.skipped[:20]:
             yield f"skipped: {name}: {reason}"
@@ -54,8 +55,8 @@ class StreamAudit:
         delivered, skipped, too_short, refused = _total(taken.values())
         if (delivered, skipped + refused, too_short) != (len(row["keys"]), len(lost), len(short)):
             return (
-                f"step {row['step']} names {len(row['keys'])} clips, {len(lost)} skipped and {len(short)} too short, and "
-                f"its tars count {delivered}, {skipped + refused} and {too_short}"
+                f"step {row['step']} names {len(row['keys'])} clips, {len(lost)} skipped and {len(short)} too short, "
+                f"and its tars count {delivered}, {skipped + refused} and {too_short}"
             )
         for name in (*row["keys"], *(name for name, _ in (*lost, *short))):
             if not self._is_new(name, taken):
