@@ -26,8 +26,9 @@ demo-vae: $(STAMP)
 	$(BIN)/vidit train configs.demo:vae
 	$(BIN)/python -m benchmarks.vae_record runs/demo-vae configs/weights/demo_vae
 
+# Two processes, a thread each: much of the suite waits for processes that it has started.
 test: $(STAMP)
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -40,6 +40,7 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     for number, task in enumerate(spec.tasks):
         try:
             configs.append(check(load(spec.overrides(task)), spec.num_ranks, spec.devices))
+            faults += _faults_of_fewer(spec, load(spec.overrides(task)), check)
         except ConfigError as error:
             name = f"run {number}: " if len(spec.tasks) > 1 else ""
             faults += [f"{name}{fault}" for fault in error.faults]
@@ -55,6 +56,16 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     ids = backend.submit(spec, path)
     folders.record(target, arguments.backend, spec, argv, ids)
     return f"submitted {' '.join(ids)}, {target}"
+
+
+def _faults_of_fewer(spec: JobSpec, config: RunConfig, check: Check) -> list[str]:
+    """What keeps a run from going on with the fewest nodes that its job allows."""
+    try:
+        if spec.min_nodes is not None:
+            check(config, spec.min_nodes * spec.devices, spec.devices)
+    except ConfigError as error:
+        return [f"--min-nodes={spec.min_nodes}: {fault}" for fault in error.faults]
+    return []
 
 
 def _tasks(array: str | None, load: Load, base: Path) -> list[Task]:
@@ -90,9 +101,11 @@ def _spec(arguments: argparse.Namespace, site: Site, base: Path, tasks: list[Tas
                 task.model_copy(update={"overrides": (*arguments.overrides, *task.overrides)}) for task in tasks
             ),
             nodes=arguments.nodes,
+            min_nodes=arguments.min_nodes,
             devices=arguments.devices or site.devices or 1,
             minutes=parse_minutes(arguments.time) if arguments.time else None,
             site=arguments.site,
+            address=arguments.address,
             ranks=arguments.ranks or ("node" if local else "device"),
             workdir=str(Path.cwd()),
             python="python" if site.container else sys.executable,

@@ -31,9 +31,11 @@ class JobSpec(Section):
     config: str = Field(description="as `vidit train` takes it")
     tasks: tuple[Task, ...] = Field(min_length=1)
     nodes: int = Field(1, ge=1)
+    min_nodes: int | None = Field(None, ge=1, description="with how many it may go on; None = only with all")
     devices: int = Field(1, ge=1, description="on each node; one rank each")
     minutes: int | None = Field(None, ge=1, description="time limit; None = that of the site")
     site: str = Field("", description="name in cluster/sites, or a path to a .toml; empty = none")
+    address: str = Field("", description="of Ray's job server; empty = that of the site or of the environment")
     ranks: Ranks = "device"
     workdir: str = Field(description="where relative paths of the config start")
     python: str = Field(description="the interpreter, by its absolute path")

@@ -48,6 +48,7 @@ class Backend:
         for name, value, default in (
             ("time", spec.minutes, None), ("site", spec.site, ""), ("after", spec.after, ()), ("chain", spec.chain, 1),
             ("restarts", spec.restarts, 0), ("sbatch", spec.options, ()), ("ranks", spec.ranks, "node"),
+            ("min-nodes", spec.min_nodes, None), ("address", spec.address, ""),
         ):  # fmt: skip
             if value != default:
                 yield f"--{name} has no effect with back-end local; leave it out"

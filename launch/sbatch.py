@@ -88,6 +88,12 @@ def words(parts: Sequence[str]) -> str:
     return " ".join(parts)
 
 
+def check_command(spec: JobSpec, site: Site) -> list[str]:
+    """The site's check of a node, with what it needs to know of the job."""
+    known = {"{python}": spec.python, "{devices}": str(spec.devices), "{hardware}": site.hardware or ""}
+    return [known.get(word, word) for word in site.health.command] if site.health else []
+
+
 def render(spec: JobSpec, site: Site, folder: Path) -> str:
     """The script; it lies in `folder`, the folder of this submission."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
@@ -96,7 +102,9 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
     if c and c.runtime == "pyxis":
         more = pyxis(c)
     prefix = words([*apptainer(c), ""]) if c and c.runtime == "apptainer" else ""
-    nodes = f"--nodes={spec.nodes}", f"--ntasks={spec.nodes}", "--ntasks-per-node=1"
+    nodes = [f"--nodes={spec.nodes}", f"--ntasks={spec.nodes}", "--ntasks-per-node=1"]
+    if site.slurm.cpus_per_device:  # or the check has one core for all devices of its node
+        nodes.append(f"--cpus-per-task={site.slurm.cpus_per_device * spec.devices}")
     return environment.get_template("job.sh.j2").render(
         title=f"{spec.name}: {spec.num_ranks} ranks, {spec.nodes} nodes of {spec.devices} devices",
         options=list(options(spec, site, folder)),
@@ -112,7 +120,7 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
         restarts=spec.restarts,
         flags=words([*flags(spec, site), *more]),
         prefix=prefix,
-        health=prefix + shlex.join(site.health.command) if site.health else "",
+        health=prefix + shlex.join(check_command(spec, site)) if site.health else "",
         health_flags=words([*nodes, *more]),
         health_call=f'timeout {site.health.timeout_s} "$@"' if site.health else "",
     )
@@ -121,6 +129,9 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
 def faults(spec: JobSpec, site: Site) -> Iterator[str]:
     """What keeps a job from running on a site, one line each."""
     s, minutes = site.slurm, spec.minutes or site.minutes
+    for name, value in (("min-nodes", spec.min_nodes), ("address", spec.address)):
+        if value:
+            yield f"--{name} has no effect with back-end slurm; leave it out"
     if site.devices and spec.devices > site.devices:
         yield f"--devices={spec.devices}: a node of site {spec.site} has {site.devices}; use at most that many"
     if minutes is not None and minutes * 60 <= s.signal_before_s:

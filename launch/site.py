@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from launch.hardware import read_hardware
 from vidit.config import ConfigError, Section
 
 SITES = Path(__file__).parents[1] / "cluster" / "sites"
@@ -40,6 +41,19 @@ class Slurm(Section):
     options: tuple[str, ...] = Field((), description="more options of sbatch, such as --comment=x")
 
 
+class Ray(Section):
+    """How a Ray cluster is reached and what is asked of it."""
+
+    address: str | None = Field(
+        None, description="of its job server, such as http://head:8265; None = RAY_API_SERVER_ADDRESS or RAY_ADDRESS"
+    )
+    device: str = Field("GPU", min_length=1, description="what Ray calls a device: GPU, CPU, or a resource of its own")
+    cpus_per_device: int = Field(1, ge=1)
+    wait_s: int = Field(600, ge=1, description="how long nodes are waited for before the job fails")
+    settle_s: int = Field(30, ge=1, description="how long all nodes are waited for where fewer will do")
+    grace_s: int = Field(120, ge=1, description="what ranks that are asked to stop have to save")
+
+
 class Container(Section):
     """In what the processes run; pyxis is a plug-in of srun, Apptainer a command before ours."""
 
@@ -51,7 +65,11 @@ class Container(Section):
 
 
 class Health(Section):
-    """What is run once on every node before the ranks; a node where it fails is left out from then on."""
+    """What is run once on every node before the ranks; a node where it fails is left out from then on.
+
+    Words of the command that stand for something of the job: {python} its interpreter, {devices} its devices of a node,
+    {hardware} the site's.
+    """
 
     command: tuple[str, ...] = Field(min_length=1)
     timeout_s: int = Field(300, ge=1)
@@ -61,9 +79,11 @@ class Site(Section):
     """One cluster."""
 
     description: str = ""
+    hardware: str | None = Field(None, description="profile in cluster/hardware, or a path to a .toml")
     devices: int | None = Field(None, ge=1, description="of a node; a job may ask for fewer, not for more")
     minutes: int | None = Field(None, ge=1, description="time limit of a job that gives none")
     slurm: Slurm = Slurm()
+    ray: Ray = Ray()
     modules: tuple[str, ...] = ()
     setup: tuple[str, ...] = Field((), description="lines of bash before anything is started")
     environment: dict[str, str] = Field({}, description="variables that are set for every process")
@@ -90,6 +110,18 @@ class Site(Section):
         both = sorted(set(self.environment) & set(self.keep))
         if both:
             raise ValueError(f"{' '.join(both)} would be kept and set; leave out one of keep and environment")
+        return self
+
+    @model_validator(mode="after")
+    def _hardware(self) -> "Site":
+        if self.hardware:
+            there = read_hardware(self.hardware).devices
+            if self.devices and self.devices > there:
+                raise ValueError(
+                    f"devices={self.devices}, and a node of hardware {self.hardware} has {there}; use that"
+                )
+        elif self.health and "{hardware}" in self.health.command:
+            raise ValueError("health.command has {hardware}, and the site names none; set hardware, or leave it out")
         return self
 
 

@@ -50,6 +50,19 @@ TINY: dict[str, dict[str, Any]] = {
 Configure = Callable[..., RunConfig]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "tests/dist" if file.startswith("tests/dist/") else file
+
+    return ByFixtures(config, log)
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a VAE of strides 2x4x4 and 4 channels: initial weights, plausible latent statistics."""

@@ -236,11 +236,19 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    from vidit.export.weights import export_weights
+    source, out = Path(arguments.run), Path(arguments.out)
+    if arguments.vae_program:
+        for name in ("weights", "step"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} has no effect with --vae-program, which takes the run's VAE; leave it out")
+        from vidit.export.programs import export_vae
 
-    for path in export_weights(
-        Path(arguments.run), Path(arguments.out), arguments.weights, arguments.dtype, arguments.step
-    ):
+        files = export_vae(source, out, arguments.dtype)
+    else:
+        from vidit.export.weights import export_weights
+
+        files = export_weights(source, out, arguments.weights or "ema", arguments.dtype, arguments.step)
+    for path in files:
         print(path)
     return 0
 
@@ -351,10 +359,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("run")
     p = add("goodput", goodput, "say where the time of a run went, over all of its starts")
     p.add_argument("run")
-    p = add("export", export, "write a run's full weights as safetensors files")
-    p.add_argument("run")
+    p = add("export", export, "write a run's full weights as safetensors files, or its VAE as programs")
+    p.add_argument("run", help="with --vae-program also the folder of a VAE")
+    p.add_argument("--vae-program", action="store_true", help="write encode.pt2 and decode.pt2 of torch.export")
     p.add_argument("--out", required=True, help="a new folder")
-    p.add_argument("--weights", choices=("ema", "model"), default="ema", help="ema: the averages, as sampling uses")
+    p.add_argument("--weights", choices=("ema", "model"), help="ema (default): the averages, as sampling uses")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--step", type=whole(0), help="of the checkpoint; default the newest")
     return top

@@ -91,6 +91,11 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from c.diffusion.faults()
     if geometry_known:
         yield from c.vae.faults()
+        if c.vae.norm == "group" and c.parallel.vae_context == "rows":
+            yield (
+                "parallel.vae_context=rows divides frames, over each of which vae.norm=group takes its statistics; use "
+                "parallel.vae_context=time, or vae.norm=rms"
+            )
         yield from _size_faults(c)
     yield from c.train.faults()
     ranks = world_size or ranks_of(c)

@@ -34,6 +34,9 @@ VAES: dict[str, dict[str, Any]] = {
         "multipliers": (1,), "num_res_blocks": (1,), "decoder_res_blocks": (1,), "spatial_down": (),
         "temporal_down": (),
     },
+    "wavelet, frame norm": {
+        "fold": "haar", "patch_frames": 2, "temporal_down": (False, True), "norm": "group", "norm_groups": 2,
+    },
     "no blocks": {"num_res_blocks": (0, 0, 0), "decoder_res_blocks": (0, 0, 0)},
 }  # fmt: skip
 
@@ -69,6 +72,8 @@ DIVIDED: list[tuple[tuple[int, int], int, str]] = [
     ((4, 1), 33, "4x8x8, four levels"),
     ((4, 1), 6, "one level"),
     ((2, 1), 17, "no blocks"),
+    ((2, 1), 17, "wavelet, frame norm"),
+    ((4, 1), 29, "wavelet, frame norm"),
     ((1, 2), 5, "4x4x4"),
     ((1, 4), 3, "2x2x2, no patch"),
     ((1, 2), 9, "4x8x8, four levels"),

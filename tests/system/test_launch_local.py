@@ -40,6 +40,9 @@ with rank_process(place, folder / "logs"):
     (folder / f"pid-{place.rank}").write_text(f"{os.getpid()} {os.getppid()}")
     print(f"out of {place.rank} of {place.world}, {os.environ['OMP_NUM_THREADS']} threads", flush=True)
     print(f"err of {place.rank}", file=sys.stderr, flush=True)
+    (folder / f"ready-{place.rank}").touch()
+    while not (folder / "ready-0").exists():  # a fault comes when there is a rank to be told of it
+        time.sleep(0.02)
     if place.rank == 1 and fault == "raise":
         raise ValueError("no such clip")
     if place.rank == 1 and fault == "kill once" and not (folder / "killed").exists():
@@ -63,7 +66,7 @@ from launch.restart import Restarts
 assert "torch" not in sys.modules
 folder, budget = Path(sys.argv[1]), int(sys.argv[3])
 restarts = Restarts(budget, folder / "checkpoints")
-sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", False, restarts))
+sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", restarts=restarts))
 """
 
 

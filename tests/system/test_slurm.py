@@ -139,7 +139,12 @@ signal_before_s = 30
 GLOO_SOCKET_IFNAME = "lo"
 OMP_NUM_THREADS = "1"
 [health]
-command = ["bash", "-c", "test \\"$SLURM_RESTART_COUNT\\""]
+command = ["{python}", "-m", "cluster.health", "--check", "limits", "names", "gpus", "--gpus", "2"]
+"""
+# What the driver shows: one GPU of two, until the job starts for the second time, on another node.
+FEWER_GPUS = """#!/bin/sh
+echo "0, GPU-0, fake"
+[ -z "$SLURM_RESTART_COUNT" ] || echo "1, GPU-1, fake"
 """
 NO_REQUEUE = SICK.partition("[health]")[0].replace("[slurm]", "[slurm]\nrequeue = false")
 
@@ -152,7 +157,10 @@ def submitted(cluster: Cluster, whole: Path) -> None:
     cluster.submit("preempted", "--devices", "2", nodes=PREEMPTED)
     cluster.submit("stopped", *TWO)
     cluster.submit("killed", *TWO)
-    (folder / "sick.toml").write_text(SICK)
+    (folder / "fake").mkdir()
+    (folder / "fake/nvidia-smi").write_text(FEWER_GPUS)
+    (folder / "fake/nvidia-smi").chmod(0o755)
+    (folder / "sick.toml").write_text(f"setup = ['export PATH=\"{folder}/fake:$PATH\"']\n{SICK}")
     cluster.submit("sick", "--site", str(folder / "sick.toml"))
     (folder / "chain.toml").write_text(NO_REQUEUE)
     cluster.submit("chain", "--site", str(folder / "chain.toml"), "--chain", "2")
@@ -246,6 +254,7 @@ def test_a_node_that_fails_its_check_is_left_out(cluster: Cluster) -> None:
     cluster.wait("sick")
     (sick,) = (path.name for path in (cluster.folder / "sick/jobs/001/sick").rglob("127.*"))
     assert cluster.field("sick", "ExcNodeList").endswith(f",{sick}")
+    assert f"health: {sick}: gpus failed: GPUs of the driver 1, at least 2" in cluster.output("sick")
     assert cluster.nodes("sick") == [node for node in ANYWHERE if node != sick]
     assert steps(cluster.folder / "sick") == STEPS
 

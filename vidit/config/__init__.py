@@ -16,13 +16,14 @@ from vidit.config.sample import Sample, Sampler
 from vidit.config.section import ConfigError, Section, refuse
 from vidit.config.text import RESERVED_TEXT_ROWS, Text
 from vidit.config.train import Train
-from vidit.config.vae import Vae
+from vidit.config.vae import VAE_PRESETS, Vae
 
 __all__ = [
     "LEGAL_DENSITIES",
     "LEGAL_TARGETS",
     "PRESETS",
     "RESERVED_TEXT_ROWS",
+    "VAE_PRESETS",
     "Bucket",
     "ConfigError",
     "Data",

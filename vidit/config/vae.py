@@ -1,6 +1,7 @@
 """The autoencoder."""
 
 from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -12,7 +13,11 @@ class Vae(Section):
 
     weights: str | None = Field(None, description="folder with config.json and model.safetensors")
     latent_channels: int = Field(8, gt=0)
-    patch: int = Field(1, gt=0, description="pixels folded p x p into channels before the first convolution")
+    patch: int = Field(1, gt=0, description="p: blocks of p x p pixels are channels of the first convolution")
+    patch_frames: int = Field(1, gt=0, description="k: blocks of k frames are, too")
+    fold: Literal["pixels", "haar"] = Field("pixels", description="the numbers of a block, or their Haar wavelets")
+    norm: Literal["rms", "group"] = Field("rms", description="over the channels of a position, or groups in a frame")
+    norm_groups: int = Field(32, gt=0)
     base_channels: int = Field(128, gt=0)
     multipliers: tuple[Positive, ...] = Field((1, 2, 2, 4), min_length=1, description="channels of each level / base")
     num_res_blocks: tuple[NotNegative, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
@@ -21,10 +26,25 @@ class Vae(Section):
     )
     spatial_down: tuple[bool, ...] = Field((True, True, True), description="level i halves H, W at its end")
     temporal_down: tuple[bool, ...] = Field((False, True, True), description="level i halves T at its end")
+    max_frames: int = Field(0, ge=0, description="pixel frames a frozen VAE codes at once; 0 = the whole clip")
+    tile: int = Field(0, ge=0, description="pixels of a side a frozen VAE codes at once; 0 = the whole frame")
+    tile_overlap: int | None = Field(None, ge=0, description="pixels around a tile; none = all it depends on: exact")
     half_weights: bool = Field(False, description="export the weights in fp16")
     l1_weight: float = Field(1.0, ge=0)
     l2_weight: float = Field(0.0, ge=0)
     kl_weight: float = Field(1e-6, ge=0)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """The named geometry of `VAE_PRESETS`, with fields changed. ValueError for a name it does not hold."""
+        if name not in VAE_PRESETS:
+            raise ValueError(f"no VAE preset {name!r}; use one of {' '.join(VAE_PRESETS)}")
+        return cls(**{**VAE_PRESETS[name], **changes})
+
+    @property
+    def folded_channels(self) -> int:
+        """Of a block of pixels, as the first convolution sees it."""
+        return 3 * self.patch_frames * self.patch**2
 
     @property
     def spatial_stride(self) -> int:
@@ -32,7 +52,7 @@ class Vae(Section):
 
     @property
     def temporal_stride(self) -> int:
-        return int(2 ** sum(self.temporal_down))
+        return int(self.patch_frames * 2 ** sum(self.temporal_down))
 
     def faults(self) -> Iterator[str]:
         levels = len(self.multipliers)
@@ -45,6 +65,19 @@ class Vae(Section):
                 f"vae.latent_channels={self.latent_channels} does not divide the last level's {widths[-1]} channels "
                 "(base_channels x multiplier), as the latent's shortcut needs; change one of them"
             )
+        if self.norm == "group" and any(width % self.norm_groups for width in widths):
+            legal = " ".join(str(n) for n in range(1, 65) if not any(width % n for width in widths))
+            yield (
+                f"vae.norm_groups={self.norm_groups} does not divide the {' '.join(map(str, widths))} channels of all "
+                f"levels; use one of {legal}"
+            )
+        for name in ("patch", "patch_frames"):
+            size = getattr(self, name)
+            if self.fold == "haar" and size & (size - 1):
+                yield f"vae.{name}={size} is no power of 2, which vae.fold=haar halves; use 1 2 4 or 8"
+        if self.fold == "haar" and self.patch == self.patch_frames == 1:
+            yield "vae.fold=haar has no effect on blocks of one pixel; set vae.patch=2 or vae.patch_frames=2"
+        yield from self._part_faults()
         for name in ("spatial_down", "temporal_down"):
             if len(getattr(self, name)) != levels - 1:
                 yield f"vae.{name} has {len(getattr(self, name))} entries; {levels} levels have {levels - 1} joints"
@@ -57,3 +90,45 @@ class Vae(Section):
                     f"vae: a joint folds {fine} channels to {depth}, which {coarse} do not divide; change "
                     "vae.base_channels or vae.multipliers"
                 )
+
+    def _part_faults(self) -> Iterator[str]:
+        """Of the sizes that are coded at once."""
+        t, s = self.temporal_stride, self.spatial_stride
+        if 0 < self.max_frames < t:
+            yield f"vae.max_frames={self.max_frames} is less than one latent frame; give at least {t}, or 0"
+        if self.tile % s:
+            near = " ".join(str(n) for n in (self.tile // s * s, (self.tile // s + 1) * s) if n)
+            yield f"vae.tile={self.tile} is not divisible by the VAE's stride {s}; use one of {near}"
+        if self.tile and self.norm == "group" and self.tile_overlap is None:
+            yield (
+                "vae.tile with vae.norm=group: a tile sees statistics of its own, so no overlap makes it exact; set "
+                f"vae.tile_overlap, such as {8 * s}, to blend"
+            )
+
+
+# walt is the tokenizer of W.A.L.T., MAGVIT-v2's without its quantizer; cogvideox, wan and wavelet have the widths and
+# the latent channels of those autoencoders, with this project's joints. Blocks of the decoder: finest level first.
+VAE_PRESETS: dict[str, dict[str, Any]] = {
+    "walt": {},
+    "cogvideox": {
+        "latent_channels": 16, "norm": "group", "num_res_blocks": (3, 3, 3, 3), "decoder_res_blocks": (4, 4, 4, 4),
+        "temporal_down": (True, True, False),
+    },
+    "wan": {
+        "latent_channels": 16, "base_channels": 96, "multipliers": (1, 2, 4, 4), "num_res_blocks": (2, 2, 2, 2),
+        "decoder_res_blocks": (3, 3, 3, 3),
+    },
+    "wavelet": {
+        "latent_channels": 16, "fold": "haar", "patch": 2, "patch_frames": 2, "multipliers": (1, 2, 4),
+        "num_res_blocks": (2, 2, 2), "decoder_res_blocks": (3, 3, 3), "spatial_down": (True, True),
+        "temporal_down": (False, True),
+    },
+    "4x16x16": {
+        "latent_channels": 32, "patch": 2, "num_res_blocks": (2, 3, 4, 4), "decoder_res_blocks": (3, 4, 4, 4),
+        "temporal_down": (False, True, True),
+    },
+    "8x16x16": {
+        "latent_channels": 64, "fold": "haar", "patch": 2, "patch_frames": 2, "num_res_blocks": (2, 3, 4, 4),
+        "decoder_res_blocks": (3, 4, 4, 4), "temporal_down": (False, True, True),
+    },
+}  # fmt: skip

@@ -17,6 +17,7 @@ from vidit.diffusion.samplers import sample
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
 from vidit.train.step import DitStep, TextInputs, row_text
+from vidit.vae.coding import decode_clip
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def draw(
         empty = _conditions(step, text, [""] * len(chunk))
         denoise = guided(_Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
         latent = sample(s.sampler, denoise, path, noise, times)
-        pixels = step.vae.decode(step.vae.unwhiten(latent.float()))
+        pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
     assert all(v.shape == (d.num_frames, d.height, d.width, 3) for v in videos)

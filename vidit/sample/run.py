@@ -28,7 +28,7 @@ from vidit.whole_file import full_disk_explained, write_whole
 SAMPLING = (
     "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.micro_batch",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
-    "diffusion.shift", "diffusion.shift_value",
+    "diffusion.shift", "diffusion.shift_value", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip
 MAX_STEM_BYTES = 120
 

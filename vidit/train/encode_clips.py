@@ -12,10 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vidit.config import Vae
 from vidit.data.encoded import CaptionText, clip_bytes
 from vidit.text.encoder import TextEncoder, TextFeatures
 from vidit.train.step import to_pixels
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.coding import encode_clip
 
 Storage = Literal["fp16", "bf16", "fp32"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -30,10 +32,13 @@ class Stored:
 
 
 class ClipEncoder:
-    """The VAE and, where it is frozen, the text encoder; both on the device already."""
+    """The VAE and, where it is frozen, the text encoder; both on the device already.
 
-    def __init__(self, vae: CausalVae, text: TextEncoder | None, device: torch.device, storage: Storage):
-        self.vae, self.device, self.dtype, self.storage = vae, device, DTYPES[storage], storage
+    `limits` says how much of a clip the VAE codes at once.
+    """
+
+    def __init__(self, vae: CausalVae, limits: Vae, text: TextEncoder | None, device: torch.device, storage: Storage):
+        self.vae, self.limits, self.device, self.dtype, self.storage = vae, limits, device, DTYPES[storage], storage
         self.text = text if text is not None and not text.trainable else None
 
     @torch.no_grad()
@@ -42,7 +47,7 @@ class ClipEncoder:
 
         ValueError where a latent is larger than the dtype of storage can hold.
         """
-        posterior = self.vae.encode(to_pixels(torch.stack(list(pixels)), self.device))
+        posterior = encode_clip(self.vae, to_pixels(torch.stack(list(pixels)), self.device), self.limits)
         std = (0.5 * posterior.log_variance).exp()
         texts = self.texts(captions)
         pairs = zip(posterior.mean.cpu(), std.cpu(), texts, strict=True)

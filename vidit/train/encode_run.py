@@ -73,7 +73,11 @@ def encode_run(
             vae = load_vae(Path(config.vae.weights or ""), ranks.device, dtype)
             text = build_text_encoder(config.text, dtype) if config.model.reads_text else None
             encoder = ClipEncoder(
-                vae, text if text is None or text.trainable else text.to(ranks.device), ranks.device, storage
+                vae,
+                config.vae,
+                text if text is None or text.trainable else text.to(ranks.device),
+                ranks.device,
+                storage,
             )
 
         def say(line: str) -> None:

@@ -40,6 +40,7 @@ FREE = {
     "train.activation_checkpointing", "train.on_nonfinite", "train.on_spike", "train.spike_factor",
     "train.spike_window", "train.roll_back_checkpoints", "train.max_recoveries", "train.recovery_window",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
+    "vae.max_frames",
     "data.cache_dir", "data.cache_gib", "data.stall_s", "data.patience_s",
 }  # fmt: skip
 SOURCE = Path(vidit.__file__).parent.parent

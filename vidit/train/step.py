@@ -25,6 +25,7 @@ from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.coding import encode_clip
 
 
 @dataclass
@@ -212,8 +213,7 @@ class DitStep:
         if clips.pixels is None:
             assert stored is not None
             return stored
-        with torch.no_grad():
-            mean = self.vae.encode(to_pixels(clips.pixels, self.device)).mean
+        mean = encode_clip(self.vae, to_pixels(clips.pixels, self.device), self.config.vae).mean
         return mean if stored is None else merged(mean, stored, clips.encoded)
 
     def text(

@@ -5,15 +5,16 @@ Welling, 1312.6114). The per-channel mean and std of the training latents are pa
 is trained on whitened latents, and raw ones are what is stored (W.A.L.T., section 3.1; EDM2).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Vae
 from vidit.dtypes import widen
-from vidit.vae.layers import CausalConv3d, ChannelNorm, Down, ResBlock, Up, fold_pixels, unfold_pixels
+from vidit.vae.folding import Fold, Unfold
+from vidit.vae.layers import CausalConv3d, Down, ResBlock, Up
+from vidit.vae.norms import build_norm, silu
 
 # Where the log variance starts: a first latent that drowns in noise of variance 1 teaches the decoder nothing.
 LOG_VARIANCE = -6.0
@@ -35,21 +36,21 @@ class Encoder(nn.Module):
 
     def __init__(self, c: Vae):
         super().__init__()
-        self.patch = c.patch
         widths = [c.base_channels * m for m in c.multipliers]
-        self.first = CausalConv3d(3 * c.patch**2, widths[0])
+        self.fold = Fold(c)
+        self.first = CausalConv3d(c.folded_channels, widths[0])
         layers: list[nn.Module] = []
         for level, width in enumerate(widths):
-            layers += [ResBlock(width) for _ in range(c.num_res_blocks[level])]
+            layers += [ResBlock(c, width) for _ in range(c.num_res_blocks[level])]
             if level + 1 < len(widths):
                 layers.append(Down(width, widths[level + 1], c.spatial_down[level], c.temporal_down[level]))
         self.layers = nn.Sequential(*layers)
-        self.norm = ChannelNorm(widths[-1])
+        self.norm = build_norm(c, widths[-1])
         self.last = CausalConv3d(widths[-1], 2 * c.latent_channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.layers(self.first(fold_pixels(x, self.patch)))
-        mean, log_variance = self.last(F.silu(self.norm(h))).chunk(2, dim=1)
+        h = self.layers(self.first(self.fold(x)))
+        mean, log_variance = self.last(silu(self.norm(h))).chunk(2, dim=1)
         mean = mean + h.unflatten(1, (mean.shape[1], -1)).mean(2)
         return torch.cat((mean, log_variance + LOG_VARIANCE), dim=1)
 
@@ -59,24 +60,30 @@ class Decoder(nn.Module):
 
     def __init__(self, c: Vae):
         super().__init__()
-        self.patch = c.patch
         widths = [c.base_channels * m for m in c.multipliers]
         self.first = CausalConv3d(c.latent_channels, widths[-1])
         self.repeats = widths[-1] // c.latent_channels
         layers: list[nn.Module] = []
         for level in reversed(range(len(widths))):
-            layers += [ResBlock(widths[level]) for _ in range(c.decoder_res_blocks[level])]
+            layers += [ResBlock(c, widths[level]) for _ in range(c.decoder_res_blocks[level])]
             if level:
                 layers.append(
                     Up(widths[level], widths[level - 1], c.spatial_down[level - 1], c.temporal_down[level - 1])
                 )
         self.layers = nn.Sequential(*layers)
-        self.norm = ChannelNorm(widths[0])
-        self.last = CausalConv3d(widths[0], 3 * c.patch**2)
+        self.norm = build_norm(c, widths[0])
+        self.last = CausalConv3d(widths[0], c.folded_channels)
+        self.unfold = Unfold(c)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.layers(self.first(z) + z.repeat_interleave(self.repeats, dim=1))
-        return unfold_pixels(self.last(F.silu(self.norm(h))), self.patch)
+        return cast(Tensor, self.unfold(self.last(silu(self.norm(h)))))
+
+
+def posterior(parameters_BCTHW: Tensor) -> Posterior:
+    """What the encoder gives, (B, 2c, T, H, W), as a posterior."""
+    mean, log_variance = widen(parameters_BCTHW).chunk(2, dim=1)
+    return Posterior(mean, log_variance.clamp(-30, 20))
 
 
 class CausalVae(nn.Module):
@@ -96,9 +103,8 @@ class CausalVae(nn.Module):
 
     def encode(self, x_BCTHW: Tensor) -> Posterior:
         """Raw posterior of pixels (B, 3, 1 + T, H, W); ValueError for a size that the strides do not divide."""
-        self._check(x_BCTHW.shape)
-        mean, log_variance = widen(self.encoder(x_BCTHW.to(self.dtype))).chunk(2, dim=1)
-        return Posterior(mean, log_variance.clamp(-30, 20))
+        self.check_size(x_BCTHW.shape)
+        return posterior(self.encoder(x_BCTHW.to(self.dtype)))
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
         """Raw latent -> pixels, fp32 (fp64 where the VAE computes in that)."""
@@ -114,8 +120,9 @@ class CausalVae(nn.Module):
         shape = (1, -1, 1, 1, 1)
         return z_BCTHW * self.latent_std.view(shape) + self.latent_mean.view(shape)
 
-    def _check(self, shape: torch.Size) -> None:
-        _, _, frames, height, width = shape
+    def check_size(self, shape: torch.Size) -> None:
+        """ValueError for pixels of a shape (..., frames, height, width) that the strides do not divide."""
+        frames, height, width = shape[-3:]
         s, t = self.config.spatial_stride, self.config.temporal_stride
         if height % s or width % s or (frames - 1) % t:
             raise ValueError(

@@ -8,14 +8,19 @@ its input.
 What the first frame is special for stands in two modules without parameters, `Front` and `DropFirst`; all else
 treats every frame alike. In a part of a video that does not begin with its first frame others stand in their
 places: with the last `past` frames of what came before in front of it, every layer gives what the whole gives.
+
+Between the layers tensors lie in channels_last_3d: norms and convolutions read a position's channels together.
 """
 
+from typing import cast
+
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vidit.dtypes import widen
+from vidit.config import Vae
+from vidit.vae.convolution import channels_last, conv3d
+from vidit.vae.norms import added, build_norm, silu
 
 
 class Front(nn.Module):
@@ -53,40 +58,26 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size[0] > 1:
-            x = torch.cat((self.front(x), x), dim=2)
+            x = channels_last(x)
+            # A repeated frame lies nowhere in memory, and cat would take its format for that of the whole.
+            x = torch.cat((channels_last(self.front(x)), x), dim=2)
         assert self.bias is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.conv3d(x, weight, bias, self.stride, self.padding)
-
-
-class ChannelNorm(nn.Module):
-    """RMS norm over the channels of each position, fp32 inside (as Wan 2.1's VAE).
-
-    Statistics reach over neither time nor space, so a later frame cannot change an earlier one, and chunks
-    and tiles give what the whole video gives.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = widen(x)
-        scale = torch.rsqrt(wide.square().mean(1, keepdim=True) + 1e-6)
-        return (wide * scale * self.weight.view(-1, 1, 1, 1)).to(x.dtype)
+        _, *padding = cast(tuple[int, int, int], self.padding)
+        return conv3d(x, weight, bias, cast(tuple[int, int, int], self.stride), (padding[0], padding[1]))
 
 
 class ResBlock(nn.Module):
     """norm, SiLU, conv, norm, SiLU, conv, plus the input."""
 
-    def __init__(self, channels: int):
+    def __init__(self, c: Vae, channels: int):
         super().__init__()
-        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.norm1, self.norm2 = build_norm(c, channels), build_norm(c, channels)
         self.conv1, self.conv2 = CausalConv3d(channels, channels), CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        return added(self.conv2(silu(self.norm2(h))), x)
 
 
 class Down(nn.Module):
@@ -104,8 +95,9 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
-        depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b (c t p q) f h w", t=self.t, p=self.s, q=self.s)
-        return self.conv(x) + depth.unflatten(1, (self.out_channels, -1)).mean(2)
+        depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=self.t, p=self.s, q=self.s)
+        means = depth.unflatten(-1, (self.out_channels, -1)).mean(-1)
+        return added(self.conv(x), means.movedim(-1, 1))
 
 
 class Up(nn.Module):
@@ -117,23 +109,12 @@ class Up(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, space: bool, time: bool):
         super().__init__()
-        self.s, self.t = (2 if space else 1), (2 if time else 1)
-        depth = out_channels * self.s**2 * self.t
-        self.repeats = depth // channels
-        self.conv = CausalConv3d(channels, depth, kernel=1)
+        self.s, self.t, self.channels = (2 if space else 1), (2 if time else 1), channels
+        self.conv = CausalConv3d(channels, out_channels * self.s**2 * self.t, kernel=1)
         self.drop = DropFirst(self.t - 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        depth = self.conv(x) + x.repeat_interleave(self.repeats, dim=1)
-        x = rearrange(depth, "b (c t p q) f h w -> b c (f t) (h p) (w q)", t=self.t, p=self.s, q=self.s)
-        return self.drop(x)
-
-
-def fold_pixels(x: Tensor, patch: int) -> Tensor:
-    """(B, C, T, H, W) -> (B, C p p, T, H/p, W/p)."""
-    return rearrange(x, "b c t (h p) (w q) -> b (c p q) t h w", p=patch, q=patch) if patch > 1 else x
-
-
-def unfold_pixels(x: Tensor, patch: int) -> Tensor:
-    """The inverse of `fold_pixels`."""
-    return rearrange(x, "b (c p q) t h w -> b c t (h p) (w q)", p=patch, q=patch) if patch > 1 else x
+        # Each channel of x is added to all that stand at its place in the depth.
+        depth = added(self.conv(x).unflatten(1, (self.channels, -1)), x.unsqueeze(2)).flatten(1, 2)
+        wide = rearrange(depth, "b (c t p q) f h w -> b (f t) (h p) (w q) c", t=self.t, p=self.s, q=self.s)
+        return self.drop(wide.movedim(-1, 1))

@@ -31,11 +31,15 @@ def context_plan(c: Vae) -> ContextPlan:
     blocks = [part for part, n in (("encoder", c.num_res_blocks), ("decoder", c.decoder_res_blocks)) if any(n)]
     convolutions = ["encoder.first", "decoder.first", "decoder.last"]
     convolutions += [f"{part}.layers.*.{conv}" for part in blocks for conv in ("conv1", "conv2")]
-    joints = len(c.multipliers) > 1
+    joints, folded = len(c.multipliers) > 1, c.patch_frames > 1
     convolutions += ["encoder.layers.*.conv"] * joints
     return ContextPlan(
-        fronts=(*(f"{name}.front" for name in convolutions), *["encoder.layers.*.pair"] * joints),
-        drops=("decoder.layers.*.drop",) * joints,
+        fronts=(
+            *(f"{name}.front" for name in convolutions),
+            *["encoder.layers.*.pair"] * joints,
+            *["encoder.fold.front"] * folded,
+        ),
+        drops=(*["decoder.layers.*.drop"] * joints, *["decoder.unfold.drop"] * folded),
         convolutions=tuple(convolutions),
         time={"encoder": (t, 1), "decoder": (1, t)},
         rows={"encoder": (s, 1), "decoder": (1, s)},

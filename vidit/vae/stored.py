@@ -7,6 +7,9 @@ from pydantic import ValidationError
 from vidit.config import ConfigError, RunConfig, Vae
 from vidit.resolve import faults
 
+# What the run says of its VAE: in what parts it codes, which is no matter of the weights.
+HOW = ("max_frames", "tile", "tile_overlap")
+
 
 def vae_config(folder: Path) -> Vae:
     """The geometry of a stored VAE, with `weights` set to the folder. ValueError where there is none to read."""
@@ -41,6 +44,7 @@ def adopt_vae(config: RunConfig, world_size: int | None = None) -> RunConfig:
         stored = vae_config(Path(config.vae.weights))
     except ValueError as error:
         raise ConfigError([str(error), *faults(config, world_size, geometry_known=False)]) from error
+    stored = stored.model_copy(update={name: getattr(config.vae, name) for name in HOW})
     adopted = config.model_copy(update={"vae": stored})
     contradictions = [
         f"vae.{name}={value!r}, but {config.vae.weights} was trained with {getattr(stored, name)!r}; leave it out"
@@ -59,4 +63,4 @@ def _given(vae: Vae) -> dict[str, object]:
     """
     whole = vae.model_fields_set == set(Vae.model_fields)
     given = vae.model_dump(exclude_defaults=whole, exclude_unset=not whole)
-    return {name: value for name, value in given.items() if name != "weights"}
+    return {name: value for name, value in given.items() if name not in ("weights", *HOW)}

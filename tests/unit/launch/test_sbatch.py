@@ -167,6 +167,15 @@ def test_a_signal_reaches_the_ranks(bash: Bash, state: str, requeues: bool, numb
     assert process.returncode == (-signal.SIGKILL if requeues else 0), out
 
 
+def test_a_task_of_an_array_comes_back_alone(bash: Bash, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last task's SLURM_JOB_ID is the number of the whole array."""
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    bash.say(bash.marker(done=False) + "exit 0")
+    bash.finish()
+    assert bash.asked() == ["requeue 7_1"]
+
+
 def test_failures_are_forgiven_while_checkpoints_come(bash: Bash) -> None:
     checkpoints = bash.run_dir / "checkpoints"
     bash.say("exit 3")
@@ -203,7 +212,7 @@ def test_a_site_that_requeues_nothing(bash: Bash) -> None:
 def test_the_meeting_point_and_the_code(bash: Bash) -> None:
     bash.say(f'echo "$MASTER_ADDR $MASTER_PORT $PYTHONPATH $PYTHONSAFEPATH" >"$FAKE/told"\n{bash.marker(done=True)}')
     bash.finish(restart=2)
-    assert (bash.fake / "told").read_text() == f"node1 20009 {bash.job}/source:{bash.folder} 1\n"
+    assert (bash.fake / "told").read_text() == f"node1 20047 {bash.job}/source:{bash.folder} 1\n"
 
 
 @pytest.mark.parametrize(

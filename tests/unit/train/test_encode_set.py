@@ -304,7 +304,7 @@ def test_a_damaged_latent_is_replaced_and_named(configure: Configure, tmp_path: 
         tmp_path / "run", data={"train": str(tmp_path / "out"), "max_skipped": 0.5}, sample={"prompts": ()}
     )
     assert run(config)
-    lost = [key for row in read_metrics(config.directory) for key in row.get("skipped", ())]
+    lost = [key for row in read_metrics(config.directory) for key, _ in row.get("skipped", ())]
     assert lost
     assert set(lost) == {ref.key}
 
@@ -321,7 +321,7 @@ def test_the_command(
     assert main(["encode", file, str(tmp_path / "out"), "--clips-per-shard", "5"]) == 0
     assert "the folder already held exactly this set" in capfd.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".json", ".jsonl"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".tar", ".json", ".jsonl", ".safetensors"}
     assert not (tmp_path / ".out.partial").exists()
 
 

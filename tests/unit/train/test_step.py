@@ -48,7 +48,9 @@ class Rig:
             self.step = DitStep(config, vae, text, CPU)
             if store:
                 folder = config.directory / "latents"
-                encode_set(config, Catalog.plain(refs), folder, ClipEncoder(vae, None, CPU, "fp32"), print, go_on)
+                encode_set(
+                    config, Catalog.plain(refs), folder, ClipEncoder(vae, config.vae, None, CPU, "fp32"), print, go_on
+                )
                 refs = read_index(folder)
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():  # gates and output start at zero, which would hide the network from the loss

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from vidit.config import ConfigError, Data, RunConfig, Vae
 from vidit.model.init import initialise
 from vidit.vae.autoencoder import LOG_VARIANCE, CausalVae, Posterior
-from vidit.vae.layers import CausalConv3d, ChannelNorm, Down, Up, fold_pixels, unfold_pixels
+from vidit.vae.folding import Fold, Unfold
+from vidit.vae.layers import CausalConv3d, Down, Up
+from vidit.vae.norms import ChannelNorm
 from vidit.vae.store import load_vae, save_vae
 from vidit.vae.stored import adopt_vae, vae_config
 
@@ -179,9 +181,10 @@ class TestLayers:
     @pytest.mark.parametrize("patch", [1, 2, 4])
     def test_folding_pixels(self, patch):
         x = torch.arange(2 * 3 * 2 * 8 * 8.0).view(2, 3, 2, 8, 8)
-        folded = fold_pixels(x, patch)
+        fold, unfold = Fold(Vae(patch=patch)), Unfold(Vae(patch=patch))
+        folded = fold(x)
         assert folded.shape == (2, 3 * patch**2, 2, 8 // patch, 8 // patch)
-        assert torch.equal(unfold_pixels(folded, patch), x)
+        assert torch.equal(unfold(folded), x)
         patches = folded[0, :, 0, 1, 0].sort().values
         assert torch.equal(patches, x[0, :, 0, patch : 2 * patch, :patch].flatten().sort().values)
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from vidit.config import ConfigError, Data, Model, RunConfig, Train, Vae
+from vidit.config import ConfigError, Data, Model, Parallel, RunConfig, Train, Vae
 from vidit.overrides import apply_overrides
+from vidit.resolve import faults as resolve_faults
 from vidit.vae.stored import adopt_vae
 
 GEOMETRY = {
@@ -74,3 +75,20 @@ def test_a_damaged_folder_is_one_line(folder):
     (folder / "config.json").write_text('{"patch": 0, "colour": 1}')
     (line,) = faults(run(folder))
     assert "config.json is not a VAE config: patch Input should be greater than 0; colour Extra inputs" in line
+
+
+def test_in_what_parts_it_codes_is_of_the_run(folder):
+    config = apply_overrides(run(folder), ["vae.max_frames=4", "vae.tile=32", "vae.tile_overlap=8"])
+    vae = adopt_vae(config).vae
+    assert (vae.max_frames, vae.tile, vae.tile_overlap, vae.latent_channels) == (4, 32, 8, 4)
+
+
+def test_a_limit_that_the_strides_of_the_folder_exclude(folder):
+    assert [f for f in resolve_faults(adopt_vae(run(folder, {"max_frames": 1}))) if "vae.max_frames=1 is less" in f]
+
+
+def test_rows_of_a_frame_whose_norm_sees_all_of_it(folder):
+    group = Vae(**GEOMETRY, norm="group", norm_groups=4, weights=str(folder))
+    config = RunConfig(name="a", vae=group, data=Data(train="x"), parallel=Parallel(sequence=2, vae_context="rows"))
+    (fault,) = (f for f in resolve_faults(config) if "vae.norm=group" in f)
+    assert fault.startswith("parallel.vae_context=rows divides frames")

@@ -35,10 +35,13 @@ mkdir -p -- "$run" || exit 1
 
 # One start of the run: a requeued job has the same id and starts again.
 export VIDIT_ATTEMPT=001/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# A task of an array by its place: the number of the last one is that of all.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
 export PYTHONPATH=$job/source:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 10000))
+export MASTER_ADDR MASTER_PORT=$((20000 + (7 * SLURM_JOB_ID + 4999 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 export NCCL_SOCKET_IFNAME=ib0
 export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5_0,mlx5_1
@@ -72,7 +75,8 @@ run_step() {
 requeue() {
   say "$* -> requeue"
   trap '' USR1 TERM
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  scontrol requeue "$id" || exit 1
+  [ -z "${exclude:-}" ] || scontrol update JobId="$id" ExcNodeList="$exclude" || exit 1
   sleep 600
   exit 1
 }
@@ -82,6 +86,20 @@ if left "001/[^\"]*" true; then
   exit 0
 fi
 say "start"
+
+# Every node in which the check fails is left out from now on.
+sick=$job/sick/$VIDIT_ATTEMPT
+mkdir -p -- "$sick"
+export sick
+run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+  check apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif /env/bin/python -m cluster.health --json --gpus 4 --hardware a100_80gb --folder /scratch
+bad=$(find "$sick" -type f -printf '%f,')
+if [ "$bad" ] && [ -z "$asked" ]; then
+  before=$(scontrol -o show job "$id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  exclude=${bad%,} rc=1
+  [ "$before" = "(null)" ] || exclude=$before,$exclude
+  requeue "the check found ${bad%,} unhealthy"
+fi
 
 if [ -z "$asked" ]; then
   run_step srun --kill-on-bad-exit=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif "${command[@]}"
@@ -95,7 +113,7 @@ if left "$VIDIT_ATTEMPT" true; then
 fi
 if [ "$asked" ] || left "$VIDIT_ATTEMPT" false; then
   # A job that is cancelled, requeued by SLURM or preempted without grace is on its way out, and must not come back.
-  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+  state=$(squeue -h -j "$id" -o %T)
   [ "$state" = RUNNING ] && requeue "stopped and saved"
   say "stopped while $state"
   exit "$rc"

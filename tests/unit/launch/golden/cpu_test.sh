@@ -20,10 +20,13 @@ mkdir -p -- "$run" || exit 1
 
 # One start of the run: a requeued job has the same id and starts again.
 export VIDIT_ATTEMPT=001/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# A task of an array by its place: the number of the last one is that of all.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
 export PYTHONPATH=$job/source:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 10000))
+export MASTER_ADDR MASTER_PORT=$((20000 + (7 * SLURM_JOB_ID + 4999 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 export GLOO_SOCKET_IFNAME=lo
 export OMP_NUM_THREADS=1
 export CUDA_VISIBLE_DEVICES=''
@@ -57,7 +60,7 @@ run_step() {
 requeue() {
   say "$* -> requeue"
   trap '' USR1 TERM
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  scontrol requeue "$id" || exit 1
   sleep 600
   exit 1
 }
@@ -80,7 +83,7 @@ if left "$VIDIT_ATTEMPT" true; then
 fi
 if [ "$asked" ] || left "$VIDIT_ATTEMPT" false; then
   # A job that is cancelled, requeued by SLURM or preempted without grace is on its way out, and must not come back.
-  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+  state=$(squeue -h -j "$id" -o %T)
   [ "$state" = RUNNING ] && requeue "stopped and saved"
   say "stopped while $state"
   exit "$rc"

@@ -26,10 +26,13 @@ mkdir -p -- "$run" || exit 1
 
 # One start of the run: a requeued job has the same id and starts again.
 export VIDIT_ATTEMPT=001/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
+# A task of an array by its place: the number of the last one is that of all.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+id=${id:-$SLURM_JOB_ID}
 export PYTHONPATH=$job/source:$PWD PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-export MASTER_ADDR MASTER_PORT=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 10000))
+export MASTER_ADDR MASTER_PORT=$((20000 + (7 * SLURM_JOB_ID + 4999 * ${SLURM_RESTART_COUNT:-0}) % 10000))
 export NCCL_SOCKET_IFNAME=bond0
 export GLOO_SOCKET_IFNAME=bond0
 export NCCL_IB_HCA==mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11
@@ -64,7 +67,8 @@ run_step() {
 requeue() {
   say "$* -> requeue"
   trap '' USR1 TERM
-  scontrol requeue "$SLURM_JOB_ID" || exit 1
+  scontrol requeue "$id" || exit 1
+  [ -z "${exclude:-}" ] || scontrol update JobId="$id" ExcNodeList="$exclude" || exit 1
   sleep 600
   exit 1
 }
@@ -75,8 +79,22 @@ if left "001/[^\"]*" true; then
 fi
 say "start"
 
+# Every node in which the check fails is left out from now on.
+sick=$job/sick/$VIDIT_ATTEMPT
+mkdir -p -- "$sick"
+export sick
+run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 --cpus-per-task=112 --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
+  check /env/bin/python -m cluster.health --json --gpus 8 --hardware h100_sxm --folder /lustre
+bad=$(find "$sick" -type f -printf '%f,')
+if [ "$bad" ] && [ -z "$asked" ]; then
+  before=$(scontrol -o show job "$id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+  exclude=${bad%,} rc=1
+  [ "$before" = "(null)" ] || exclude=$before,$exclude
+  requeue "the check found ${bad%,} unhealthy"
+fi
+
 if [ -z "$asked" ]; then
-  run_step srun --kill-on-bad-exit=1 --nodes=128 --ntasks=1024 --ntasks-per-node=8 --cpus-per-task=14 --cpu-bind=none '--container-image=nvcr.io#nvidia/pytorch:25.10-py3' --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home "${command[@]}"
+  run_step srun --kill-on-bad-exit=1 --nodes=128 --ntasks=1024 --ntasks-per-node=8 --cpus-per-task=14 --cpu-bind=none --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home "${command[@]}"
 else
   rc=0
 fi
@@ -87,7 +105,7 @@ if left "$VIDIT_ATTEMPT" true; then
 fi
 if [ "$asked" ] || left "$VIDIT_ATTEMPT" false; then
   # A job that is cancelled, requeued by SLURM or preempted without grace is on its way out, and must not come back.
-  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)
+  state=$(squeue -h -j "$id" -o %T)
   [ "$state" = RUNNING ] && requeue "stopped and saved"
   say "stopped while $state"
   exit "$rc"

@@ -1,0 +1,290 @@
+"""Ray without Ray: what the driver is told and decides, what a back-end refuses, ranks that an actor would start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.folder import SCRIPT
+from launch.job import JobSpec, Task
+from launch.ray_backend import ADDRESSES, Backend
+from launch.ray_driver import left_as
+from launch.ray_nodes import Failures, cause, config_of, newest_step, node_counts, refusal
+from launch.ray_order import Order, parse
+from launch.ray_ranks import Ended, NodeRanks
+from launch.site import Ray, Site
+from vidit.config import ConfigError, RunConfig
+
+
+def job(**changes: object) -> JobSpec:
+    told = {
+        "name": "a run", "config": "configs.demo", "tasks": (Task(run_dir="/runs/it's a"),), "nodes": 4, "devices": 8,
+        "workdir": "/home/me", "python": "/venv/bin/python", "address": "http://head:8265",
+    }  # fmt: skip
+    return JobSpec.model_validate({**told, **changes})
+
+
+class TestOrder:
+    def test_what_is_written_is_read(self):
+        order = Order(
+            folder=Path("/r u/jobs/001"), task=3, run_dir=Path("/r u"), nodes=4, min_nodes=2, devices=8, device="GPU",
+            cpus_per_device=6, restarts=1, wait_s=60.0, settle_s=5.0, grace_s=120.0, exports=("A", "B_C"),
+            command=("python", "-m", "x", "--nodes=9", "a b", "$(c)"),
+        )  # fmt: skip
+        words = order.words()
+        assert words[:2] == ["-m", "launch.ray_driver"]
+        assert parse(words[2:]) == order
+        assert order.bundle == {"CPU": 48.0, "GPU": 8.0}
+
+    def test_devices_that_are_cpus_are_counted_once(self):
+        assert order_of(job(devices=2), Site(ray=Ray(device="CPU", cpus_per_device=3))).bundle == {"CPU": 6.0}
+
+    def test_what_is_missing_is_named(self, capsys):
+        with pytest.raises(SystemExit):
+            parse(["--nodes=2", "--", "true"])
+        assert "--min-nodes" in capsys.readouterr().err
+
+
+def order_of(spec: JobSpec, site: Site, number: int = 0) -> Order:
+    """The order that bash gives the driver when it runs the script, read from what takes the place of Python."""
+    script = Backend().render(spec, site, Path("/runs/it's a/jobs/001"))
+    shown = script.replace("cd -- /home/me", "cd -- /").replace("exec /venv/bin/python", "exec printf '%s\\0'")
+    done = subprocess.run(["bash", "-c", shown, "job.sh", str(number)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return parse(done.stdout.split("\0")[2:-1])
+
+
+class TestScript:
+    def test_bash_gives_the_driver_what_was_asked_for(self):
+        site = Site(environment={"NCCL_IB_HCA": "mlx5; $(id)"}, ray=Ray(wait_s=7))
+        order = order_of(job(min_nodes=2), site)
+        assert (order.nodes, order.min_nodes, order.devices, order.wait_s) == (4, 2, 8, 7.0)
+        assert str(order.run_dir) == "/runs/it's a"
+        assert order.command[0] == "/venv/bin/python"
+        assert order.command[-1] == "launch.local=1"
+        assert "NCCL_IB_HCA" in order.exports
+        assert "export NCCL_IB_HCA='mlx5; $(id)'\n" in Backend().render(job(), site, Path("/x"))
+
+    def test_without_fewer_nodes_all_are_needed(self):
+        assert order_of(job(), Site()).min_nodes == 4
+
+    def test_each_run_of_a_sweep_has_its_own(self):
+        tasks = tuple(Task(run_dir=f"/runs/{n}", overrides=(f"train.seed={n}",)) for n in range(3))
+        order = order_of(job(tasks=tasks), Site(), 2)
+        assert str(order.run_dir) == "/runs/2"
+        assert "train.seed=2" in order.command
+        assert order.output.name == "output-2.log"
+
+    def test_a_run_that_is_not_there(self):
+        done = subprocess.run(
+            ["bash", "-c", Backend().render(job(workdir="/"), Site(), Path("/x")), "job.sh", "5"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "no run 5" in done.stderr
+
+    def test_the_command_is_a_line_that_a_person_can_type(self):
+        argv = Backend().argv(job(), Path("/x") / SCRIPT)
+        assert shlex.join(argv).startswith("ray job submit --address=http://head:8265 --no-wait ")
+        assert argv[-4:] == ["--", "bash", "/x/job.sh", "0"]
+        patience = next(json.loads(word.partition("=")[2]) for word in argv if word.startswith("--runtime-env"))
+        assert int(patience["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > Ray().grace_s
+
+
+class TestFaults:
+    @pytest.fixture(autouse=True)
+    def no_cluster(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ADDRESSES:
+            monkeypatch.delenv(name, raising=False)
+
+    def test_none(self):
+        assert list(Backend().faults(job(min_nodes=3), Site(ray=Ray(address="http://head:8265")))) == []
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"address": ""}, "no address"),
+            ({"min_nodes": 4}, "--min-nodes=4 has no effect with --nodes=4"),
+            ({"minutes": 5}, "--time has no effect"),
+            ({"after": ("1",)}, "--after has no effect"),
+            ({"chain": 2}, "--chain has no effect"),
+            ({"options": ("--x",)}, "--sbatch has no effect"),
+            ({"ranks": "node"}, "--ranks has no effect"),
+            ({"workdir": "/a:b"}, "PYTHONPATH"),
+        ],
+    )
+    def test_of_a_job(self, changes, told):
+        (fault,) = Backend().faults(job(**changes), Site())
+        assert told in fault
+
+    def test_of_a_site(self):
+        site = Site(devices=4, modules=("cuda",), setup=("true",))
+        found = list(Backend().faults(job(), site))
+        assert len(found) == 3
+        assert "has 4; use at most" in found[0]
+
+    def test_the_address_of_an_option_counts_most(self, monkeypatch):
+        script, site = Path("/x/job.sh"), "ray_local"
+        monkeypatch.setenv(ADDRESSES[1], "10.0.0.1:6379")
+        assert "--address=10.0.0.1:6379" in Backend().argv(job(address="", site=site), script)
+        monkeypatch.setenv(ADDRESSES[0], "http://env:1")
+        assert "--address=http://env:1" in Backend().argv(job(address="", site=site), script)
+        assert "--address=http://head:8265" in Backend().argv(job(site=site), script)
+
+
+class TestDecisions:
+    def test_failures_are_counted_between_checkpoints(self):
+        failures = Failures(allowed=2)
+        assert [failures.another(step) for step in (-1, -1, 5, 5, 5)] == [True, True, True, True, False]
+        assert not Failures(allowed=0).another(7)
+
+    def test_newest_step(self, tmp_path: Path):
+        assert newest_step(tmp_path) == -1
+        for name in ("step-00000003", "step-00000012", "step-00000020.partial"):
+            (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        assert newest_step(tmp_path) == 12
+
+    def test_numbers_of_nodes_that_divide_the_batch(self, configure: Callable[..., RunConfig]):
+        config = configure("", train={"global_batch": 12, "micro_batch": 1})
+        assert node_counts(config, 6, 1, 1) == [6, 4, 3, 2, 1]
+        with pytest.raises(ConfigError, match=r"--min-nodes=5 x 1 devices: .*not divisible"):
+            node_counts(config, 6, 5, 1)
+        with pytest.raises(ConfigError, match="--nodes=5 x 1 devices"):
+            node_counts(config, 5, 1, 1)
+
+    def test_a_layout_of_fixed_size_has_one_number(self, configure: Callable[..., RunConfig]):
+        config = configure("", parallel={"shard": 2})
+        assert node_counts(config, 2, 2, 1) == [2]
+        with pytest.raises(ConfigError, match=r"--min-nodes=1 x 1 devices: the layout shard 2 takes 2 ranks"):
+            node_counts(config, 2, 1, 1)
+
+    def test_the_config_is_that_of_the_command(self):
+        config = config_of(("python", "-m", "vidit.cli", "train", "configs.demo", "train.steps=7", "launch.local=1"))
+        assert config.train.steps == 7
+
+    def test_refusals_give_both_numbers(self):
+        nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 4.0, "GPU": 2.0}, {"CPU": 8.0}]
+        told = refusal(2, {"CPU": 8.0, "GPU": 8.0}, nodes, 60)
+        assert "2 nodes with CPU=8 GPU=8 each are wanted, but 0 of the cluster's 3 nodes" in told
+        assert "(2 with CPU=4 GPU=2; 1 with CPU=8 GPU=0)" in told
+        busy = refusal(2, {"CPU": 4.0, "GPU": 2.0}, nodes, 60)
+        assert "2 such nodes are there but have not become free in 60 s" in busy
+
+    def test_the_cause_is_the_rank_that_was_killed_or_names_itself(self):
+        echo = Ended(rank=0, fault=0, code=1, message="connection closed")
+        blames = Ended(rank=0, fault=2, code=1, message="is silent")
+        killed = Ended(rank=1, fault=1, code=-9, message="ended by SIGKILL without a message")
+        lost = Ended(rank=1, fault=None, code=None, message="node 10.0.0.2 or its actor is gone")
+        well = Ended(rank=3, fault=3, code=0, message="")
+        assert cause([echo, killed, well]).startswith("rank 1: ended by SIGKILL")
+        assert cause([blames, well]) == "rank 2: is silent"
+        assert cause([well, lost]).startswith("node 10.0.0.2")
+        assert cause([well, Ended(rank=2, fault=2, code=None, message="")]) == "rank 2: did not leave when asked"
+        assert cause([well]).startswith("all ranks left before the run was done")
+
+    def test_only_the_word_of_this_start_counts(self, tmp_path: Path):
+        assert not left_as(tmp_path, "001/0.1")
+        (tmp_path / "stopped.json").write_text('{"attempt": "001/0.1", "done": true}')
+        assert left_as(tmp_path, "001/0.1")
+        assert not left_as(tmp_path, "001/0.2")
+
+
+STUB = """
+import os, signal, sys, time
+from pathlib import Path
+from launch.rank import own_place, rank_process
+
+place, fault = own_place(), sys.argv[1]
+with rank_process(place, Path("logs")):
+    came = []
+    signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    Path(f"begun-{place.rank}").touch()
+    if place.rank == 3 and fault == "raise":
+        raise ValueError("no such clip")
+    if place.rank == 3 and fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while fault == "wait" and not came:
+        time.sleep(0.02)
+    print(f"rank {place.rank} of {place.world}, {place.local_world} here, {os.environ['MASTER_PORT']}", flush=True)
+"""
+
+
+class TestRanks:
+    """Ranks 2 and 3 of 4, as the second of two nodes has them."""
+
+    @pytest.fixture
+    def ranks(self) -> Iterator[NodeRanks]:
+        one = NodeRanks(2, 2, 4)
+        yield one
+        one.end()
+        assert not one.folder.exists()
+        assert all(process.poll() is not None for process in one.processes)
+
+    def begin(self, ranks: NodeRanks, folder: Path, fault: str) -> None:
+        (folder / "stub.py").write_text(STUB)
+        path = {"PYTHONPATH": str(Path(__file__).parents[3])}
+        command = [sys.executable, str(folder / "stub.py"), fault]
+        ranks.start(command, str(folder), ["127.0.0.1", "1234"], str(folder / "output"), path)
+
+    def begun(self, folder: Path) -> None:
+        deadline = time.monotonic() + 30
+        while len(list(folder.glob("begun-*"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def test_they_know_their_place(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "")
+        assert [(one["rank"], one["code"]) for one in ranks.wait()] == [(2, 0), (3, 0)]
+        assert (tmp_path / "logs/rank-2.log").read_text() == "rank 2 of 4, 2 here, 1234\n"
+
+    def test_the_error_of_one_is_told(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "raise")
+        well, bad = ranks.wait()
+        assert well["code"] == 0
+        assert bad == Ended(rank=3, fault=3, code=1, message="no such clip")
+
+    def test_so_is_the_signal_that_ended_one(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "kill")
+        assert ranks.wait()[1]["message"] == "ended by SIGKILL without a message"
+
+    def test_they_stop_when_asked(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "wait")
+        self.begun(tmp_path)
+        ranks.stop()
+        assert [one["code"] for one in ranks.wait()] == [0, 0]
+
+    def test_who_is_asked_to_stop_starts_none(self, ranks: NodeRanks, tmp_path: Path):
+        ranks.stop()
+        self.begin(ranks, tmp_path, "wait")
+        assert ranks.wait() == []
+
+    def test_they_are_killed_with_what_is_left_of_them(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "wait")
+        self.begun(tmp_path)
+        ranks.end()
+        assert [one["code"] for one in ranks.wait()] == [-9, -9]
+
+    def test_a_port_that_is_free(self, ranks: NodeRanks):
+        address, port = ranks.meeting_point("127.0.0.1")
+        assert address == "127.0.0.1"
+        assert int(port) > 1023
+
+
+def test_the_back_end_needs_no_ray_to_render(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom launch.backend import load_backend\nload_backend('ray')\nimport launch.ray_driver\n"
+        "assert not {'ray', 'torch'} & set(sys.modules)"
+    )
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
