@@ -28,6 +28,7 @@ from vidit.data.encode import encode_mp4
 from vidit.data.limits import ClipError, ShardError
 from vidit.data.shard_writer import ShardWriter
 from vidit.data.shards import read_clip, read_index
+from vidit.data.stream_reader import clips_in
 from vidit.data.tar import BLOCK
 from vidit.data.video import decode_clip, verify
 
@@ -144,6 +145,8 @@ MUTATIONS: dict[str, Mutation] = {
     "number": _number, "box": _box, "header": _header, "field": _field,
 }  # fmt: skip
 SUITED = {".tar": ("header",) * 4, ".jsonl": ("field",) * 6, ".json": ("field",) * 6}
+STREAMED = "streamed.tar"
+"""The target that is the bare tar, read as a stream."""
 ANY = ("flip", "write", "insert", "cut", "truncate", "repeat", "number")
 
 
@@ -187,13 +190,17 @@ class Corpus:
                     tar.addfile(info, io.BytesIO(content))
         self.content = {ref.key: read_clip(ref)[:2] for ref in read_index(self.packed)}
         files = [path for part in (self.packed, self.bare) for path in sorted(part.iterdir())]
-        self.targets = [*(str(path.relative_to(folder)) for path in files), *self.videos]
+        self.targets = [*(str(path.relative_to(folder)) for path in files), STREAMED, *self.videos]
         """What a mutation can meet; names of videos alone are videos."""
 
     def outcome(self, case: Case) -> str:
         """What came of a case: `delivered`, `skipped` or `refused`. Any other error is raised."""
         if case.target in self.videos:
             return self._of_video(mutated(self.videos[case.target], case))
+        if case.target == STREAMED:
+            tar = self.folder / "streamed.tar"
+            tar.write_bytes(mutated((self.bare / "others.tar").read_bytes(), case))
+            return self._of_stream(tar)
         with tempfile.TemporaryDirectory(dir=self.folder) as name:
             part, file = case.target.split("/")
             copy = Path(shutil.copytree(self.folder / part, Path(name) / part))
@@ -209,6 +216,22 @@ class Corpus:
             except ClipError:
                 found["skipped"] += 1
         return "skipped" if found["skipped"] else "delivered"
+
+    def _of_stream(self, tar: Path) -> str:
+        """The tar as a run with `data.streaming` reads it: from front to back, without an index."""
+        skipped = False
+        try:
+            for item in clips_in(tar):
+                try:
+                    clean_caption(item.caption())
+                    _decoded(item.video())
+                except (ClipError, CaptionError):
+                    skipped = True
+        except ShardError as error:
+            if str(tar) not in str(error):
+                raise AssertionError(f"no file is named: {error}") from error
+            return "refused"
+        return "skipped" if skipped else "delivered"
 
     def _of_set(self, folder: Path) -> str:
         skipped = False

@@ -103,6 +103,7 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
     yield from _input_faults(c)
     yield from _bucket_faults(c)
+    yield from _stream_faults(c)
     yield from (f"data.select: {fault}" for fault in rule_faults(c.data.select))
     for number, source in enumerate(c.data.mixture):
         yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
@@ -215,6 +216,24 @@ def _bucket_faults(c: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.pipeline={c.parallel.pipeline} sends tokens of one shape, data.buckets gives several; use "
             "tensor, sequence or shard, or one shape"
+        )
+
+
+def _stream_faults(c: RunConfig) -> Iterator[str]:
+    """What needs to know the clips before the first of them is read."""
+    d = c.data
+    if not d.streaming:
+        return
+    beside = {
+        "data.mixture": bool(d.mixture), "data.buckets": bool(d.buckets), "data.select": bool(d.select),
+        "data.cache_latents": d.cache_latents, "data.image_rows": bool(d.image_rows),
+    }  # fmt: skip
+    for name in (name for name, is_set in beside.items() if is_set):
+        yield f"{name} needs to know all clips, data.streaming=true reads them as they come; leave one out"
+    if d.num_validation and not d.validation:
+        yield (
+            f"data.num_validation={d.num_validation} takes the last clips of data.train, which data.streaming=true "
+            "does not know; give a packed folder as data.validation, or data.num_validation=0"
         )
 
 

@@ -202,9 +202,11 @@ def test_ranks_of_a_killed_driver_save_and_leave(job: Job, name: str, site: Path
 
 
 def test_a_run_that_cannot_start_is_given_up(job: Job, name: str, site: Path) -> None:
-    job.submit(name, site, "--nodes=2", "--restarts=0", "data.train=/nowhere")
+    job.submit(name, site, "--nodes=2", "--restarts=3", "data.train=/nowhere")
     output = job.end()
-    assert "(newest checkpoint: none; failure 1 in a row there, 0 allowed)" in output
+    assert "/nowhere is not a folder" in output
+    assert "it would fail again" in output
+    assert "start 2" not in output
     status = job.status()
     assert "/nowhere" in status
     assert " failed (" in status

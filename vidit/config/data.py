@@ -36,6 +36,10 @@ class Data(Section):
     """Clips: where they are and how they are cut."""
 
     train: str = Field("", description="folder written by `vidit pack` or `vidit encode` (shards), or its URL")
+    streaming: bool = Field(
+        False, description="train is tars without an index, read from front to back: a folder, a pattern, a .txt"
+    )
+    shuffle_buffer: NotNegative = Field(0, description="clips of a reader's tars that are shuffled; 0 = in tar order")
     mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
     buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
     validation: str | None = Field(None, description="the same for validation; none = the last clips of train")
@@ -65,7 +69,8 @@ class Data(Section):
     def is_remote(self) -> bool:
         """Whether any of the clips lie behind a URL."""
         places = [source.path for source in self.mixture] + [self.train, self.validation or ""]
-        return any("://" in place for place in places)
+        is_list = self.streaming and self.train.endswith(".txt")  # of what, nobody has read yet
+        return is_list or any("://" in place for place in places)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -15,6 +15,10 @@ class ClipError(ValueError):
         self.reason = reason
 
 
+class TooShortError(ClipError):
+    """A clip with fewer frames than are asked for: nothing is wrong with it."""
+
+
 class ShardError(ValueError):
     """A shard, index or manifest that cannot be used; the message names the file and the cure."""
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from vidit import keys
-from vidit.config import Bucket, RunConfig
+from vidit.config import Bucket, Data, RunConfig
 from vidit.data.captions import CaptionError, clean_caption
 from vidit.data.catalog import Catalog
 from vidit.data.encoded import (
@@ -34,6 +34,7 @@ from vidit.data.rows import Clips, Row, clips_of
 from vidit.data.schedule import MicroBatch
 from vidit.data.shards import ClipRef, expect_clips, read_clip
 from vidit.data.storage import Folder
+from vidit.data.stream_plan import Mark
 from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
@@ -62,6 +63,8 @@ class Batch:
     skipped: list[Skip] = field(default_factory=list)
     text: StoredText | None = None
     size: tuple[int, int, int] | None = None
+    mark: Mark | None = None
+    """Of a stream: where its reader stands after this batch."""
 
     @property
     def keys(self) -> list[str]:
@@ -174,20 +177,24 @@ class MicroBatches(TorchDataset[Batch]):
         """As `decode`, and the sidecar."""
         video, caption, sidecar = read_clip(ref)
         text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption or not self.captioned)
-        d, shape = self.data, shape or self.data.shapes[0]
-        start, y, x = (keys.key(self.seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
-        pixels = decode_clip(
-            video,
-            # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
-            num_frames=1 if image and d.random_crop else shape.num_frames,
-            first_only=image,
-            fps=d.fps,
-            height=shape.height,
-            width=shape.width,
-            start_fraction=start,
-            crop_fraction=(y, x),
-        )
+        pixels = pixels_of(video, self.data, self.seed, name, image, shape or self.data.shapes[0])
         return pixels, text, sidecar
+
+
+def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: Bucket) -> Tensor:
+    """A video cut to a shape, (T, H, W, 3) uint8; of an image T = 1. `name` keys its crop. ClipError."""
+    start, y, x = (keys.key(seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
+    return decode_clip(
+        video,
+        # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
+        num_frames=1 if image and d.random_crop else shape.num_frames,
+        first_only=image,
+        fps=d.fps,
+        height=shape.height,
+        width=shape.width,
+        start_fraction=start,
+        crop_fraction=(y, x),
+    )
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:

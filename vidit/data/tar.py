@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 from vidit.data.limits import ClipError, ShardError
 from vidit.data.storage import Readable, read_range
@@ -27,6 +27,8 @@ CAPTION_SUFFIXES = frozenset({"json", "txt"})
 BLOCK = 512
 CURE = "make it again with `vidit pack` or `vidit encode`, or fetch the file again"
 _MAX_HEADER_READ = 1 << 20
+LARGEST_STEP_BACK = 4 * BLOCK
+"""How far tarfile steps back in a file that it reads in order: a block and a byte, with room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +60,20 @@ def suffix_of(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
+class Sequential(Protocol):
+    """A file that is read from front to back: `seek` goes forward, and back by ``LARGEST_STEP_BACK`` bytes at most."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+    def seek(self, offset: int, /) -> int: ...
+
+    def tell(self) -> int: ...
+
+
 class _HeaderReader:
     """A file that gives out small pieces only: a header that claims more is an attack on memory."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Sequential) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
 
@@ -73,52 +85,62 @@ class _HeaderReader:
 
 def scan(shard: Path, limits: Limits) -> dict[str, dict[str, Member]]:
     """Key -> suffix -> member, in the tar's order, by its headers alone."""
+    if not shard.is_file():
+        raise ShardError(f"{shard} is not a file; {CURE}")
     clips: dict[str, dict[str, Member]] = {}
-    for member in _members(shard, limits):
-        suffix = suffix_of(member.name)
-        members = clips.setdefault(member.name[: -len(suffix) - 1], {})
-        if suffix in members:
-            raise ShardError(f"{shard}: member {member.name!r} is there twice; {CURE}")
-        members[suffix] = member
+    with shard.open("rb") as file:
+        for member in members_of(file, shard, shard.stat().st_size, limits):
+            key, suffix = key_of(member)
+            members = clips.setdefault(key, {})
+            if suffix in members:
+                raise ShardError(f"{shard}: member {member.name!r} is there twice; {CURE}")
+            members[suffix] = member
     if not clips:
         raise ShardError(f"{shard}: the tar is empty, one clip or more was expected; {CURE}")
     return clips
 
 
-def _members(shard: Path, limits: Limits) -> Iterator[Member]:
-    if not shard.is_file():
-        raise ShardError(f"{shard} is not a file; {CURE}")
-    num_bytes = shard.stat().st_size
-    with shard.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=_HeaderReader(file), mode="r:") as tar:  # type: ignore[call-overload]
-                for count, info in enumerate(tar, start=1):
-                    if count > limits.max_members:
-                        raise ShardError(f"{shard}: more than {limits.max_members} members")
-                    if _is_clip_member(shard, info, limits):
-                        yield Member(_clean_name(info.name), info.offset_data, info.size)
-                    if info.offset_data + info.size > num_bytes:
-                        raise ShardError(
-                            f"{shard}: truncated: member {info.name!r} ends at byte "
-                            f"{info.offset_data + info.size}, the file has {num_bytes}; {CURE}"
-                        )
-                    tar.members = []  # its list of all members would grow with the shard
-                end = tar.offset
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            if isinstance(error, ShardError):
-                raise
-            raise ShardError(f"{shard}: not a whole uncompressed tar: {error}; {CURE}") from error
-        file.seek(end)
-        # tarfile takes a damaged header for the end; only the zero blocks that must stand there tell.
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise ShardError(f"{shard}: truncated or damaged at byte {end} of {num_bytes}; {CURE}")
+def key_of(member: Member) -> tuple[str, str]:
+    """(key of the clip, suffix) of one of its members."""
+    suffix = suffix_of(member.name)
+    return member.name[: -len(suffix) - 1], suffix
+
+
+def members_of(file: Sequential, shard: Readable, num_bytes: int, limits: Limits) -> Iterator[Member]:
+    """The members of an open tar of so many bytes, in its order; ``shard`` is what errors call it. ShardError.
+
+    Between two of them the caller may read from ``file`` the member that it was given.
+    """
+    try:
+        with tarfile.open(fileobj=_HeaderReader(file), mode="r:") as tar:  # type: ignore[call-overload]
+            for count, info in enumerate(tar, start=1):
+                if count > limits.max_members:
+                    raise ShardError(f"{shard}: more than {limits.max_members} members")
+                is_member = _is_clip_member(shard, info, limits)
+                if info.offset_data + info.size > num_bytes:
+                    raise ShardError(
+                        f"{shard}: truncated: member {info.name!r} ends at byte "
+                        f"{info.offset_data + info.size}, the file has {num_bytes}; {CURE}"
+                    )
+                if is_member:
+                    yield Member(_clean_name(info.name), info.offset_data, info.size)
+                tar.members = []  # its list of all members would grow with the shard
+            end = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        if isinstance(error, ShardError):
+            raise
+        raise ShardError(f"{shard}: not a whole uncompressed tar: {error}; {CURE}") from error
+    file.seek(end)
+    # tarfile takes a damaged header for the end; only the zero blocks that must stand there tell.
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise ShardError(f"{shard}: truncated or damaged at byte {end} of {num_bytes}; {CURE}")
 
 
 def _clean_name(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _is_clip_member(shard: Path, info: tarfile.TarInfo, limits: Limits) -> bool:
+def _is_clip_member(shard: Readable, info: tarfile.TarInfo, limits: Limits) -> bool:
     """True for a member to index, False for a plain folder; ShardError for whatever should not be there."""
 
     def refuse(reason: str) -> ShardError:
@@ -166,14 +188,18 @@ def caption_of(shard: Path, key: str, members: Mapping[str, Member]) -> tuple[Me
 
 def sidecar_of(shard: Readable, member: Member, caption_needed: bool = True) -> dict[str, Any]:
     """The object in a .json, or the text of a .txt as its ``caption``. ShardError; ClipError as from ``read``."""
-    content = read(shard, member)
+    return parse_sidecar(f"{shard}: {member.name}", read(shard, member), caption_needed)
+
+
+def parse_sidecar(name: str, content: bytes, caption_needed: bool = True) -> dict[str, Any]:
+    """The same of the content of a member; ``name`` is what errors call it, and ends in its suffix. ShardError."""
     try:
         text = content.decode("utf-8")
-        sidecar = {"caption": text} if suffix_of(member.name) == "txt" else json.loads(text)
+        sidecar = {"caption": text} if suffix_of(name) == "txt" else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{shard}: {member.name} is not valid UTF-8 text or JSON: {error}; {CURE}") from error
+        raise ShardError(f"{name} is not valid UTF-8 text or JSON: {error}; {CURE}") from error
     if not isinstance(sidecar, dict) or (caption_needed and not isinstance(sidecar.get("caption"), str)):
-        raise ShardError(f"{shard}: {member.name} has no `caption` text; {CURE}")
+        raise ShardError(f"{name} has no `caption` text; {CURE}")
     return sidecar
 
 

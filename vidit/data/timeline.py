@@ -10,7 +10,7 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vidit.data.limits import ClipError
+from vidit.data.limits import TooShortError
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,15 @@ class Timeline:
         if not fps:
             spare = len(self.pts) - num_frames
             if spare < 0:
-                raise ClipError(f"too short: {len(self.pts)} frames at the file's own rate, {num_frames} are needed")
+                raise TooShortError(
+                    f"too short: {len(self.pts)} frames at the file's own rate, {num_frames} are needed"
+                )
             start = round(start_fraction * spare)
             return self.pts[start : start + num_frames]
         # Half a frame of grace: rates such as 29.97 for 30, and headers without the last frame's duration.
         num_available = int(self.duration_s * fps + 0.5)
         if num_available < num_frames:
-            raise ClipError(
+            raise TooShortError(
                 f"too short: {self.duration_s:.3f} s give {num_available} frames at {fps:g} fps, "
                 f"{num_frames} are needed"
             )

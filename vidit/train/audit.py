@@ -20,10 +20,11 @@ from vidit.data.catalog import Catalog
 from vidit.data.manifest import ENCODE_REPORT
 from vidit.data.shards import read_index
 from vidit.resolve import resolve
-from vidit.train.clips import Split, fingerprints, read_splits
+from vidit.train.clips import Split, StreamSplit, fingerprints, read_splits
 from vidit.train.fingerprint import order_of
 from vidit.train.metrics import METRICS, read_metrics
 from vidit.train.rundir import newest_checkpoint, read_config
+from vidit.train.stream_audit import StreamAudit, audit_stream
 
 NAMED = 20
 """Skipped clips that are printed; the record holds all."""
@@ -58,12 +59,14 @@ class Audit:
         yield self.fault or "every clip is accounted for"
 
 
-def audit(run_dir: Path) -> Audit:
+def audit(run_dir: Path) -> Audit | StreamAudit:
     """Of a run whose data set is where config.json says. ValueError for a folder that is no run's, or another data set;
     errors of `read_splits`.
     """
     config = read_config(run_dir).model_copy(update={"run_dir": str(run_dir)})
     train, held = splits = read_splits(config)
+    if isinstance(train, StreamSplit):
+        return audit_stream(_steps(run_dir), train.tars, len(held.refs))
     catalog, order = _drawn_from(config, train)
     newest = newest_checkpoint(run_dir)
     facts = checkpoint.read_manifest(newest)["facts"] if newest else {}
@@ -101,13 +104,13 @@ def recalled(config: RunConfig, catalog: Catalog, step: int) -> Account:
 
 
 def _steps(run_dir: Path) -> list[dict[str, Any]]:
-    """A row for each step, `skipped` as pairs. ValueError for one that no run has written."""
+    """A row for each step, `skipped` as pairs in each. ValueError for one that no run has written."""
     rows = []
     for number, row in enumerate(read_metrics(run_dir), start=1):
         try:
             if "keys" in row:
                 skipped = [(str(name), str(reason)) for name, reason in row.get("skipped", ())]
-                rows.append({"step": int(row["step"]), "keys": list(row["keys"]), "skipped": skipped})
+                rows.append({**row, "step": int(row["step"]), "keys": list(row["keys"]), "skipped": skipped})
         except (KeyError, TypeError, ValueError) as error:
             path = run_dir / METRICS
             raise ValueError(

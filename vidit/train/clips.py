@@ -1,7 +1,7 @@
 """The clips of a run: which are for training and which for validation, which are usable, and the fixed batches."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parallel.exchange import same_everywhere
@@ -13,6 +13,7 @@ from vidit.data.listing import Listing
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
+from vidit.data.stream_tars import Tars, find_tars
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.encoding import require_same_cut
 from vidit.train.fingerprint import Fingerprint, fingerprint
@@ -39,6 +40,21 @@ class Split:
         return report | ({"select": self.selection} if self.selection else {})
 
 
+@dataclass(frozen=True)
+class StreamSplit(Split):
+    """Tars whose clips nobody knows before they are read; its catalogue is empty."""
+
+    tars: Tars = field(default_factory=lambda: Tars((), (), 0))
+
+    @classmethod
+    def of(cls, tars: Tars) -> "StreamSplit":
+        known = Fingerprint(num_clips=len(tars), sha256=tars.sha256)
+        return cls(Catalog.plain(()), LeftOut(), Listing(), known, tars=tars)
+
+    def report(self) -> dict[str, Any]:
+        return {"used": 0, "streamed_tars": len(self.tars), "dropped": [], "cropped": []}
+
+
 Splits = tuple[Split, Split]
 
 
@@ -49,7 +65,7 @@ def fingerprints(splits: Splits) -> dict[str, Fingerprint]:
 
 
 def read_splits(config: RunConfig) -> Splits:
-    """(training, validation): folders of their own, or the last `num_validation` clips of one.
+    """(training, validation): folders of their own, or the last `num_validation` clips of one; or a stream of tars.
 
     `data.select` chooses among the clips of each data set before they are split, so a validation that is taken from
     them is curated alike; a folder of its own is left as it is. Raises ShardError for a damaged dataset, ConfigError
@@ -57,6 +73,10 @@ def read_splits(config: RunConfig) -> Splits:
     """
     d = config.data
     reach = Reach(d.cache_dir, d.cache_gib, d.stall_s, d.patience_s)
+    if d.streaming:
+        kept = read_index(d.validation, reach)[: d.num_validation] if d.validation else ()
+        require_same_cut(config, (), kept)
+        return StreamSplit.of(find_tars(d.train, config.train.seed, reach)), _held(kept, config)
     chosen = [select_clips(read_index(source.path, reach), (*d.select, *source.select)) for source in d.sources]
     sources: list[Sequence[ClipRef]] = [one.refs for one in chosen]
     validation: Sequence[ClipRef] = ()
@@ -72,7 +92,7 @@ def read_splits(config: RunConfig) -> Splits:
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
     require_same_cut(config, Clips.chained(sources), validation)
-    train, held = _split(sources, config), _split([validation], alone(config))
+    train, held = _split(sources, config), _held(validation, config)
     unwanted = sum((one.dropped for one in chosen), LeftOut())
     train = replace(
         train, dropped=unwanted + train.dropped, selection=tuple(line for one in chosen for line in one.lines)
@@ -81,12 +101,17 @@ def read_splits(config: RunConfig) -> Splits:
         where = " ".join(source.path for source in d.sources)
         raise ValueError(f"no clip of {where} is usable: {len(train.dropped)} dropped, {_first(train)}")
     train.catalog.schedule(config)
+    return train, held
+
+
+def _held(validation: Sequence[ClipRef], config: RunConfig) -> Split:
+    held = _split([validation], alone(config))
     if held.dropped and not held.refs:
         raise ValueError(
-            f"none of the {len(held.dropped)} validation clips of {d.validation or d.train} is usable, "
-            f"{_first(held)}; give longer clips as data.validation, or data.num_validation=0 for no validation"
+            f"none of the {len(held.dropped)} validation clips of {config.data.validation or config.data.train} is "
+            f"usable, {_first(held)}; give longer clips as data.validation, or data.num_validation=0 for no validation"
         )
-    return train, held
+    return held
 
 
 def every_clip(config: RunConfig) -> Split:
@@ -94,6 +119,8 @@ def every_clip(config: RunConfig) -> Split:
 
     Raises what `read_splits` raises for them.
     """
+    if config.data.streaming:
+        raise ConfigError(["data.streaming=true knows no clip before it is read; pack the tars, or leave it out"])
     undivided = config.model_copy(
         update={"data": config.data.model_copy(update={"validation": None, "num_validation": 0})}
     )

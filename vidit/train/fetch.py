@@ -7,6 +7,7 @@ from typing import Any
 
 from parallel.exchange import exchange, in_order, together
 from vidit.data.loader import Batch
+from vidit.data.stream_plan import Mark
 from vidit.train.clips import require_same_clips
 from vidit.train.task import Task
 
@@ -17,13 +18,15 @@ Size = tuple[int, int, int]
 class Fetched:
     """This rank's micro-batches; of all ranks' the keys, the clips that were replaced, and (rows, size) of each.
 
-    `own_s` is what this rank took until it came to wait for the others.
+    `marks` are those of the readers of a stream, in the order of their batches. `own_s` is what this rank took until it
+    came to wait for the others.
     """
 
     batches: list[Batch]
     keys: list[str]
     skipped: list[tuple[str, str]]
     shapes: list[tuple[int, Size | None]]
+    marks: list[Mark]
     own_s: float
 
     @property
@@ -42,13 +45,14 @@ def fetch(task: Task, data: Iterator[Batch], accumulation: int, step: int, arriv
         batches = [next(data) for _ in range(accumulation)]
         own_s = time.perf_counter() - began
         arrived()
-    own: list[Any] = [[b.keys, b.skipped, len(b.rows), b.size] for b in batches]
+    own: list[Any] = [[b.keys, b.skipped, len(b.rows), b.size, b.mark and b.mark.told()] for b in batches]
     told = in_order(exchange(own, task.rows))
     require_same_clips(told, f"step {step}", task.config.data.train)
     return Fetched(
         batches=batches,
-        keys=[key for used, _, _, _ in told for key in used],
-        skipped=[(key, reason) for _, lost, _, _ in told for key, reason in lost],
-        shapes=[(rows, tuple(size) if size else None) for _, _, rows, size in told],
+        keys=[key for used, *_ in told for key in used],
+        skipped=[(key, reason) for _, lost, *_ in told for key, reason in lost],
+        shapes=[(rows, tuple(size) if size else None) for _, _, rows, size, _ in told],
+        marks=[Mark.heard(mark) for *_, mark in told if mark],
         own_s=own_s,
     )

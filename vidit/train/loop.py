@@ -6,7 +6,7 @@ the loop, and all take each decision alike: on what `exchange` tells them of one
 has seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,9 @@ from typing import Any
 from parallel.exchange import exchange
 from parallel.gradients import clip_gradients
 from parallel.telemetry import Communication
-from vidit.data.account import Account, Epoch
 from vidit.data.loader import Batch
 from vidit.resolve import resolve
+from vidit.train.entry import Entry
 from vidit.train.fetch import Fetched, fetch
 from vidit.train.goodput import Ledger
 from vidit.train.metrics import Reporter, Stopwatch
@@ -34,12 +34,13 @@ from vidit.train.task import Task
 COUNTED = 1  # which step of a start is counted with parallel.count_communication: the first one also sets things up
 
 Beat = Callable[[int, str], None]
+Account = Callable[[int, Fetched], Entry]
 
 
 @dataclass(frozen=True)
 class Watchers:
     """Who is told of the loop. `beat`: each section that begins; `review`: each step that is complete and saved;
-    `account`: the clips of each step, on the rank that reports.
+    `account`: the clips of each step; what it answers stands in the step's line, and is said.
     """
 
     review: Callable[[int], None]
@@ -47,7 +48,7 @@ class Watchers:
     ledger: Ledger
     stop: StopRequest
     beat: Beat
-    account: Account | None
+    account: Account
 
 
 def train_loop(
@@ -69,7 +70,6 @@ def train_loop(
     """
     c, accumulation = task.config.train, resolve(task.config).accumulation
     review, reporter, ledger, beat = watchers.review, watchers.reporter, watchers.ledger, watchers.beat
-    account = watchers.account
     parameters = [p for p in state.model.parameters() if p.requires_grad]
     skips = SkipCount(task.config.data.max_skipped, reporter)
     recovery = Recovery(c, held.get("recovery", {}))
@@ -99,7 +99,7 @@ def train_loop(
                 fetched = fetch(task, data, accumulation, step, partial(beat, step, "agreement"))
                 watch.lap("data")
                 skips.add(len(fetched.keys), fetched.skipped)
-                ended = account.add(step, fetched.keys, fetched.skipped) if account else []
+                entry = watchers.account(step, fetched)
             except (ValueError, RuntimeError, OSError) as error:
                 saves.leave_after(error)
                 raise
@@ -128,7 +128,7 @@ def train_loop(
 
             if sent is not None:
                 reporter.speed({"step": step, "communication": exchange(sent.as_dict())})
-            record(reporter, state, row, fetched, ended)
+            record(reporter, state, row, fetched, entry)
             if step == c.steps or step % c.log_every == 0:
                 pace.report(step, outcome, norm, rate)
             watch.lap("log")
@@ -202,12 +202,9 @@ def recover(
     return row | {"rolled_back_to": back}
 
 
-def record(
-    reporter: Reporter, state: TrainState, row: dict[str, Any], fetched: Fetched, ended: Sequence[Epoch]
-) -> None:
-    """The line of a step in metrics.jsonl, with the epochs that it ended."""
+def record(reporter: Reporter, state: TrainState, row: dict[str, Any], fetched: Fetched, entry: Entry) -> None:
+    """The line of a step in metrics.jsonl, with what the account says of it."""
     lost = {"skipped": fetched.skipped} if fetched.skipped else {}
-    epochs = {"epochs": [epoch.as_dict() for epoch in ended]} if ended else {}
-    reporter.record({"step": state.step, "clips": state.clips, **row, "keys": fetched.keys, **lost, **epochs})
-    for epoch in ended:
-        reporter.say(epoch.line())
+    reporter.record({"step": state.step, "clips": state.clips, **row, "keys": fetched.keys, **lost, **entry.row})
+    for line in entry.lines:
+        reporter.say(line)

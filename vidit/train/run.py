@@ -1,49 +1,44 @@
 """A training run from its config: set up, resume, train, leave."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
-from parallel.exchange import exchange, from_first, in_order, num_ranks, own_rank, together
+from parallel.exchange import from_first, num_ranks, own_rank, together
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
 from vidit.config import RunConfig
-from vidit.data.catalog import Catalog, Dropped
 from vidit.data.clip_list import Clips
-from vidit.data.listing import number_of
-from vidit.data.loader import Batch, MicroBatches, batches
-from vidit.data.shards import read_index
+from vidit.data.loader import read_ahead
+from vidit.data.stream_loader import StreamBatches
 from vidit.resolve import resolve
 from vidit.train.audit import recalled
-from vidit.train.clips import Splits, fingerprints, fixed_batches, read_splits, require_same_clips
+from vidit.train.clips import Splits, fingerprints, read_splits, require_same_clips
 from vidit.train.costs import Start, costed
 from vidit.train.ema import Ema
-from vidit.train.encode_clips import ClipEncoder
-from vidit.train.encode_set import CLIPS_PER_SHARD, encode_set
 from vidit.train.encoding import require_same_encoders
-from vidit.train.fingerprint import order_of
+from vidit.train.entry import by_order
 from vidit.train.goodput import Ledger, report_goodput
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
-from vidit.train.loop import Beat, Watchers, train_loop
+from vidit.train.loop import Account, Beat, Watchers, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.review import Review
+from vidit.train.run_data import open_data
 from vidit.train.rundir import open_run
 from vidit.train.saves import resume
-from vidit.train.skips import SkipCount
 from vidit.train.state import TrainState
 from vidit.train.step import DitStep
 from vidit.train.stop import StoppedError, StopRequest
+from vidit.train.stream_account import StreamAccount
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
 from vidit.vae.stored import adopt_vae, find_vae
-from vidit.whole_file import full_disk_explained, write_whole
+from vidit.whole_file import full_disk_explained
 
 Left = Callable[[int, bool, str | None], None]
 """(step, whether the run is done, name of the signal that came to this rank): a run has been left, all is saved."""
@@ -138,9 +133,11 @@ def _reach_the_end(
     beat: Beat,
 ) -> bool:
     config, device, run_dir = task.config, task.step.device, task.config.directory
-    dataset, validation, num_batches, order = _data(task, splits, stop, reporter)
+    data = open_data(task, splits, stop, reporter, held.get("stream"))
+    dataset, order = data.training, data.order
     accumulation = resolve(config).accumulation
-    data = batches(dataset, state.step * accumulation, config.train.steps * accumulation)
+    asked = range(state.step * accumulation, config.train.steps * accumulation)
+    batches = read_ahead(dataset, asked, config.data.num_workers, config.data.prefetch)
     require_same_clips([fingerprints(splits), order], "the dataset", config.data.train)
     if held.get("order", order) != order:
         raise RuntimeError(
@@ -149,76 +146,18 @@ def _reach_the_end(
             "dataset, or give a new run_dir"
         )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
-    facts = {**described, "data": fingerprints(splits), "order": order}
+    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
-    review = Review(task, state, validation, num_batches, reporter, stop)
+    review = Review(task, state, data.validation, data.num_batches, reporter, stop)
     ledger.started("data")
-    account = recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None
+    if isinstance(dataset, StreamBatches):
+        account: Account = StreamAccount(dataset, facts, held.get("stream", {})).enter
+    else:
+        account = by_order(recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None)
     watchers = Watchers(review, reporter, ledger, stop, beat, account)
-    done = train_loop(task, state, data, watchers, run_dir / "checkpoints", facts, held, peak)
+    done = train_loop(task, state, batches, watchers, run_dir / "checkpoints", facts, held, peak)
     if done and config.train.task == "vae":
-        num = min(NUM_CLIPS, len(dataset.refs))
+        num, clips = data.measured(NUM_CLIPS)
         reporter.say(f"latent mean and std over {num} training clips")
-        clips = fixed_batches(config, dataset.refs, num, None, 1)
         finish_vae(config, task.model, state.ema, clips, run_dir / "vae", stop.check)
     return done
-
-
-def _cached(
-    task: Task, step: DitStep, catalog: Catalog, stop: StopRequest, reporter: Reporter
-) -> tuple[Catalog, Dropped]:
-    """The clips of a run, encoded before its first step into its own directory, and those that cannot be."""
-    config, folder = task.config, task.config.directory / "latents"
-    text = task.text if config.model.reads_text else None
-    encoder = ClipEncoder(step.vae, config.vae, text, step.device, "fp32")
-    # What was encoded for other clips or another VAE is of no use to anyone: the folder is the run's own.
-    made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)
-    with together():
-        refs = read_index(folder)
-    SkipCount(config.data.max_skipped, reporter).add(len(refs), made.skipped)
-    return Catalog.plain(refs), made.skipped
-
-
-def _data(
-    task: Task, splits: Splits, stop: StopRequest, reporter: Reporter
-) -> tuple[MicroBatches, list[Batch], int, str]:
-    """This rank's training batches and its fixed ones of validation, how many of those all ranks have, and the order.
-
-    data.json says what they are made of. The order is a digest of the clips that can be used: one that fails where
-    latents are encoded before the first step moves every later one.
-    """
-    config, (train, held) = task.config, splits
-    catalog = train.catalog
-    failed: Dropped = []
-    if config.data.cache_latents and isinstance(task.step, DitStep):
-        catalog, failed = _cached(task, task.step, catalog, stop, reporter)
-    images = resolve(config).latent_frames
-    rank, world = task.data_place
-    validation: list[Batch] = []
-    with together():
-        for batch in fixed_batches(config, held.refs, len(held.refs), task.tokenizer, images, rank, world):
-            if stop.signal:
-                break
-            validation.append(batch)
-    stop.check()
-    own: list[Any] = [[batch.rows[0], batch.keys, batch.skipped] for batch in validation]
-    told = in_order(exchange(own, task.rows))
-    require_same_clips(told, "validation", config.data.validation or config.data.train)
-    num_batches = len({row for row, _, _ in told})
-    replaced: Dropped = [(key, reason) for _, _, skipped in told[:num_batches] for key, reason in skipped]
-    for key, reason in replaced:
-        reporter.say(f"skipped clip {key}: {reason}")
-    report = replace(train, catalog=catalog, dropped=train.dropped + failed).report() | {
-        "validation": held.report() | {"replaced": replaced}
-    }
-    from_first(lambda: write_whole(config.directory / "data.json", json.dumps(report, indent=1) + "\n"))
-    size = " ".join(dict.fromkeys(f"{shape.height}x{shape.width}" for shape in config.data.shapes))
-    for line in train.selection:
-        reporter.say(line)
-    for name, part in (("", report), ("validation ", report["validation"])):
-        left_out, cut = (number_of(part, what) for what in ("dropped", "cropped"))
-        counts = f"{part['used']} {name}clips, {left_out} dropped, {cut} cropped to {size}"
-        if part["used"]:
-            reporter.say(counts)
-    order = order_of(train.refs, {key for key, _ in failed})
-    return MicroBatches(config, catalog, task.tokenizer, images, rank, world), validation, num_batches, order

@@ -141,9 +141,10 @@ def _changes(old: RunConfig, new: RunConfig) -> Iterator[str]:
 def _data_faults(config: RunConfig, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
     for split, folder in (("train", config.data.train), ("validation", config.data.validation or config.data.train)):
         before, after = old[split], new[split]
+        what = "tars" if config.data.streaming and split == "train" else "clips"
         if before != after:
             yield (
-                f"data.{split}: the run has {before['num_clips']} clips of fingerprint {before['sha256'][:12]}, "
+                f"data.{split}: the run has {before['num_clips']} {what} of fingerprint {before['sha256'][:12]}, "
                 f"{folder} gives {after['num_clips']} of {after['sha256'][:12]}; it may be moved, not packed anew"
             )
 
