@@ -182,9 +182,9 @@ class MicroBatches(TorchDataset[Batch]):
 
 
 def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: Bucket) -> Tensor:
-    """A video cut to a shape, (T, H, W, 3) uint8; of an image T = 1. `name` keys its crop. ClipError."""
+    """A video cut to a shape, (T, H, W, 3) uint8; of an image T = 1. `name` keys its crop and its flip. ClipError."""
     start, y, x = (keys.key(seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
-    return decode_clip(
+    pixels_THW3 = decode_clip(
         video,
         # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
         num_frames=1 if image and d.random_crop else shape.num_frames,
@@ -195,6 +195,8 @@ def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: B
         start_fraction=start,
         crop_fraction=(y, x),
     )
+    mirrored = d.horizontal_flip and keys.key(seed, "flip", name) / 2.0**63 < d.horizontal_flip
+    return pixels_THW3.flip(2) if mirrored else pixels_THW3
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:

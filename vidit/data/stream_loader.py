@@ -113,7 +113,7 @@ class StreamBatches(TorchDataset[Batch]):
 
     def first(self, num: int) -> Iterator[Batch]:
         """The first `num` clips of the stream, or a few more, the same on every rank: no dropout, middle crop."""
-        data = self.data.model_copy(update={"num_workers": 0, "random_crop": False, "shuffle_buffer": 0})
+        data = self.data.undrawn().model_copy(update={"num_workers": 0, "shuffle_buffer": 0})
         config = self.config.model_copy(update={"data": data})
         train = config.train.model_copy(update={"global_batch": config.train.micro_batch})
         stream = StreamBatches(config.model_copy(update={"train": train}), self.tars, self.tokenizer, begin(1))

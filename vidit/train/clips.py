@@ -177,7 +177,7 @@ def fixed_batches(
     if not num:
         return
     config = alone(config)
-    data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
+    data = config.data.undrawn().model_copy(update={"image_rows": 0, "caption_dropout": 0.0})
     micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
     # A step of one micro-batch each: where the rows of a step begin does not depend on the number of ranks.
     train = config.train.model_copy(update={"micro_batch": micro, "global_batch": micro})
