@@ -1,6 +1,6 @@
 """Clips: the data sets, the shapes, how clips are cut and read."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field
 
@@ -51,6 +51,9 @@ class Data(Section):
     width: int = Field(128, gt=0)
     select: tuple[str, ...] = Field((), description="rules over the scores of `vidit score`, such as 'motion >= q0.25'")
     fps: float = Field(0.0, ge=0, le=1000, description="frames a second after resampling; 0 keeps each clip's own")
+    decoder: Literal["pyav", "torchcodec", "nvdec"] = Field(
+        "pyav", description="torchcodec where that is installed; nvdec: torchcodec on the CUDA device of the rank"
+    )
     random_crop: bool = Field(False, description="random crop and start (keyed); else the middle")
     horizontal_flip: float = Field(
         0.0, ge=0, le=1, description="chance that a clip is mirrored (keyed): left and right of its caption are not"

@@ -14,6 +14,7 @@ from vidit.data.loader import Batch, MicroBatches
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 from vidit.data.stream_tars import Tars, find_tars
+from vidit.data.torchcodec_window import require_decoder
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.encoding import require_same_cut
 from vidit.train.fingerprint import Fingerprint, fingerprint
@@ -72,6 +73,7 @@ def read_splits(config: RunConfig) -> Splits:
     and ValueError where a split has no usable clip, ValueError where scores are missing.
     """
     d = config.data
+    require_decoder(d.decoder)
     reach = Reach(d.cache_dir, d.cache_gib, d.stall_s, d.patience_s)
     if d.streaming:
         kept = read_index(d.validation, reach)[: d.num_validation] if d.validation else ()
