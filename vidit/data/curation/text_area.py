@@ -56,7 +56,7 @@ def _letters(strokes_HW: NDArray[np.bool_], picture_HW: NDArray[np.uint8]) -> Le
     fits = (height >= 5) & (height <= 0.15 * strokes_HW.shape[0]) & (width <= 1.6 * height)
     fits &= (area >= 6) & (area >= 0.15 * width * height)
     ink = np.zeros(num, np.uint8)
-    np.maximum.at(ink, np.asarray(parts)[strokes_HW], picture_HW[strokes_HW])
+    np.maximum.at(ink, np.asarray(parts, np.int32)[strokes_HW], picture_HW[strokes_HW])
     letters = np.stack((left, found[1:, 1], width, height, ink[1:]), 1)[fits].astype(np.int64)
     return letters[np.argsort(letters[:, 0], kind="stable")][:MAX_LETTERS]
 
