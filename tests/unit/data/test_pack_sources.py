@@ -246,7 +246,6 @@ def test_options_without_effect(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file,caption\nvideos/a.mp4,x\n")
     write_tar(tmp_path / "t.tar", {"a.mp4": clip(), "a.txt": b"x"})
     for source, options, name in (
-        (videos, {"caption_column": "text"}, "--caption-column text"),
         (videos, {"file_column": "path"}, "--file-column path"),
         (tmp_path / "t.csv", {"captions": tmp_path / "t.csv"}, "--captions"),
         (tmp_path / "t.tar", {"file_column": "path"}, "--file-column"),
