@@ -76,7 +76,7 @@ def row_of_cells(cells: dict[str, Any], columns: Columns) -> Row:
 
 
 def row_beside(sidecar: bytes | None, text: bytes | None, columns: Columns) -> Row:
-    """What a .json and a .txt beside a video say: the caption of the .json, else the .txt, and the .json's other fields.
+    """What a .json and a .txt beside a video say: caption of the first, else the second; the first's other fields.
 
     One that is no JSON, or has no caption, leaves the word to the other.
     """
