@@ -7,6 +7,7 @@ site, all at once.
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections import deque
@@ -53,7 +54,11 @@ def submit(arguments: argparse.Namespace, load: Load, check: Check) -> str:
     _require_no_live_job(base, spec)
     path = folders.keep(target, script, configs)
     snapshot.take(target / "source")
-    ids = backend.submit(spec, path)
+    try:
+        ids = backend.submit(spec, path)
+    except Exception:
+        shutil.rmtree(target)  # nobody has this job
+        raise
     folders.record(target, arguments.backend, spec, argv, ids)
     return f"submitted {' '.join(ids)}, {target}"
 
@@ -136,6 +141,12 @@ def _require_no_live_job(run_dir: Path, spec: JobSpec) -> None:
         _, last, states = _states(run_dir)
     except ValueError:
         return  # the last one was never submitted
+    except (RuntimeError, OSError) as error:
+        folder, last = folders.newest(run_dir)
+        raise RuntimeError(
+            f"whether job {' '.join(last.ids)} of {run_dir} is over cannot be asked ({error}); if it is, remove "
+            f"{folder / folders.RECORD}"
+        ) from error
     alive = [state for state in states if not state.is_over]
     if alive and not set(last.ids) <= set(spec.after):
         raise RuntimeError(

@@ -18,7 +18,7 @@ from launch.job import JobSpec
 from vidit.config import RunConfig, Section
 from vidit.whole_file import write_whole
 
-SCRIPT = "job.sh"
+SCRIPT, RECORD = "job.sh", "job.json"
 NUMBER = re.compile(r"\d{3,}")
 
 
@@ -62,16 +62,16 @@ def keep(folder: Path, script: str, configs: list[RunConfig]) -> Path:
 def record(folder: Path, backend: str, spec: JobSpec, argv: list[str], ids: tuple[str, ...]) -> Submitted:
     """Write job.json, which makes the folder a submission."""
     submitted = Submitted(backend=backend, ids=ids, argv=tuple(argv), time=time.time(), spec=spec)
-    write_whole(folder / "job.json", submitted.model_dump_json(indent=1) + "\n")
+    write_whole(folder / RECORD, submitted.model_dump_json(indent=1) + "\n")
     return submitted
 
 
 def newest(run_dir: Path) -> tuple[Path, Submitted]:
     """The last submission of a run. ValueError where there is none."""
     for folder in reversed(list(folders(run_dir))):
-        if (folder / "job.json").is_file():
+        if (folder / RECORD).is_file():
             try:
-                return folder, Submitted.model_validate_json((folder / "job.json").read_text())
+                return folder, Submitted.model_validate_json((folder / RECORD).read_text())
             except ValidationError as error:
                 raise ValueError(f"{folder / 'job.json'} is damaged or of another version: {error}") from error
     raise ValueError(f"{run_dir} has no submitted job: it holds no jobs/*/job.json; `vidit submit` makes one")

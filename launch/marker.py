@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from parallel.failure import report_of
 from vidit.whole_file import write_whole
@@ -43,10 +44,22 @@ def failures_noted(run_dir: Path) -> Iterator[None]:
         raise
 
 
+def is_done(run_dir: Path, attempt: str) -> bool:
+    """Whether that start left the run done."""
+    facts = _facts(run_dir / FILE)
+    return facts.get("attempt") == attempt and facts.get("done") is True
+
+
 def fails_again(run_dir: Path, attempt: str) -> bool:
     """Whether that start failed of what would come again."""
+    facts = _facts(run_dir / FAILED)
+    return facts.get("attempt") == attempt and facts.get("retry") is False
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the file says; nothing where it is not there, or no such file."""
     try:
-        facts = json.loads((run_dir / FAILED).read_text())
-        return facts["attempt"] == attempt and facts["retry"] is False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        facts = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from launch.backend import TaskState
 from launch.job import JobSpec
+from launch.rank import is_held
 from launch.site import Site
 
 OUTPUT, CODE = "output.log", "exit-code"
@@ -23,10 +24,11 @@ SCRIPT = """\
 # Written by `vidit submit local`; it may be run by hand.
 cd -- {workdir} || exit 1
 export VIDIT_ATTEMPT={submission}/$$.0 PYTHONPATH={source}:$PWD PYTHONSAFEPATH=1
-again=yes
-trap 'again=yes; kill -TERM "$child"' TERM INT
+again=yes child='' asked=''
+trap 'asked=yes again=yes; [ -z "$child" ] || kill -TERM "$child"' TERM INT
 {command} &
 child=$!
+[ -z "$asked" ] || kill -TERM "$child"
 while [ "$again" ]; do
   again=''
   wait "$child"
@@ -79,6 +81,8 @@ class Backend:
         (job,) = ids
         if _is_alive(job):
             return [TaskState(job, "running")]
+        if _outlived(job, folder):
+            return [TaskState(job, "running", "without its script, which was killed")]
         if not (folder / CODE).is_file():
             return [TaskState(job, "failed", "killed, or the machine went down")]
         code = (folder / CODE).read_text().strip()
@@ -89,9 +93,12 @@ class Backend:
 
     def cancel(self, ids: Sequence[str], folder: Path) -> None:
         (job,) = ids
-        if _is_alive(job):
-            with suppress(ProcessLookupError):
-                os.kill(int(job.partition("-")[0]), signal.SIGTERM)
+        process = int(job.partition("-")[0])
+        with suppress(ProcessLookupError):
+            if _is_alive(job):
+                os.kill(process, signal.SIGTERM)
+            elif _outlived(job, folder):
+                os.killpg(process, signal.SIGTERM)
 
 
 def _began(process: int) -> str:
@@ -101,6 +108,14 @@ def _began(process: int) -> str:
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]
+
+
+def _outlived(job: str, folder: Path) -> bool:
+    """Whether what the script started is still there without it: its group of processes, and the lock of the run."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(int(job.partition("-")[0]), 0)
+        return is_held(folder.parents[1] / "lock")
+    return False
 
 
 def _is_alive(job: str) -> bool:

@@ -8,22 +8,20 @@ SIGTERM (`ray job stop`, `vidit cancel`) lets the ranks save and leave. What hap
 the output of the first rank. Needs Ray, in the cluster's version; no torch.
 """
 
-import json
 import logging
 import os
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import FrameType
 
-from launch.marker import fails_again
+from launch.marker import fails_again, is_done
 from launch.rank import ORPHAN_S, SIGNALS, is_held
 from launch.ray_gang import Gang, LostError, form, node_resources
-from launch.ray_nodes import Failures, cause, config_of, has, node_counts, refusal
+from launch.ray_nodes import cause, config_of, has, node_counts, refusal
 from launch.ray_order import Order, parse
-from launch.restart import newest_step
+from launch.restart import Ending, Restarts, newest_step
 
 TRY_S = 5.0  # for nodes that seem to be there
 FREE_S = ORPHAN_S + 15.0  # ranks that lost their launcher are gone by then
@@ -38,7 +36,7 @@ class Driver:
         self.submission = f"{order.folder.name}/{order.task}.{os.getpid()}-{int(time.time())}"
         self.variables = {name: environment[name] for name in order.exports if name in environment}
         self.variables.setdefault("OMP_NUM_THREADS", str(order.cpus_per_device))
-        self.failures = Failures(order.restarts)
+        self.restarts = Restarts(order.restarts, order.run_dir / "checkpoints", "--restarts")
         self.starts = 0
         self.asked = ""
 
@@ -46,6 +44,7 @@ class Driver:
         """The exit code: 0 when the run is done, STOPPED after a request to stop."""
         order = self.order
         counts = node_counts(config_of(order.command), order.nodes, order.min_nodes, order.devices)
+        self.restarts.begin()
         while True:
             gang = None if self.stopped() else self._gang(counts)
             if gang is None:
@@ -61,12 +60,10 @@ class Driver:
             if self.stopped():
                 self.say(f"stopped by {self.asked}, newest checkpoint: {self._newest()}")
                 return STOPPED
-            again = self.failures.another(newest_step(order.run_dir / "checkpoints"))
-            told = f"{why} (newest checkpoint: {self._newest()}"
-            told += f"; failure {self.failures.count} in a row there, {order.restarts} allowed)"
-            if not again:
-                raise RuntimeError(told)
-            self.say(f"{told}; starting again")
+            decision = self.restarts.decide(why, stop_requested=False)
+            if not decision.again:
+                raise RuntimeError(f"{why.who}{why.message}; {decision.why}")
+            self.say(f"{why.who}{why.message}; {decision.why}")
 
     def stopped(self) -> bool:
         return bool(self.asked)
@@ -97,8 +94,8 @@ class Driver:
         """How many nodes are large enough, whatever runs there now."""
         return sum(has(node, self.order.bundle) for node in node_resources())
 
-    def _train(self, gang: Gang) -> str | None:
-        """One start, watched to its end: None when the run is done, else why not."""
+    def _train(self, gang: Gang) -> Ending | None:
+        """One start, watched to its end: None when the run is done, else how it ended."""
         order, attempt = self.order, f"{self.submission}.{self.starts}"
         self._wait_for_lock()
         self.say(f"start {self.starts} of {order.run_dir}: {gang.count * order.devices} ranks on "
@@ -106,15 +103,12 @@ class Driver:
         try:
             gang.start({**self.variables, "VIDIT_ATTEMPT": attempt})
         except LostError as error:
-            return str(error)
+            return Ending(None, str(error), 1)
         endings = gang.watch(self.stopped)
-        if left_as(order.run_dir, attempt):
+        if is_done(order.run_dir, attempt):
             self.say(f"{order.run_dir} is done")
             return None
-        why = cause(endings)
-        if fails_again(order.run_dir, attempt):
-            raise RuntimeError(f"{why}; it would fail again")
-        return why
+        return Ending(None, cause(endings), 1, retry=not fails_again(order.run_dir, attempt))
 
     def _wait_for_lock(self) -> None:
         """Ranks of the start before may still be about to leave, where nobody can reach them."""
@@ -139,15 +133,6 @@ class Driver:
         sys.stdout.flush()
         with self.order.output.open("a") as file:
             file.write(line)
-
-
-def left_as(run_dir: Path, attempt: str) -> bool:
-    """Whether RUN/stopped.json says that this start ended with the run done (`launch/marker.py` writes it)."""
-    try:
-        facts = json.loads((run_dir / "stopped.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(facts.get("attempt") == attempt and facts.get("done"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,7 @@
-"""On how many nodes a run can be trained, and when it is given up: what the driver decides, without Ray."""
+"""On how many nodes a run can be trained, and why it failed: what the driver decides, without Ray."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from launch.ray_ranks import Ended
 from vidit.config import ConfigError, RunConfig
@@ -39,21 +38,6 @@ def node_counts(config: RunConfig, most: int, least: int, devices: int) -> list[
             raise ConfigError([f"{option}={nodes} x {devices} devices: {fault}" for fault in error.faults]) from error
         counts.append(nodes)
     return counts
-
-
-@dataclass
-class Failures:
-    """Counts failures in a row: a new checkpoint between two begins anew."""
-
-    allowed: int
-    count: int = 0
-    at: int = field(default=-2)  # no checkpoint is there
-
-    def another(self, step: int) -> bool:
-        """Whether to start again after a failure, with `step` the newest checkpoint."""
-        self.count = self.count + 1 if step == self.at else 1
-        self.at = step
-        return self.count <= self.allowed
 
 
 def has(resources: Mapping[str, float], bundle: Mapping[str, float]) -> bool:

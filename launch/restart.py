@@ -38,10 +38,13 @@ class Decision(NamedTuple):
 
 @dataclass
 class Restarts:
-    """The failures in a row without a new checkpoint, of which `budget` are forgiven. `checkpoints` is the folder."""
+    """The failures in a row without a new checkpoint, of which `budget` are forgiven. `checkpoints` is the folder,
+    `option` what the user sets the budget with.
+    """
 
     budget: int
     checkpoints: Path
+    option: str = "launch.max_restarts"
     in_a_row: int = 0
     saved: int = -1
     total: int = 0
@@ -63,7 +66,7 @@ class Restarts:
         if self.in_a_row > self.budget:
             return Decision(False, f"{self.in_a_row} failures since {where}")
         self.total += 1
-        return Decision(True, f"starting again from {where}, {self.in_a_row} of launch.max_restarts={self.budget}")
+        return Decision(True, f"starting again from {where}, {self.in_a_row} of {self.option}={self.budget}")
 
 
 def newest_step(checkpoints: Path) -> int:

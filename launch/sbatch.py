@@ -15,6 +15,8 @@ from launch.job import JobSpec, format_minutes
 from launch.site import Container, Site
 
 TEMPLATES = Path(__file__).parents[1] / "cluster" / "slurm"
+MAX_CHECKS = 5
+"""How often nodes are left out after a check: it leaves out all that are bad, so more often it is the check itself."""
 PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
 
 
@@ -118,6 +120,7 @@ def render(spec: JobSpec, site: Site, folder: Path) -> str:
         signal=site.slurm.signal,
         requeue=site.slurm.requeue,
         restarts=spec.restarts,
+        checks=MAX_CHECKS,
         flags=words([*flags(spec, site), *more]),
         prefix=prefix,
         health=prefix + shlex.join(check_command(spec, site)) if site.health else "",
@@ -146,6 +149,9 @@ def faults(spec: JobSpec, site: Site) -> Iterator[str]:
             f"--restarts={spec.restarts} has no effect: site {spec.site} requeues nothing; give --restarts 0, or "
             "--chain for jobs that go on where one ended"
         )
+    for option in (*s.options, *spec.options):
+        if "\n" in option or "\r" in option:
+            yield f"{option!r} holds a line break, which ends an #SBATCH line; give one option each"
     used = "".join(task.run_dir for task in spec.tasks) + spec.workdir
     for bad in ("\n", "\r", "\\", ":", *([","] if site.container else [])):
         if bad in used:

@@ -137,6 +137,8 @@ def read_site(name: str) -> Site:
         return Site()
     path = Path(name) if name.endswith(".toml") else SITES / f"{name}.toml"
     if not path.is_file():
+        if "/" in name and not name.endswith(".toml"):
+            raise ConfigError([f"--site={name} is a path that does not end in .toml; give the file itself"])
         known = " ".join(sorted(file.stem for file in SITES.glob("*.toml")))
         raise ConfigError([f"no site {name!r}: {path} does not exist; use one of {known}, or a path to a .toml"])
     try:

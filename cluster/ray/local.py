@@ -30,9 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.processes import GONE_S, end, is_alive
 from cluster.ray import daemons, processes
 from cluster.ray.daemons import HEAD, Ports, Shape, clean
-from cluster.slurm.processes import GONE_S, end, is_alive
 
 LEAST = (2, 52)  # the first Ray with authentication by token
 UP_S = 90.0

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.slurm.processes import environment_of, is_alive
+from cluster.processes import environment_of, is_alive
 
 ROOT, NODE = "RAY_LOCAL_ROOT", "RAY_LOCAL_NODE"
 NET = "127.0.0."

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from cluster.processes import GONE_S, end, is_alive
 from cluster.slurm import processes
 from cluster.slurm.conf import Shape, free_ports, gres_conf, slurm_conf
 
@@ -83,7 +84,7 @@ class Keeper:
             (self.root / "error").write_text(str(error))
             raise
         finally:
-            processes.end(lambda: processes.find(self.root))
+            end(lambda: processes.find(self.root))
             for child in (*self.daemons, *self.nodes.values()):
                 child.wait()
 
@@ -189,7 +190,7 @@ class LocalSlurm:
 
     def kill_node(self, name: str) -> None:
         """As if its power went: slurmd and everything that it runs, at once."""
-        processes.end(lambda: processes.find(self.root, name))
+        end(lambda: processes.find(self.root, name))
 
     def revive(self) -> None:
         """Start the nodes again that were killed."""
@@ -211,12 +212,12 @@ def down(root: Path) -> None:
     root = root.resolve()
     if not (root / "slurm.conf").is_file():
         raise ValueError(f"{root} holds no SLURM: there is no slurm.conf")
-    processes.end(lambda: processes.find(root))
-    deadline = time.monotonic() + processes.GONE_S
+    end(lambda: processes.find(root))
+    deadline = time.monotonic() + GONE_S
     keeper = int((root / "ready").read_text()) if (root / "ready").is_file() else None
-    if keeper and processes.is_alive(keeper):
+    if keeper and is_alive(keeper):
         os.kill(keeper, signal.SIGTERM)
-        while processes.is_alive(keeper) and time.monotonic() < deadline:
+        while is_alive(keeper) and time.monotonic() < deadline:
             time.sleep(0.02)
     shutil.rmtree(root)
 

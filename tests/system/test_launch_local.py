@@ -176,7 +176,7 @@ def test_what_the_user_wrote_is_not_tried_again(launch: Callable[..., Launch]) -
 def test_the_budget_ends(launch: Callable[..., Launch]) -> None:
     code, _, err = launch("kill", budget=1).end()
     assert code == 137
-    assert err.count("err of 0") == 2
+    assert err.count("rank 1: ended by SIGKILL") == 2
     assert err.endswith("vidit: no other start: 2 failures since the beginning\n")
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.processes import end
 from cluster.ray import daemons, processes
 from cluster.ray.local import LocalRay, missing, start, up
 from cluster.ray.processes import marked
-from cluster.slurm.processes import end
 from launch.restart import newest_step
 from vidit.config import RunConfig
 from vidit.train.metrics import read_metrics

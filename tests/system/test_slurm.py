@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cluster.processes import environment_of
 from cluster.slurm import processes
 from cluster.slurm.local import LocalSlurm, Shape, missing
 from vidit.config import Launch, Parallel, RunConfig
@@ -84,7 +85,7 @@ class Cluster:
         """Processes of the ranks of a job, in their order."""
         found = {}
         for process in processes.find(self.slurm.root):
-            told = processes.environment_of(process)
+            told = environment_of(process)
             command = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
             if told.get("SLURM_JOB_ID") == self.jobs[name] and "SLURM_STEP_ID" in told and b"vidit.cli" in command:
                 found[int(told["SLURM_PROCID"])] = process

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -68,6 +69,32 @@ def test_a_job_on_this_machine(vidit: Vidit, config: str, tmp_path: Path) -> Non
         facts = json.loads((run_dir / "environment.json").read_text())
         assert facts["commit"] == (source / "commit").read_text().strip()
     assert not list(tmp_path.rglob("pwned"))
+
+
+def test_a_job_whose_script_is_killed_is_still_there(vidit: Vidit, config: str, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert vidit("submit", "local", config, f"run_dir={run_dir}", "train.steps=100000").returncode == 0
+    wait_until(lambda: (run_dir / "metrics.jsonl").is_file())
+    (job,) = json.loads((run_dir / "jobs/001/job.json").read_text())["ids"]
+    os.kill(int(job.partition("-")[0]), signal.SIGKILL)
+    wait_until(lambda: "without its script, which was killed" in vidit("status", run_dir).stdout)
+    assert "to save and leave" in vidit("cancel", run_dir).stdout
+    wait_until(lambda: "killed, or the machine went down" in vidit("status", run_dir).stdout)
+    assert json.loads((run_dir / "stopped.json").read_text())["signal"] == "SIGTERM"
+
+
+def test_what_is_refused_leaves_nothing(
+    vidit: Vidit, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = tmp_path / "bin/sbatch"
+    refusing.parent.mkdir()
+    refusing.write_text("#!/bin/bash\necho 'sbatch: error: no such partition' >&2\nexit 1\n")
+    refusing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{refusing.parent}:{os.environ['PATH']}")
+    done = vidit("submit", "slurm", config, f"run_dir={tmp_path}/run", "--site", "cpu_test")
+    assert done.returncode == 1
+    assert "no such partition" in done.stderr
+    assert not list((tmp_path / "run/jobs").iterdir())
 
 
 def test_a_job_runs_the_copy_of_the_code(vidit: Vidit, config: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.marker import ATTEMPT, FAILED, fails_again, failures_noted
+from launch.marker import ATTEMPT, FAILED, FILE, fails_again, failures_noted, is_done
 from vidit.train.recovery import NonFiniteError
 
 
@@ -34,3 +34,14 @@ def test_nothing_is_written_outside_a_job(tmp_path: Path, monkeypatch: pytest.Mo
         raise ValueError("x")
     (tmp_path / FAILED).write_text("[1")
     assert not fails_again(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [('{"attempt": "001/0.1", "done": true}', True), ('{"attempt": "001/0.1", "done": false}', False),
+     ('{"attempt": "001/0.2", "done": true}', False), ("[1]", False), ("{", False)],
+)  # fmt: skip
+def test_only_the_word_of_this_start_counts(tmp_path: Path, text: str, done: bool) -> None:
+    assert not is_done(tmp_path, "001/0.1")
+    (tmp_path / FILE).write_text(text)
+    assert is_done(tmp_path, "001/0.1") == done

@@ -16,8 +16,7 @@ import pytest
 from launch.folder import SCRIPT
 from launch.job import JobSpec, Task
 from launch.ray_backend import ADDRESSES, Backend
-from launch.ray_driver import left_as
-from launch.ray_nodes import Failures, cause, config_of, node_counts, refusal
+from launch.ray_nodes import cause, config_of, node_counts, refusal
 from launch.ray_order import Order, parse
 from launch.ray_ranks import Ended, NodeRanks
 from launch.site import Ray, Site
@@ -141,11 +140,6 @@ class TestFaults:
 
 
 class TestDecisions:
-    def test_failures_are_counted_between_checkpoints(self):
-        failures = Failures(allowed=2)
-        assert [failures.another(step) for step in (-1, -1, 5, 5, 5)] == [True, True, True, True, False]
-        assert not Failures(allowed=0).another(7)
-
     def test_numbers_of_nodes_that_divide_the_batch(self, configure: Callable[..., RunConfig]):
         config = configure("", train={"global_batch": 12, "micro_batch": 1})
         assert node_counts(config, 6, 1, 1) == [6, 4, 3, 2, 1]
@@ -183,12 +177,6 @@ class TestDecisions:
         assert cause([well, lost]).startswith("node 10.0.0.2")
         assert cause([well, Ended(rank=2, fault=2, code=None, message="")]) == "rank 2: did not leave when asked"
         assert cause([well]).startswith("all ranks left before the run was done")
-
-    def test_only_the_word_of_this_start_counts(self, tmp_path: Path):
-        assert not left_as(tmp_path, "001/0.1")
-        (tmp_path / "stopped.json").write_text('{"attempt": "001/0.1", "done": true}')
-        assert left_as(tmp_path, "001/0.1")
-        assert not left_as(tmp_path, "001/0.2")
 
 
 STUB = """

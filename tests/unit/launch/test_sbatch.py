@@ -211,6 +211,28 @@ def test_a_node_that_fails_its_check(bash: Bash) -> None:
     assert not (bash.fake / "ran").exists()
 
 
+def test_a_check_that_cannot_run_takes_no_node_out(bash: Bash) -> None:
+    code, out = bash.finish(Site(health=Health(command=("no-such-program",))))
+    assert code == 1
+    assert "the check of the nodes cannot be run" in out
+    assert bash.asked() == []
+
+
+def test_a_check_that_always_fails_ends_the_job(bash: Bash) -> None:
+    site, asked = Site(health=Health(command=("false",))), ["requeue 7"]
+    (bash.fake / "scontrol").write_text(
+        '#!/bin/bash\necho "$@" >>"$FAKE/asked"\n[ "$1" != requeue ] || kill -KILL $PPID\n'
+        '[ "$1" != show ] || echo node1\n'
+        '[ "$1" != -o ] || echo "JobId=7 ExcNodeList=(null) NodeList=node1"\n'
+    )
+    for restart in range(5):
+        assert bash.finish(site, restart=restart)[0] == -signal.SIGKILL
+    code, out = bash.finish(site, restart=5)
+    assert code == 1
+    assert "found node1 unhealthy, the 6th time; is it the check?" in out
+    assert bash.asked() == asked * 5
+
+
 def test_a_site_that_requeues_nothing(bash: Bash) -> None:
     bash.say(bash.marker(done=False))
     code, out = bash.finish(Site(slurm=Slurm(requeue=False)), chain=2)
@@ -232,6 +254,7 @@ def test_the_meeting_point_and_the_code(bash: Bash) -> None:
         (Site(), {"minutes": 5}, "--time=5 minutes is not more than the 300 s"),
         (Site(), {"chain": 2, "tasks": ("a=1", "a=2")}, "--chain=2 goes with one run, and --array has 2"),
         (Site(slurm=Slurm(requeue=False)), {}, "--restarts=2 has no effect: site there requeues nothing"),
+        (Site(), {"options": ("--comment=a\nb",)}, "'--comment=a\\nb' holds a line break, which"),
         (Site(), {"workdir": "/a:b"}, "':' is in the path"),
         (Site(), {"workdir": "/a\nb"}, r"'\n' is in the path"),
     ],

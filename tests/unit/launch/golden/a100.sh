@@ -47,6 +47,7 @@ export GLOO_SOCKET_IFNAME=ib0
 export NCCL_IB_HCA=mlx5_0,mlx5_1
 module load apptainer/1.3 || exit 1
 
+failures=$job/failures-$SLURM_ARRAY_TASK_ID
 say() { echo "job $VIDIT_ATTEMPT on $SLURM_JOB_NODELIST: $*"; }
 
 # What the run left in stopped.json: exit codes are those of whoever died last.
@@ -91,14 +92,24 @@ say "start"
 sick=$job/sick/$VIDIT_ATTEMPT
 mkdir -p -- "$sick"
 export sick
-run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
-  check apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif /env/bin/python -m cluster.health --json --gpus 4 --hardware a100_80gb --folder /scratch
+run_step srun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=64 bash -c 'timeout 600 "$@" || case $? in
+  126 | 127) touch -- "$sick/unable" ;;
+  *) touch -- "$sick/$SLURMD_NODENAME" ;;
+  esac' check apptainer exec --nv --bind="$job" --bind="$run" --bind="$PWD" --bind=/scratch --pwd="$PWD" /shared/images/vidit.sif /env/bin/python -m cluster.health --json --gpus 4 --hardware a100_80gb --folder /scratch
+if [ -e "$sick/unable" ]; then
+  say "the check of the nodes cannot be run: see above, and health.command of the site"
+  exit 1
+fi
 bad=$(find "$sick" -type f -printf '%f,')
 if [ "$bad" ] && [ -z "$asked" ]; then
   before=$(scontrol -o show job "$id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   exclude=${bad%,} rc=1
   [ "$before" = "(null)" ] || exclude=$before,$exclude
-  requeue "the check found ${bad%,} unhealthy"
+  echo check >>"$failures"
+  times=$(grep -cx check "$failures")
+  [ "$times" -gt 5 ] || requeue "the check found ${bad%,} unhealthy"
+  say "the check found ${bad%,} unhealthy, the ${times}th time; is it the check?"
+  exit 1
 fi
 
 if [ -z "$asked" ]; then
@@ -123,7 +134,6 @@ if grep -qsE "^.\"attempt\": \"$VIDIT_ATTEMPT\", \"retry\": false," "$run/failed
   exit "$rc"
 fi
 newest=$(find "$run/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n1)
-failures=$job/failures-$SLURM_ARRAY_TASK_ID
 echo "${newest:-none}" >>"$failures"
 times=$(grep -cx -- "${newest:-none}" "$failures")
 say "failed with exit code $rc, newest checkpoint ${newest:-none}, failures there: $times"

@@ -32,6 +32,7 @@ export OMP_NUM_THREADS=1
 export CUDA_VISIBLE_DEVICES=''
 export TORCH_CPP_LOG_LEVEL=ERROR
 
+failures=$job/failures
 say() { echo "job $VIDIT_ATTEMPT on $SLURM_JOB_NODELIST: $*"; }
 
 # What the run left in stopped.json: exit codes are those of whoever died last.
@@ -93,7 +94,6 @@ if grep -qsE "^.\"attempt\": \"$VIDIT_ATTEMPT\", \"retry\": false," "$run/failed
   exit "$rc"
 fi
 newest=$(find "$run/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n1)
-failures=$job/failures
 echo "${newest:-none}" >>"$failures"
 times=$(grep -cx -- "${newest:-none}" "$failures")
 say "failed with exit code $rc, newest checkpoint ${newest:-none}, failures there: $times"

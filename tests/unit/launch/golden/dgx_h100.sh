@@ -39,6 +39,7 @@ export NCCL_IB_HCA==mlx5_0,mlx5_3,mlx5_4,mlx5_5,mlx5_6,mlx5_9,mlx5_10,mlx5_11
 export UCX_NET_DEVICES=bond0
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 
+failures=$job/failures
 say() { echo "job $VIDIT_ATTEMPT on $SLURM_JOB_NODELIST: $*"; }
 
 # What the run left in stopped.json: exit codes are those of whoever died last.
@@ -83,14 +84,24 @@ say "start"
 sick=$job/sick/$VIDIT_ATTEMPT
 mkdir -p -- "$sick"
 export sick
-run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 --cpus-per-task=112 --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || touch -- "$sick/$SLURMD_NODENAME"' \
-  check /env/bin/python -m cluster.health --json --gpus 8 --hardware h100_sxm --folder /lustre
+run_step srun --nodes=128 --ntasks=128 --ntasks-per-node=1 --cpus-per-task=112 --container-image=/lustre/images/vidit.sqsh --container-mounts="$job:$job,$run:$run,$PWD:$PWD",/lustre:/lustre --container-workdir="$PWD" --no-container-mount-home bash -c 'timeout 600 "$@" || case $? in
+  126 | 127) touch -- "$sick/unable" ;;
+  *) touch -- "$sick/$SLURMD_NODENAME" ;;
+  esac' check /env/bin/python -m cluster.health --json --gpus 8 --hardware h100_sxm --folder /lustre
+if [ -e "$sick/unable" ]; then
+  say "the check of the nodes cannot be run: see above, and health.command of the site"
+  exit 1
+fi
 bad=$(find "$sick" -type f -printf '%f,')
 if [ "$bad" ] && [ -z "$asked" ]; then
   before=$(scontrol -o show job "$id" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
   exclude=${bad%,} rc=1
   [ "$before" = "(null)" ] || exclude=$before,$exclude
-  requeue "the check found ${bad%,} unhealthy"
+  echo check >>"$failures"
+  times=$(grep -cx check "$failures")
+  [ "$times" -gt 5 ] || requeue "the check found ${bad%,} unhealthy"
+  say "the check found ${bad%,} unhealthy, the ${times}th time; is it the check?"
+  exit 1
 fi
 
 if [ -z "$asked" ]; then
@@ -115,7 +126,6 @@ if grep -qsE "^.\"attempt\": \"$VIDIT_ATTEMPT\", \"retry\": false," "$run/failed
   exit "$rc"
 fi
 newest=$(find "$run/checkpoints" -maxdepth 1 -name 'step-????????' -printf '%f\n' 2>/dev/null | sort | tail -n1)
-failures=$job/failures
 echo "${newest:-none}" >>"$failures"
 times=$(grep -cx -- "${newest:-none}" "$failures")
 say "failed with exit code $rc, newest checkpoint ${newest:-none}, failures there: $times"
