@@ -25,6 +25,7 @@ from vidit.train.lock import run_lock
 from vidit.train.loop import Account, Beat, Watchers, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
+from vidit.train.parallelize import JUDGE
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.review import Review
@@ -70,8 +71,8 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         if isinstance(task.step, DitStep):
             refs = Clips.chained([split.refs for split in splits])
             require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
-        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
-        average = Ema(task.model, config.train.ema_decay)
+        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), (JUDGE, config.vae_train))
+        average = Ema(task.model, config.train.ema_decay, without=JUDGE)
         wait_s = config.parallel.timeout_s / 2
         state = TrainState(
             task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
@@ -158,6 +159,7 @@ def _reach_the_end(
     done = train_loop(task, state, batches, watchers, run_dir / "checkpoints", facts, held, peak)
     if done and config.train.task == "vae":
         num, clips = data.measured(NUM_CLIPS)
-        reporter.say(f"latent mean and std over {num} training clips")
+        if not config.vae_train.freeze_encoder:
+            reporter.say(f"latent mean and std over {num} training clips")
         finish_vae(config, task.model, state.ema, clips, run_dir / "vae", stop.check)
     return done
