@@ -17,6 +17,7 @@ from vidit.config import Train, VaeTrain
 from vidit.dtypes import wide
 from vidit.train.muon import Muon
 from vidit.train.precision import has_bf16
+from vidit.vae.discriminator import JUDGE
 
 # The matrices between hidden vectors. Modulation maps the conditioning, and its first factor has two rows.
 _HIDDEN = re.compile(r"(^|\.)(blocks|layers)\.\d+\.(?!modulation\.).*weight$")
@@ -77,16 +78,14 @@ class Optimizers:
                     state["step"].fill_(step)
 
 
-def build_optimizer(
-    c: Train, parameters: Mapping[str, nn.Parameter], judge: tuple[str, VaeTrain] | None = None
-) -> Optimizers:
+def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter], judge: VaeTrain | None = None) -> Optimizers:
     """Over every trainable parameter, given by name; matrices decay, vectors and tables of one dim do not.
 
-    judge: what the names of a discriminator begin with, and its section: AdamW with betas and a rate of its own.
+    judge: how a discriminator among them is trained: by AdamW, with betas and a rate of its own.
     """
     given = {name: p for name, p in parameters.items() if p.requires_grad}
-    judges = [p for name, p in given.items() if judge and name.startswith(judge[0])]
-    trainable = {name: p for name, p in given.items() if not judge or not name.startswith(judge[0])}
+    judges = [p for name, p in given.items() if name.startswith(JUDGE)]
+    trainable = {name: p for name, p in given.items() if not name.startswith(JUDGE)}
     hidden = [p for name, p in trainable.items() if c.optimizer == "muon" and p.ndim == 2 and _HIDDEN.search(name)]
     taken = {id(p) for p in hidden}
     others = [p for p in trainable.values() if id(p) not in taken]
@@ -104,8 +103,8 @@ def build_optimizer(
             dtype = torch.bfloat16
         members.append(Muon(hidden, c.learning_rate, c.weight_decay, c.muon_momentum, dtype))
     if judge and judges:
-        group: dict[str, Any] = {"params": judges, "rate": judge[1].discriminator_rate, "weight_decay": 0.0}
-        members.append(AdamW([group], lr=c.learning_rate, betas=judge[1].discriminator_betas, eps=c.eps, fused=True))
+        group: dict[str, Any] = {"params": judges, "rate": judge.discriminator_rate, "weight_decay": 0.0}
+        members.append(AdamW([group], lr=c.learning_rate, betas=judge.discriminator_betas, eps=c.eps, fused=True))
     return Optimizers(*members)
 
 

@@ -26,12 +26,9 @@ from vidit.text.encoder import TextEncoder
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
-from vidit.vae.discriminator import Discriminator
+from vidit.vae.discriminator import JUDGE, Discriminator
 from vidit.vae.layers import ResBlock
 from vidit.vae.plan import context_plan
-
-JUDGE = "discriminator."
-"""What the names of a discriminator's parameters begin with."""
 
 
 def build_dit(

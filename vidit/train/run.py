@@ -25,7 +25,6 @@ from vidit.train.lock import run_lock
 from vidit.train.loop import Account, Beat, Watchers, train_loop
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
-from vidit.train.parallelize import JUDGE
 from vidit.train.peak import peak_flops
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.review import Review
@@ -38,6 +37,7 @@ from vidit.train.stop import StoppedError, StopRequest
 from vidit.train.stream_account import StreamAccount
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
+from vidit.vae.discriminator import JUDGE
 from vidit.vae.stored import adopt_vae, find_vae
 from vidit.whole_file import full_disk_explained
 
@@ -71,7 +71,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         if isinstance(task.step, DitStep):
             refs = Clips.chained([split.refs for split in splits])
             require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
-        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), (JUDGE, config.vae_train))
+        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), config.vae_train)
         average = Ema(task.model, config.train.ema_decay, without=JUDGE)
         wait_s = config.parallel.timeout_s / 2
         state = TrainState(

@@ -21,13 +21,14 @@ from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import Grid, grid_of
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
 from vidit.train.layout import layout_of, own_tokens, stages_of
-from vidit.train.parallelize import JUDGE, build_discriminator, build_dit, build_vae, divide_vae
+from vidit.train.parallelize import build_discriminator, build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.precision import choose_dtype
 from vidit.train.rundir import keep_vae, newest_checkpoint
 from vidit.train.step import DitStep, Step
 from vidit.train.vae_step import VaeStep
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.discriminator import JUDGE
 from vidit.vae.inflate import starting_weights
 from vidit.vae.perceptual import load_perceptual
 from vidit.vae.store import load_vae

@@ -12,6 +12,8 @@ from vidit.config import VaeTrain
 from vidit.dtypes import widen
 from vidit.vae.convolution import channels_last
 
+JUDGE = "discriminator."
+"""What the names of a discriminator's parameters begin with, in the model of a run."""
 GROUPS = 8
 SLOPE = 0.2  # of the leaky ReLU, as pix2pix has it
 
