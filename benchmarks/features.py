@@ -120,7 +120,8 @@ def main() -> None:
     half = {name: tensor.half() for name, tensor in reader.features.state_dict().items()}
     reader.features.load_state_dict({name: tensor.float() for name, tensor in half.items()})
     record = judged(reader, arguments.scenes, NUM_UNSEEN) | {
-        "steps": arguments.steps, "scenes": arguments.scenes, "train_s": round(seconds, 1), "environment": environment(),
+        "steps": arguments.steps, "scenes": arguments.scenes, "train_s": round(seconds, 1),
+        "environment": environment(),
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out / "model.safetensors", save(half))
