@@ -174,6 +174,7 @@ def test_networks_are_clipped_apart(configure: Configure) -> None:
     assert groups == [{"vae"}, {"discriminator"}]
 
 
+ODD: dict[str, Any] = {"patch": 1, "spatial_down": (False,)}
 RECIPE: dict[str, Any] = {
     **GAN, "adversarial_start": 2, "lecam_weight": 0.01, "r1_weight": 0.1, "discriminator_rate": 0.5,
 }  # fmt: skip
@@ -245,6 +246,16 @@ def test_a_run_starts_from_the_weights_that_it_is_given(configure: Configure, tm
     assert run(longer), "a run that goes on needs no start"
 
 
+def test_buckets_of_images_and_clips(configure: Configure, features: str, tmp_path: Path) -> None:
+    buckets = [{"num_frames": n, "height": 32, "width": 32, "keep": keep, "rows": 2} for n, keep in ((1, 1), (5, 0.5))]
+    recipe = {**RECIPE, "perceptual": "features", "perceptual_files": (features,), "wavelet_weight": 0.1}
+    config = vae_config(configure, tmp_path, **recipe, data={"buckets": buckets}, train={"micro_batch": 2})
+    assert run(config)
+    rows = [row for row in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "loss" in row]
+    assert len(rows) == 6
+    assert all(row["discriminator"] > 0 for row in rows[2:])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -253,6 +264,10 @@ def test_a_run_starts_from_the_weights_that_it_is_given(configure: Configure, tm
         ({"perceptual": "lpips"}, "needs weights; give their files"),
         ({"freeze_encoder": True}, "has no effect without vae_train.init"),
         ({"adversarial_weight": 1.0, "parallel": {"sequence": 2, "vae_context": "time"}}, "judges whole ones"),
+        (
+            {"wavelet_weight": 0.1, "vae": ODD, "data": {"height": 33, "width": 33}},
+            "frames of 33x33 are not",
+        ),
         ({"init": "x", "freeze_encoder": True, "vae": {"kl_weight": 0.1}}, "an encoder that is trained"),
     ],
 )
