@@ -1,6 +1,6 @@
 """Autoencoders: a small one that a laptop trains, and how the recipes of the field read here."""
 
-from vidit.config import Data, RunConfig, Train, Vae
+from vidit.config import Data, RunConfig, Train, Vae, VaeTrain
 
 FEATURES = "configs/weights/scene_features/model.safetensors"
 
@@ -42,4 +42,31 @@ def tiny16() -> RunConfig:
             validate_every=250,
             checkpoint_every=250,
         ),
+    )
+
+
+def tiny16_adversarial() -> RunConfig:
+    """`tiny16` goes on with a perceptual loss and a discriminator, at a lower rate.
+
+    Command:   vidit train configs.vae:tiny16_adversarial
+    Hardware:  1 CPU core
+    Time:      4 minutes
+    Result:    sharper than `tiny16` for about the same PSNR (`benchmarks.vae_adversarial`)
+    """
+    start = tiny16()
+    return start.model_copy(
+        update={
+            "name": "tiny16-adversarial",
+            "vae_train": VaeTrain(
+                init="runs/tiny16/vae",
+                perceptual="features",
+                perceptual_weight=0.2,
+                perceptual_files=(FEATURES,),
+                adversarial_weight=0.5,
+                discriminator_channels=32,
+                discriminator_rate=2.0,
+                lecam_weight=1e-3,
+            ),
+            "train": start.train.model_copy(update={"steps": 400, "learning_rate": 5e-4, "schedule": "constant"}),
+        }
     )

@@ -150,7 +150,8 @@ def _recipe_faults(c: RunConfig) -> Iterator[str]:
             f"vae_train.adversarial_start={t.adversarial_start} is not before the end, train.steps={c.train.steps}: "
             "the discriminator would have no effect; start it earlier, or set vae_train.adversarial_weight=0"
         )
-    odd = [f"{s.height}x{s.width}" for s in (c.data, *c.data.buckets) if s.height % 2 or s.width % 2]
+    sizes = [(c.data.height, c.data.width), *((shape.height, shape.width) for shape in c.data.shapes)]
+    odd = [f"{height}x{width}" for height, width in sizes if height % 2 or width % 2]
     if t.wavelet_weight and odd:
         yield (
             f"vae_train.wavelet_weight={t.wavelet_weight:g} takes pixels in blocks of 2x2, which frames of {odd[0]} "
