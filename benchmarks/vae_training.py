@@ -3,9 +3,10 @@
     python -m benchmarks.vae_training FOLDER --steps 1500
 
 Packs the folder of captioned videos, one in four of its source videos set apart with every clip that was cut from it,
-adds procedural scenes, and trains the VAE of `configs.vae:tiny16` on both, at 64x64. Writes the curve of the clips set
-apart and the measures of `vidit evaluate` to benchmarks/results/, and beside the run, in --out, the picture of pairs
-and the plot. An hour on two cores: --steps 9000. The videos are never copied into the project.
+adds procedural scenes, and trains the VAE of `configs.vae:tiny16` on both, at 64x64; section.key=value changes it.
+Writes the curve of the clips set apart and the measures of `vidit evaluate` to benchmarks/results/, and beside the run,
+in --out, the picture of pairs and the plot. An hour on two cores: --steps 9000 vae.base_channels=32. The videos are
+never copied into the project.
 """
 
 import argparse
@@ -87,10 +88,10 @@ def plotted(path: Path, curves: dict[str, list[dict[str, float]]], quantity: str
     figure.savefig(path)
 
 
-def measure(source: Path, folder: Path, steps: int) -> dict[str, Any]:
+def measure(source: Path, folder: Path, steps: int, changes: Sequence[str] = ()) -> dict[str, Any]:
     """Train, or go on where a run was stopped, and look at the result."""
     seen, unseen = prepared(source, folder)
-    config = configured(folder, "real-vae", steps)
+    config = configured(folder, "real-vae", steps, changes)
     start = time.perf_counter()
     run(config)
     seconds = time.perf_counter() - start
@@ -98,7 +99,7 @@ def measure(source: Path, folder: Path, steps: int) -> dict[str, Any]:
     scenes = evaluate_vae_of_scenes(config, folder)
     plotted(folder / "curve.png", {"clips not trained on": curve(config.directory)}, "psnr")
     return {
-        "steps": steps, "train_s": round(seconds, 1), "real_clips": len(seen), "scenes": SCENES,
+        "steps": steps, "changes": list(changes), "train_s": round(seconds, 1), "real_clips": len(seen), "scenes": SCENES,
         "not_trained_on": unseen, "curve": curve(config.directory), "reconstruction": found, "unseen_scenes": scenes,
     }  # fmt: skip
 
@@ -120,10 +121,11 @@ def main() -> None:
     parser.add_argument(
         "source", type=Path, metavar="FOLDER", help="videos with clips.jsonl, as `vidit pack` takes them"
     )
+    parser.add_argument("changes", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("runs/vae-training"))
     arguments = parser.parse_args()
-    result = measure(arguments.source, arguments.out, arguments.steps)
+    result = measure(arguments.source, arguments.out, arguments.steps, arguments.changes)
     path = write_result("vae-training", result)
     print(json.dumps({name: result[name] for name in ("train_s", "reconstruction", "unseen_scenes")}, indent=1))
     print(path, arguments.out / "real-vae" / "reconstruction.png", arguments.out / "curve.png")

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from vidit.dtypes import wide
+
 # VQGAN's own code: what keeps the ratio finite, and the most that it may be.
 LEAST_NORM = 1e-4
 MOST = 1e4
@@ -108,7 +110,7 @@ def _weight_norms(layer: nn.Module, x: Tensor, slope: Tensor) -> Tensor:
     for row, row_slope in zip(x.split(1), slope.split(1), strict=True):
         out = functional_call(layer, {"weight": weight, "bias": bias}, (row,))
         (gradient,) = torch.autograd.grad(out, weight, row_slope)
-        norms.append(torch.linalg.vector_norm(gradient))
+        norms.append(torch.linalg.vector_norm(gradient, dtype=wide(gradient.dtype)))
     return torch.stack(norms)
 
 

@@ -166,6 +166,19 @@ def test_perceptual_distance_is_in_the_loss(configure: Configure, features: str)
     assert load_perceptual("features", [features]).features[0].weight.requires_grad is False
 
 
+def test_bf16_computes_every_term_near_fp32(configure: Configure, features: str) -> None:
+    recipe = {**GAN, "perceptual": "features", "perceptual_files": (features,), "r1_weight": 0.1, "lecam_weight": 0.1}
+    parts = []
+    for precision in ("fp32", "bf16"):
+        task, batch = rig(vae_config(configure, **recipe, train={"precision": precision}))
+        (losses,) = task.passes.forward_backward([batch(1)])
+        assert losses.rows_B.dtype == torch.float32
+        assert all(p.grad.dtype == torch.float32 for p in task.model.parameters())
+        parts.append(losses.parts)
+    for name, value in parts[0].items():
+        assert parts[1][name] == pytest.approx(value, rel=0.1, abs=0.02), name
+
+
 def test_networks_are_clipped_apart(configure: Configure) -> None:
     """The discriminator's gradient, however large, leaves the autoencoder its own."""
     task, _ = rig(vae_config(configure, **GAN))
