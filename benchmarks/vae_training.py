@@ -99,8 +99,9 @@ def measure(source: Path, folder: Path, steps: int, changes: Sequence[str] = ())
     scenes = evaluate_vae_of_scenes(config, folder)
     plotted(folder / "curve.png", {"clips not trained on": curve(config.directory)}, "psnr")
     return {
-        "steps": steps, "changes": list(changes), "train_s": round(seconds, 1), "real_clips": len(seen), "scenes": SCENES,
-        "not_trained_on": unseen, "curve": curve(config.directory), "reconstruction": found, "unseen_scenes": scenes,
+        "steps": steps, "changes": list(changes), "train_s": round(seconds, 1), "real_clips": len(seen),
+        "scenes": SCENES, "not_trained_on": unseen, "curve": curve(config.directory), "reconstruction": found,
+        "unseen_scenes": scenes,
     }  # fmt: skip
 
 
