@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from benchmarks.rank_pool import Pool
+from safetensors.torch import load_file
 
 from parallel import checkpoint
 from vidit.config import RunConfig
@@ -46,9 +47,12 @@ def start_unaveraged(config: RunConfig) -> bool:
         return start(config)
 
 
-def configured(configure: Configure, folder: Path, parallel: dict[str, Any], **train: Any) -> RunConfig:
+def configured(
+    configure: Configure, folder: Path, parallel: dict[str, Any], recipe: dict[str, Any] | None = None, **train: Any
+) -> RunConfig:
+    recipe = RECIPE | (recipe or {})
     given = {"task": "vae", "steps": STEPS, "precision": "fp64", "global_batch": 4, "micro_batch": 1, **train}
-    return configure(folder, train={"validate_every": STEPS, **given}, vae_train=RECIPE, parallel=parallel)
+    return configure(folder, train={"validate_every": STEPS, **given}, vae_train=recipe, parallel=parallel)
 
 
 def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
@@ -93,6 +97,20 @@ def test_the_same_training(pool: Pool, configure: Configure, tmp_path: Path, one
     assert all(pool.run(world, start, config))
     assert_equal(differences(config, one))
     assert {"discriminator", "lecam", "r1", "adversarial_weight"} <= read_metrics(tmp_path)[2].keys()
+
+
+@pytest.mark.parametrize("layout", ["dp2", "zero2 x2", "zero3 x2"])
+def test_a_frozen_encoder(pool: Pool, configure: Configure, tmp_path: Path, tiny_vae: Path, layout: str) -> None:
+    """The weights that a run starts from reach every shard, and what is frozen has no gradient to average."""
+    found = []
+    for world, parallel in ((1, {}), LAYOUTS[layout]):
+        recipe = {"init": str(tiny_vae), "freeze_encoder": True}
+        config = configured(configure, tmp_path / str(world), parallel, recipe)
+        assert all(pool.run(world, start, config))
+        found.append(config)
+    assert_equal(differences(found[1], found[0]))
+    before, after = load_file(tiny_vae / "model.safetensors"), load_file(tmp_path / "2" / "vae" / "model.safetensors")
+    assert all(torch.equal(before[n], after[n]) == (not n.startswith("decoder")) for n in before)
 
 
 def test_another_layout_goes_on(pool: Pool, configure: Configure, tmp_path: Path, one: RunConfig) -> None:
