@@ -30,11 +30,15 @@ from vidit.vae.coding import encode_clip
 
 @dataclass
 class Losses:
-    """Loss of each row (B,), and its place in [0, 1) of the timestep density (B,), 0 where there is none."""
+    """Loss of each row (B,), and its place in [0, 1) of the timestep density (B,), 0 where there is none.
+
+    features: of validation, what a network sees in the clips and in what was made of them, (B, D) each, or None.
+    """
 
     rows_B: Tensor
     quantile_B: Tensor
     parts: dict[str, float]
+    features: tuple[Tensor, Tensor] | None = None
 
 
 class Step(Protocol):

@@ -30,7 +30,7 @@ from vidit.vae.adversarial import (
 from vidit.vae.autoencoder import CausalVae
 from vidit.vae.discriminator import Discriminator
 from vidit.vae.losses import kl_rows, l1_rows, l2_rows, psnr_rows, wavelet_rows
-from vidit.vae.perceptual import FeatureDistance
+from vidit.vae.perceptual import FeatureDistance, SceneFeatures
 
 Parts = dict[str, Tensor]
 """Terms of the loss by name, each (B,)."""
@@ -52,15 +52,17 @@ class VaeStep:
         t = self.config.vae_train
         judged = purpose == "train" and t.adversarial_weight > 0
         judged = judged and batch.rows[0] // self.numbers_per_step >= t.adversarial_start
-        rows, parts = self._terms(model, batch.clips.pixels, batch.rows[: len(batch.clips.keys)], purpose, judged)
+        own = batch.rows[: len(batch.clips.keys)]
+        rows, parts, features = self._terms(model, batch.clips.pixels, own, purpose, judged)
         if batch.images is not None:
             assert batch.images.pixels is not None
             start = batch.rows[len(batch.clips.keys)] * self.images_per_row
             numbers = list(range(start, start + len(batch.images.keys)))
-            image_rows, _ = self._terms(model, batch.images.pixels, numbers, f"{purpose}/image", judged)
+            image_rows, *_ = self._terms(model, batch.images.pixels, numbers, f"{purpose}/image", judged)
             rows = torch.cat((rows, image_rows.view(-1, self.images_per_row).mean(1)))
         told = torch.stack([part.detach().double().mean() for part in parts.values()]).tolist()
-        return Losses(rows, torch.zeros(len(rows), dtype=torch.float64), dict(zip(parts, told, strict=True)))
+        quantile_B = torch.zeros(len(rows), dtype=torch.float64)
+        return Losses(rows, quantile_B, dict(zip(parts, told, strict=True)), features)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """LeCAM's averages go on with the answers of the whole step, whoever of the ranks had its rows."""
@@ -72,7 +74,8 @@ class VaeStep:
 
     def _terms(
         self, model: nn.ModuleDict, pixels: Tensor, numbers: list[int], purpose: str, judged: bool
-    ) -> tuple[Tensor, Parts]:
+    ) -> tuple[Tensor, Parts, tuple[Tensor, Tensor] | None]:
+        """Loss of each row, its terms, and of validation the features of clips and reconstructions."""
         c, x, vae = self.config.vae, to_pixels(pixels, self.device).to(self._dtype), model["vae"]
         assert isinstance(vae, CausalVae)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.vae_train.freeze_encoder):
@@ -88,7 +91,10 @@ class VaeStep:
             rows, parts = self._judged(model, vae, seen, out, x)
         of_latent = kl_rows(q)
         parts = self._in_order(parts, of_latent, out, x, purpose)
-        return rows + c.kl_weight * of_latent, parts
+        features = None
+        if purpose == "validation" and isinstance(self.perceptual, SceneFeatures):
+            features = self.perceptual.video_features(x), self.perceptual.video_features(out)
+        return rows + c.kl_weight * of_latent, parts, features
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -18,10 +18,12 @@ from vidit.config import ConfigError, RunConfig
 from vidit.data.catalog import Catalog
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.shards import read_index
+from vidit.evaluate.frechet import frechet_distance
 from vidit.resolve import resolve
 from vidit.train.run import run
 from vidit.train.step import to_pixels
 from vidit.train.task import Task, build_task
+from vidit.train.validation import validate
 from vidit.vae.adversarial import fooled_rows, told_apart_rows
 from vidit.vae.losses import kl_rows, wavelet_rows
 from vidit.vae.perceptual import SceneFeatures, load_perceptual
@@ -152,6 +154,19 @@ def test_validation_is_of_reconstruction_alone(configure: Configure, features: s
     assert torch.equal(found[0].rows_B, found[1].rows_B)
     assert found[0].parts == found[1].parts
     assert list(found[0].parts) == ["l1", "kl", "psnr", "ssim", "perceptual"]
+
+
+def test_validation_has_the_frechet_distance_of_all_its_clips(configure: Configure, features: str) -> None:
+    task, batch = rig(vae_config(configure, perceptual="features", perceptual_files=(features,)))
+    batches = [batch(n) for n in range(3)]
+    values = validate(task.model, task.step, batches, 1, lambda: None)
+    seen = [task.step(task.model, one, "validation").features for one in batches]
+    clips, made = (torch.cat([pair[side] for pair in seen]) for side in (0, 1))
+    assert clips.shape == (12, 128)
+    assert values["frechet"] == pytest.approx(frechet_distance(clips, made), rel=1e-6)
+    assert task.step(task.model, batch(0), "train").features is None
+    plain, batch = rig(vae_config(configure))
+    assert "frechet" not in validate(plain.model, plain.step, batches, 1, lambda: None)
 
 
 def test_perceptual_distance_is_in_the_loss(configure: Configure, features: str) -> None:
