@@ -1,6 +1,6 @@
 """What does the discriminator do to a VAE that reconstructs already? The same steps with it and without.
 
-    python -m benchmarks.vae_adversarial FOLDER VAE --steps 700
+    python -m benchmarks.vae_adversarial FOLDER VAE --steps 300
 
 VAE is the folder of a trained `configs.vae:tiny16`, such as what `benchmarks.vae_training` leaves in
 OUT/real-vae/vae. Both runs start from it, with the same seed, clips, noise and perceptual loss; one has a
@@ -31,8 +31,8 @@ from vidit.vae.store import load_vae
 TRIVIAL = 2.0
 """The discriminator's hinge loss where it says 0 of everything."""
 GAN = (
-    "vae_train.adversarial_weight=1", "vae_train.discriminator_channels=32", "vae_train.lecam_weight=0.001",
-    "vae_train.discriminator_rate=4",
+    "vae_train.adversarial_weight=0.5", "vae_train.discriminator_channels=32", "vae_train.lecam_weight=0.001",
+    "vae_train.discriminator_rate=2",
 )  # fmt: skip
 COMMON = (
     "train.learning_rate=5e-4", "train.schedule=constant", "vae_train.perceptual=features",
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="FOLDER")
     parser.add_argument("vae", type=Path, metavar="VAE")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("runs/vae-adversarial"))
     arguments = parser.parse_args()
     result = measure(arguments.source, arguments.vae, arguments.out, arguments.steps)
