@@ -47,8 +47,7 @@ def r1_rows(real: Tensor, x_BCTHW: Tensor) -> Tensor:
 
 
 def lecam_rows(real: Tensor, fake: Tensor, averages: Tensor) -> Tensor:
-    """LeCAM (2104.03310), one-sided as its authors compute it: how far an answer lies beyond the average one to the other
-    kind.
+    """LeCAM (2104.03310), one-sided as its authors compute it: how far an answer is beyond the mean one to the others.
 
     `averages` as in `Discriminator`; 0 before there are any.
     """

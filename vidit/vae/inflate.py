@@ -1,10 +1,10 @@
 """What the training of a VAE starts from: the weights of another, of the same geometry or of one for images.
 
 An image VAE is one of this project that strides over no frames. Its kernels go to the last frame of those here, and the
-weights of the frames before are 0 (as Open-Sora-Plan and CV-VAE begin with a 2D VAE). The joints here may stride over frames
-where those there do not: what a shortcut without parameters adds (`Down`, `Up`) is then another linear map of the same
-numbers, and the difference goes into the convolution beside it. So an image, and the first frame of a video, is coded
-and decoded as by the image VAE.
+weights of the frames before are 0 (as Open-Sora-Plan and CV-VAE begin with a 2D VAE). The joints here may stride over
+frames where those there do not: what a shortcut without parameters adds (`Down`, `Up`) is then another linear map of
+the same numbers, and the difference goes into the convolution beside it. So an image, and the first frame of a video,
+is coded and decoded as by the image VAE.
 """
 
 from pathlib import Path
