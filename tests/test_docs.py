@@ -35,7 +35,7 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md; VIDEOS, as tables and
-    tars too; and a trained runs/clips.
+    tars too; a trained runs/clips, and a trained VAE as runs/tiny16.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py")):
@@ -54,6 +54,7 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
         for name in ("0.mp4", "0.txt", "1.mp4", "1.txt"):
             tar.add(folder / "VIDEOS" / name, name)
     assert run(configure(folder / "runs" / "clips", train={"steps": 2}, sample={"prompts": ()}))
+    assert run(configure(folder / "runs" / "tiny16", train={"task": "vae", "steps": 2}))
     return folder
 
 

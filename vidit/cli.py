@@ -213,9 +213,22 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from vidit.evaluate.scenes import evaluate_scenes
+    from vidit.train.rundir import read_config
 
-    summary = evaluate_scenes(Path(arguments.run), arguments.clips, arguments.seed)
+    run = Path(arguments.run)
+    if read_config(run).train.task == "vae":
+        from vidit.evaluate.reconstruction import evaluate_vae
+
+        if arguments.seed is not None:
+            raise ValueError(f"--seed={arguments.seed} has no effect on a VAE, which draws nothing; leave it out")
+        summary = evaluate_vae(run, arguments.clips, arguments.data, arguments.features)
+    else:
+        from vidit.evaluate.scenes import evaluate_scenes
+
+        for name in ("data", "features"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} has no effect on a run that draws videos; it is for those of a VAE")
+        summary = evaluate_scenes(run, arguments.clips, arguments.seed or 0)
     print(json.dumps(summary, indent=1))
     return 0
 
@@ -351,10 +364,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     p.add_argument("--out", help="folder; default RUN/samples")
     p.add_argument("--seed", type=whole(0), default=0)
-    p = add("evaluate", evaluate, "draw held-out and seen scenes from a run and read them back")
+    text = "draw held-out and seen scenes from a run and read them back; of a VAE, how well it reconstructs"
+    p = add("evaluate", evaluate, text)
     p.add_argument("run")
     p.add_argument("--clips", type=whole(1), default=64)
-    p.add_argument("--seed", type=whole(0), default=0)
+    p.add_argument("--seed", type=whole(0), help="of what is drawn; default 0")
+    p.add_argument("--data", help="of a VAE: clips to reconstruct, a packed folder; default those of its validation")
+    p.add_argument("--features", help="of a VAE: weights for a Frechet distance (`python -m benchmarks.features`)")
     p = add("report", report, "write RUN/report.html")
     p.add_argument("run")
     p = add("goodput", goodput, "say where the time of a run went, over all of its starts")

@@ -98,6 +98,8 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
             )
         yield from _size_faults(c)
     yield from c.train.faults()
+    if c.train.task == "vae":
+        yield from _recipe_faults(c)
     ranks = world_size or ranks_of(c)
     yield from _rank_faults(c, ranks)
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
@@ -137,6 +139,29 @@ def _size_faults(c: RunConfig) -> Iterator[str]:
                 f"{place}.num_frames={shape.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
                 f"use {low} or {low + t}"
             )
+
+
+def _recipe_faults(c: RunConfig) -> Iterator[str]:
+    """Of how a VAE is trained."""
+    t = c.vae_train
+    yield from t.faults()
+    if t.adversarial_weight and t.adversarial_start >= c.train.steps:
+        yield (
+            f"vae_train.adversarial_start={t.adversarial_start} is not before the end, train.steps={c.train.steps}: "
+            "the discriminator would have no effect; start it earlier, or set vae_train.adversarial_weight=0"
+        )
+    sizes = [(c.data.height, c.data.width), *((shape.height, shape.width) for shape in c.data.shapes)]
+    odd = [f"{height}x{width}" for height, width in sizes if height % 2 or width % 2]
+    if t.wavelet_weight and odd:
+        yield (
+            f"vae_train.wavelet_weight={t.wavelet_weight:g} takes pixels in blocks of 2x2, which frames of {odd[0]} "
+            "are not: use even sizes"
+        )
+    if t.adversarial_weight and c.parallel.vae_context != "none":
+        yield (
+            f"parallel.vae_context={c.parallel.vae_context} leaves each rank a part of a clip, and the discriminator "
+            "judges whole ones; use parallel.shard or replicate, or vae_train.adversarial_weight=0"
+        )
 
 
 def _rank_faults(c: RunConfig, ranks: int) -> Iterator[str]:

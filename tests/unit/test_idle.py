@@ -7,6 +7,7 @@ from vidit.idle import RULES, idle_faults
 from vidit.overrides import apply_overrides, field_names
 
 VAE, VP, EDM = "train.task=vae", "diffusion.path=vp", "diffusion.path=edm"
+JUDGED = "vae_train.adversarial_weight=1"
 BLIND = "model.cross_attention=none"
 # option, others that leave it idle, others that let it act
 CASES = [
@@ -21,6 +22,25 @@ CASES = [
     ("train.num_time_bands=3", [VAE], []),
     ("vae.l2_weight=1", [], [VAE]),
     ("vae.half_weights=true", [], [VAE]),
+    ("vae.kl_weight=0.1", [VAE, "vae_train.init=x", "vae_train.freeze_encoder=true"], [VAE]),
+    ("vae_train.wavelet_weight=0.1", [], [VAE]),
+    ("vae_train.init=x", [], [VAE]),
+    ("vae_train.perceptual=lpips", [], [VAE]),
+    ("vae_train.adversarial_weight=1", [], [VAE]),
+    ("vae_train.inflate=true", [VAE], [VAE, "vae_train.init=x"]),
+    ("vae_train.freeze_encoder=true", [VAE], [VAE, "vae_train.init=x"]),
+    ("vae_train.perceptual_weight=2", [VAE], [VAE, "vae_train.perceptual=lpips"]),
+    ('vae_train.perceptual_files=["x"]', [VAE], [VAE, "vae_train.perceptual=features"]),
+    ("vae_train.adversarial_loss=non_saturating", [VAE], [VAE, JUDGED]),
+    ("vae_train.adversarial_start=5", [VAE], [VAE, JUDGED]),
+    ("vae_train.adaptive=false", [VAE], [VAE, JUDGED]),
+    ("vae_train.discriminator_channels=8", [VAE], [VAE, JUDGED]),
+    ("vae_train.discriminator_layers=2", [VAE], [VAE, JUDGED]),
+    ("vae_train.discriminator_rate=2", [VAE], [VAE, JUDGED]),
+    ("vae_train.discriminator_betas=[0, 0.9]", [VAE], [VAE, JUDGED]),
+    ("vae_train.r1_weight=1", [VAE], [VAE, JUDGED]),
+    ("vae_train.lecam_weight=1", [VAE], [VAE, JUDGED]),
+    ("vae_train.lecam_decay=0.9", [VAE, JUDGED], [VAE, JUDGED, "vae_train.lecam_weight=1"]),
     ("vae.norm_groups=8", [], ["vae.norm=group"]),
     ("vae.max_frames=8", [VAE], []),
     ("vae.tile=64", ["parallel.sequence=2", "parallel.vae_context=time"], []),

@@ -17,6 +17,7 @@ from vidit.config.section import ConfigError, Section, refuse
 from vidit.config.text import RESERVED_TEXT_ROWS, Text
 from vidit.config.train import Train
 from vidit.config.vae import VAE_PRESETS, Vae
+from vidit.config.vae_train import VaeTrain
 
 __all__ = [
     "LEGAL_DENSITIES",
@@ -42,6 +43,7 @@ __all__ = [
     "Text",
     "Train",
     "Vae",
+    "VaeTrain",
     "Window",
     "refuse",
     "whole_window",

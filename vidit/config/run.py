@@ -13,6 +13,7 @@ from vidit.config.section import Section
 from vidit.config.text import Text
 from vidit.config.train import Train
 from vidit.config.vae import Vae
+from vidit.config.vae_train import VaeTrain
 
 
 class RunConfig(Section):
@@ -22,6 +23,7 @@ class RunConfig(Section):
     run_dir: str = Field("", description="where the run writes; empty = runs/<name>")
     text: Text = Text()
     vae: Vae = Vae()
+    vae_train: VaeTrain = VaeTrain()
     model: Model = Model()
     diffusion: Diffusion = Diffusion()
     data: Data = Data()

@@ -1,1 +1,1 @@
-"""Judging videos: scores that read content back, and the report."""
+"""Judging videos: scores that read content back, how near a reconstruction is, and the report."""

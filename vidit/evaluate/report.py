@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ pre { background: #f5f7fa; padding: 1rem; overflow: auto; font-size: .8rem; }
 {% for label, values in rows %}<tr><td>{{ label }}</td>
 {% for v in values %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}
 </table>{% endif %}
+{% if reconstruction %}<h2>Reconstruction of clips that were not trained on</h2>
+<table>{% for label, value in reconstruction %}<tr><td>{{ label }}</td><td>{{ value }}</td></tr>{% endfor %}</table>
+<p>First, middle and last frame: clips left, reconstructions right.</p>
+<img src="data:image/png;base64,{{ pairs }}" alt="pairs">{% endif %}
 {% if samples %}<h2>Samples</h2>
 <div class="grid">{% for s in samples %}<figure><img src="data:image/gif;base64,{{ s.gif }}" alt="{{ s.caption }}">
 <figcaption>{{ s.caption }}<br><span class="tag">{{ s.tag }}</span></figcaption></figure>{% endfor %}</div>{% endif %}
@@ -54,12 +59,15 @@ def write_report(run_dir: Path) -> Path:
     config = read_config(run_dir)
     try:
         summary = _json(run_dir / "summary.json", {})
-        facts, rows = _facts(summary), _accuracy_rows(summary)
+        reconstruction = _json(run_dir / "reconstruction.json", {})
+        facts, rows = _facts(summary, reconstruction), _accuracy_rows(summary)
+        pairs = (run_dir / "reconstruction.png").read_bytes() if reconstruction else b""
+        measures = list(_measures(reconstruction))
         samples = _samples(run_dir, config.data.fps or 8.0)
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError) as error:
         raise ValueError(
             f"what {run_dir} holds of an evaluation is damaged or of another version ({type(error).__name__}: "
-            f"{error}); run `vidit evaluate` again, or delete summary.json and evaluation.*"
+            f"{error}); run `vidit evaluate` again, or delete summary.json, evaluation.* and reconstruction.*"
         ) from error
     page = (
         Environment(autoescape=True)
@@ -69,6 +77,8 @@ def write_report(run_dir: Path) -> Path:
             facts=facts,
             columns=("colour", "direction", "shape", "count"),
             rows=rows,
+            reconstruction=measures,
+            pairs=base64.b64encode(pairs).decode(),
             samples=samples,
             plots=_plots(run_dir),
             settings=config.to_json(),
@@ -88,9 +98,22 @@ def _json(path: Path, absent: Any) -> Any:
         raise ValueError(f"{path.name}: {error}") from error
 
 
-def _facts(summary: dict[str, Any]) -> str:
+def _measures(reconstruction: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `vidit evaluate` says of a VAE, as rows; of the sharpness both numbers."""
+    for name, value in reconstruction.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}, {of}", f"{number:.4g}") for of, number in value.items())
+        elif isinstance(value, float):
+            yield name, f"{value:.4g}"
+
+
+def _facts(summary: dict[str, Any], reconstruction: dict[str, Any]) -> str:
     if not isinstance(summary, dict):
         raise TypeError(f"summary.json holds a {type(summary).__name__}, no object")
+    if reconstruction:
+        return (
+            f"{reconstruction['steps']} steps, evaluated on {reconstruction['clips']} clips ({reconstruction['of']})."
+        )
     if not summary:
         return "Not evaluated yet: run `vidit evaluate`."
     return (

@@ -15,12 +15,17 @@ from vidit.dtypes import widen
 
 
 class Ema:
-    """Averaged copies of the trainable parameters, under the parameters' own names."""
+    """Averaged copies of the trainable parameters, under the parameters' own names.
 
-    def __init__(self, module: nn.Module, decay: float):
+    `without`: what the names of those begin with that are not averaged; "" for none.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, without: str = ""):
         self.decay = decay
         self.averages: dict[str, Tensor] = {
-            name: widen(p.detach().clone()) for name, p in module.named_parameters() if p.requires_grad
+            name: widen(p.detach().clone())
+            for name, p in module.named_parameters()
+            if p.requires_grad and not (without and name.startswith(without))
         }
 
     @torch.no_grad()

@@ -70,7 +70,7 @@ def train_loop(
     """
     c, accumulation = task.config.train, resolve(task.config).accumulation
     review, reporter, ledger, beat = watchers.review, watchers.reporter, watchers.ledger, watchers.beat
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    networks = task.networks
     skips = SkipCount(task.config.data.max_skipped, reporter, tuple(held.get("skips", (0, 0))))
     recovery = Recovery(c, held.get("recovery", {}))
     saves = Saves(state, recovery, reporter, checkpoints, facts, c, beat)
@@ -109,16 +109,18 @@ def train_loop(
             known.update(fetched.shapes)
             sent = Communication() if step == counted else None
             with task.counted(sent):
-                outcome = forward_backward(task, fetched.batches, parameters)
+                outcome = forward_backward(task, fetched.batches, networks)
             watch.lap("compute")
 
             beat(step, "update")
             norm, rate = float(outcome.norm), learning_rate(c, state.step)
             fault = recovery.judge(step, outcome.loss, norm, outcome.finite, fetched.keys)
             if fault is None:
-                clip_gradients(parameters, c.clip_norm, outcome.norm)
+                for parameters, its_norm in zip(networks, outcome.norms, strict=True):
+                    clip_gradients(parameters, c.clip_norm, its_norm)
                 with task.counted(sent):
                     update(state, rate)
+                task.step.updated(state.model, outcome.parts)
                 recovery.updated(outcome.loss)
                 row = {"loss": outcome.loss, "grad_norm": norm, "lr": rate, **outcome.parts}
             else:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from parallel.dtensor import local
-from vidit.config import Train
+from vidit.config import Train, VaeTrain
 from vidit.dtypes import wide
 from vidit.train.muon import Muon
 from vidit.train.precision import has_bf16
+from vidit.vae.discriminator import JUDGE
 
 # The matrices between hidden vectors. Modulation maps the conditioning, and its first factor has two rows.
 _HIDDEN = re.compile(r"(^|\.)(blocks|layers)\.\d+\.(?!modulation\.).*weight$")
@@ -47,7 +48,7 @@ class Optimizers:
     def set_learning_rate(self, rate: float) -> None:
         for member in self.members:
             for group in member.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("rate", 1.0)
 
     def step(self) -> None:
         for member in self.members:
@@ -77,9 +78,14 @@ class Optimizers:
                     state["step"].fill_(step)
 
 
-def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimizers:
-    """Over every trainable parameter, given by name; matrices decay, vectors and tables of one dim do not."""
-    trainable = {name: p for name, p in parameters.items() if p.requires_grad}
+def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter], judge: VaeTrain | None = None) -> Optimizers:
+    """Over every trainable parameter, given by name; matrices decay, vectors and tables of one dim do not.
+
+    judge: how a discriminator among them is trained: by AdamW, with betas and a rate of its own.
+    """
+    given = {name: p for name, p in parameters.items() if p.requires_grad}
+    judges = [p for name, p in given.items() if name.startswith(JUDGE)]
+    trainable = {name: p for name, p in given.items() if not name.startswith(JUDGE)}
     hidden = [p for name, p in trainable.items() if c.optimizer == "muon" and p.ndim == 2 and _HIDDEN.search(name)]
     taken = {id(p) for p in hidden}
     others = [p for p in trainable.values() if id(p) not in taken]
@@ -96,6 +102,9 @@ def build_optimizer(c: Train, parameters: Mapping[str, nn.Parameter]) -> Optimiz
         if dtype == torch.float32 and has_bf16(hidden[0].device):
             dtype = torch.bfloat16
         members.append(Muon(hidden, c.learning_rate, c.weight_decay, c.muon_momentum, dtype))
+    if judge and judges:
+        group: dict[str, Any] = {"params": judges, "rate": judge.discriminator_rate, "weight_decay": 0.0}
+        members.append(AdamW([group], lr=c.learning_rate, betas=judge.discriminator_betas, eps=c.eps, fused=True))
     return Optimizers(*members)
 
 

@@ -16,7 +16,7 @@ from vidit.train.task import Task
 
 @dataclass(frozen=True)
 class Outcome:
-    """Losses and quantiles of every row of the step, the mean loss and its parts, the gradient's norm.
+    """Losses and quantiles of every row of the step, the mean loss and its parts, the norm of each network's gradient.
 
     `finite` is said of the loss and the gradient of all ranks, so it is the same on all; `bad_rank` is the first with
     a loss that is not. `own_s`: CPU seconds of this process, 0 on an accelerator, where waiting looks like work.
@@ -26,18 +26,25 @@ class Outcome:
     quantiles: list[float]
     parts: dict[str, float]
     loss: float
-    norm: Tensor
+    norms: list[Tensor]
     finite: bool
     bad_rank: int | None
     own_s: float
 
+    @property
+    def norm(self) -> Tensor:
+        """Of the model itself, not of what judges it."""
+        return self.norms[0]
 
-def forward_backward(task: Task, batches: Sequence[Batch], parameters: Sequence[nn.Parameter]) -> Outcome:
-    """Give `parameters` the gradients of one step. Collective."""
+
+def forward_backward(task: Task, batches: Sequence[Batch], networks: Sequence[Sequence[nn.Parameter]]) -> Outcome:
+    """Give the parameters of `networks` (as `Task.networks`) the gradients of one step. Collective."""
     began = time.process_time()
     own = task.passes.forward_backward(batches)
-    complete_gradients(parameters)
-    norm = gradient_norm(parameters, task.pipeline, task.passes.shared)
+    norms = []
+    for parameters in networks:
+        complete_gradients(parameters)
+        norms.append(gradient_norm(parameters, task.pipeline, task.passes.shared))
     own_s = 0.0 if task.step.device.type != "cpu" else time.process_time() - began
     own_losses: list[Any] = [[r.rows_B.tolist(), r.quantile_B.tolist(), r.parts] for r in own]
     told = exchange(own_losses, task.rows)
@@ -50,9 +57,9 @@ def forward_backward(task: Task, batches: Sequence[Batch], parameters: Sequence[
         quantiles=[value for _, values, _ in results for value in values],
         parts={k: sum(p[k] for _, _, p in results) / len(results) for k in results[0][2]},
         loss=loss,
-        norm=norm,
+        norms=norms,
         # Copies of a gradient that one rank alone holds damaged give that rank alone a norm that is not finite.
-        finite=not any_rank(not (math.isfinite(loss) and math.isfinite(float(norm)))),
+        finite=not any_rank(not all(map(math.isfinite, (loss, *map(float, norms))))),
         bad_rank=task.rank_of(bad[0]) if bad else None,
         own_s=own_s,
     )

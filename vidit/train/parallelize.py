@@ -26,6 +26,7 @@ from vidit.text.encoder import TextEncoder
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.discriminator import JUDGE, Discriminator
 from vidit.vae.layers import ResBlock
 from vidit.vae.plan import context_plan
 
@@ -53,8 +54,27 @@ def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh:
     with torch.device("meta"):
         vae = CausalVae(config.vae)
     vae.dtype = dtype
+    vae.encoder.requires_grad_(not config.vae_train.freeze_encoder)
     divide_vae(vae, config, mesh)
     return _finish(nn.ModuleDict({"vae": vae}), config, device, dtype, mesh, ["vae.encoder", "vae.decoder"])
+
+
+def build_discriminator(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
+) -> nn.ModuleDict:
+    """What judges the autoencoder: {"discriminator"}. It is small, and whole on every rank."""
+    with torch.device("meta"):
+        judge = Discriminator(config.vae_train)
+    judge.dtype = dtype
+    whole = config.parallel.model_copy(update={"zero": 0, "cpu_offload": False})
+    return _finish(
+        nn.ModuleDict({JUDGE.rstrip("."): judge}),
+        config.model_copy(update={"parallel": whole}),
+        device,
+        dtype,
+        mesh,
+        [],
+    )
 
 
 def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
@@ -113,4 +133,6 @@ def _finish(
         if isinstance(module, CausalVae):
             module.latent_mean.zero_()
             module.latent_std.fill_(1)
+        if isinstance(module, Discriminator):
+            module.averages.zero_()
     return model

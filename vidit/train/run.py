@@ -37,6 +37,7 @@ from vidit.train.stop import StoppedError, StopRequest
 from vidit.train.stream_account import StreamAccount
 from vidit.train.task import Task, build_task
 from vidit.train.whitening import NUM_CLIPS, finish_vae
+from vidit.vae.discriminator import JUDGE
 from vidit.vae.stored import adopt_vae, find_vae
 from vidit.whole_file import full_disk_explained
 
@@ -70,8 +71,8 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         if isinstance(task.step, DitStep):
             refs = Clips.chained([split.refs for split in splits])
             require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
-        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()))
-        average = Ema(task.model, config.train.ema_decay)
+        optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), config.vae_train)
+        average = Ema(task.model, config.train.ema_decay, without=JUDGE)
         wait_s = config.parallel.timeout_s / 2
         state = TrainState(
             task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
@@ -158,6 +159,7 @@ def _reach_the_end(
     done = train_loop(task, state, batches, watchers, run_dir / "checkpoints", facts, held, peak)
     if done and config.train.task == "vae":
         num, clips = data.measured(NUM_CLIPS)
-        reporter.say(f"latent mean and std over {num} training clips")
+        if not config.vae_train.freeze_encoder:
+            reporter.say(f"latent mean and std over {num} training clips")
         finish_vae(config, task.model, state.ema, clips, run_dir / "vae", stop.check)
     return done

@@ -4,7 +4,7 @@ Noise, timesteps and strata are keyed by the row's number in the run (`vidit.key
 depend on ranks, accumulation, workers or on what was resumed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,11 +30,15 @@ from vidit.vae.coding import encode_clip
 
 @dataclass
 class Losses:
-    """Loss of each row (B,), and its place in [0, 1) of the timestep density (B,), 0 where there is none."""
+    """Loss of each row (B,), and its place in [0, 1) of the timestep density (B,), 0 where there is none.
+
+    features: of validation, what a network sees in the clips and in what was made of them, (B, D) each, or None.
+    """
 
     rows_B: Tensor
     quantile_B: Tensor
     parts: dict[str, float]
+    features: tuple[Tensor, Tensor] | None = None
 
 
 class Step(Protocol):
@@ -43,6 +47,9 @@ class Step(Protocol):
     device: torch.device
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses: ...
+
+    def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
+        """An update was made; `parts` are those of its losses, in the mean over the micro-batches of all ranks."""
 
 
 @dataclass
@@ -145,6 +152,9 @@ class DitStep:
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
         return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, previous), inputs, video)
+
+    def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
+        """Nothing is remembered of a step."""
 
     def inputs(self, batch: Batch, purpose: str) -> Inputs:
         """What the numbers of a batch's rows decide, without a look at its clips."""
@@ -279,38 +289,3 @@ class DitStep:
 def deal(seed: int, purpose: str, step: int, slots: int) -> list[int]:
     """A keyed permutation of the strata of one step."""
     return [int(slot) for slot in keys.generator(seed, f"{purpose}/strata", step).permutation(slots)]
-
-
-class VaeStep:
-    """L1 + KL of the autoencoder (its other losses come with its own recipe)."""
-
-    def __init__(self, config: RunConfig, device: torch.device):
-        self.config, self.device = config, device
-        self.images_per_row = resolve(config).latent_frames
-
-    def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
-        assert batch.clips.pixels is not None
-        rows, parts = self._terms(model, batch.clips.pixels, batch.rows[: len(batch.clips.keys)], purpose)
-        if batch.images is not None:
-            assert batch.images.pixels is not None
-            start = batch.rows[len(batch.clips.keys)] * self.images_per_row
-            numbers = list(range(start, start + len(batch.images.keys)))
-            image_rows, _ = self._terms(model, batch.images.pixels, numbers, f"{purpose}/image")
-            rows = torch.cat((rows, image_rows.view(-1, self.images_per_row).mean(1)))
-        return Losses(rows, torch.zeros(len(rows), dtype=torch.float64), parts)
-
-    def _terms(
-        self, model: nn.ModuleDict, pixels: Tensor, numbers: list[int], purpose: str
-    ) -> tuple[Tensor, dict[str, float]]:
-        c, x, vae = self.config.vae, to_pixels(pixels, self.device), model["vae"]
-        assert isinstance(vae, CausalVae)
-        q = vae.encode(x)
-        noise = keys.normal(tuple(q.mean.shape[1:]), self.config.train.seed, f"{purpose}/posterior", numbers)
-        out = vae.decode(q.mean + (0.5 * q.log_variance).exp() * noise.to(self.device))
-        error = out - x
-        l1_B, l2_B = error.abs().flatten(1).mean(1), error.square().flatten(1).mean(1)
-        kl_B = 0.5 * (q.mean.square() + q.log_variance.exp() - 1 - q.log_variance).flatten(1).mean(1)
-        # Pixels span [-1, 1], so the peak of the signal is 2.
-        psnr = float((10 * torch.log10(4 / l2_B.detach())).mean())
-        parts = {"l1": float(l1_B.detach().mean()), "kl": float(kl_B.detach().mean()), "psnr": psnr}
-        return c.l1_weight * l1_B + c.l2_weight * l2_B + c.kl_weight * kl_B, parts

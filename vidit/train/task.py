@@ -1,7 +1,7 @@
 """What `train.task` decides: the model, the step function, and what needs the text or the frozen VAE."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.dtensor import fill
 from parallel.exchange import from_first, num_ranks
 from parallel.mesh import Mesh, build_mesh, ranks_per_node
 from parallel.telemetry import Communication, count_communication
@@ -20,12 +21,16 @@ from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import Grid, grid_of
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
 from vidit.train.layout import layout_of, own_tokens, stages_of
-from vidit.train.parallelize import build_dit, build_vae, divide_vae
+from vidit.train.parallelize import build_discriminator, build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.precision import choose_dtype
-from vidit.train.rundir import keep_vae
-from vidit.train.step import DitStep, Step, VaeStep
+from vidit.train.rundir import keep_vae, newest_checkpoint
+from vidit.train.step import DitStep, Step
+from vidit.train.vae_step import VaeStep
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.discriminator import JUDGE
+from vidit.vae.inflate import starting_weights
+from vidit.vae.perceptual import load_perceptual
 from vidit.vae.store import load_vae
 
 
@@ -40,6 +45,15 @@ class Task:
     text: TextEncoder | None
     forward_flops: Callable[[Grid], int] | None
     mesh: Mesh | None = None
+
+    @property
+    def networks(self) -> list[list[nn.Parameter]]:
+        """Trainable parameters that are clipped together: of the model, and of the discriminator where there is one."""
+        groups: dict[bool, list[nn.Parameter]] = {False: []}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(name.startswith(JUDGE), []).append(parameter)
+        return list(groups.values())
 
     @property
     def rows(self) -> Sequence[ProcessGroup | None]:
@@ -86,12 +100,44 @@ def build_task(config: RunConfig, device: torch.device, num_validation: int | No
         ulysses = config.parallel.ulysses if config.parallel.sequence_kind == "ulysses_ring" else 0
         mesh = build_mesh(layout_of(config), device.type, ranks_per_node(), ulysses)
     if config.train.task == "vae":
-        vae_step = VaeStep(config, device)
-        model = build_vae(config, device, dtype, mesh)
-        return Task(config, model, vae_step, passes_of(config, model, vae_step, mesh), None, None, mesh)
+        return vae_task(config, device, dtype, mesh)
     kept = from_first(lambda: str(keep_vae(config).vae.weights))
     config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": kept})})
     return dit_task(config, load_vae(Path(kept), device, dtype), device, dtype, mesh, num_validation)
+
+
+def vae_task(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> Task:
+    """The autoencoder, and beside it the discriminator where the config has one."""
+    t = config.vae_train
+    perceptual = None
+    if t.perceptual != "none":
+        perceptual = load_perceptual(t.perceptual, t.perceptual_files).to(device)
+        if dtype == torch.float64:
+            perceptual.double()
+    step = VaeStep(config, device, perceptual)
+    parts = [build_vae(config, device, dtype, mesh)]
+    own = parts[0].state_dict()
+    # A run that goes on has its weights in a checkpoint, wherever it started from.
+    if t.init and from_first(lambda: newest_checkpoint(config.directory) is None):
+        for name, tensor in starting_weights(config.vae, Path(t.init), t.inflate).items():
+            fill(own[f"vae.{name}"], tensor)
+    if t.adversarial_weight:
+        parts.append(build_discriminator(config, device, dtype, mesh))
+    model = nn.ModuleDict({name: module for part in parts for name, module in part.items()})
+    data_ranks = mesh.layout.data if mesh else 1
+    passes = PlainPasses(model, step, lambda last: _around_each(parts, last), data_ranks)
+    return Task(config, model, step, passes, None, None, mesh)
+
+
+@contextmanager
+def _around_each(parts: Sequence[nn.ModuleDict], last: bool) -> Iterator[None]:
+    """Around a micro-batch of the autoencoder and of its discriminator, whose gradients are averaged when all of the
+    former's are: two that send at once would have to agree on an order.
+    """
+    with ExitStack() as stack:
+        for number, part in enumerate(parts):
+            stack.enter_context(zero_micro_batch(part, last, overlap=not number))
+        yield
 
 
 def dit_task(

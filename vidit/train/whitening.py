@@ -30,19 +30,21 @@ def finish_vae(
 ) -> None:
     """Measure mean and std of each latent channel over `data` with the averaged weights, and export those.
 
-    W.A.L.T. normalises latents before the transformer (section 3.1); the statistics travel in the weights.
+    W.A.L.T. normalises latents before the transformer (section 3.1); the statistics travel in the weights. Those of an
+    encoder that was not trained stay as they came, so that a DiT on its latents may have the new decoder.
     `check` may raise before each batch.
     """
-    vae = model["vae"]
+    vae, measured = model["vae"], not config.vae_train.freeze_encoder
     assert isinstance(vae, CausalVae)
     with ema.applied(model):
         latents = []
-        for batch in data:
+        for batch in data if measured else ():
             check()
             assert batch.clips.pixels is not None
             latents.append(vae.encode(to_pixels(batch.clips.pixels, vae.latent_mean.device)).mean)
-        z = torch.cat(latents).transpose(0, 1).flatten(1)
-        vae.latent_mean.copy_(z.mean(1))
-        vae.latent_std.copy_(z.std(1))
+        if measured:
+            z = torch.cat(latents).transpose(0, 1).flatten(1)
+            vae.latent_mean.copy_(z.mean(1))
+            vae.latent_std.copy_(z.std(1))
         full = full_tensors(vae.state_dict())
         from_first(lambda: save_vae(folder, vae, config.vae.half_weights, full))

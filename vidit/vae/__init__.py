@@ -1,1 +1,1 @@
-"""The causal 3D VAE: layers, encoder and decoder, weights on disk."""
+"""The causal 3D VAE: layers, encoder and decoder, what it is trained with, weights on disk."""

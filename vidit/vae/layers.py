@@ -94,10 +94,14 @@ class Down(nn.Module):
         self.pair = Front(self.t - 1, past=0)
 
     def forward(self, x: Tensor) -> Tensor:
+        return added(self.conv(x), self.shortcut(x))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What is added to the convolution's output."""
         pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
         depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=self.t, p=self.s, q=self.s)
         means = depth.unflatten(-1, (self.out_channels, -1)).mean(-1)
-        return added(self.conv(x), means.movedim(-1, 1))
+        return means.movedim(-1, 1)
 
 
 class Up(nn.Module):

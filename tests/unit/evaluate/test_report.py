@@ -48,3 +48,18 @@ def test_a_damaged_evaluation_is_named(evaluated: Path, name: str, content: byte
     with pytest.raises(ValueError, match=r"damaged or of another version .*run `vidit evaluate` again, or delete"):
         write_report(evaluated)
     assert (evaluated / "report.html").read_bytes() == before
+
+
+def test_a_page_of_a_vae(configure: Configure, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(configure(tmp_path, train={"task": "vae"}).to_json())
+    assert "Not evaluated yet" in write_report(tmp_path).read_text()
+    found = {"steps": 7, "clips": 3, "of": "validation", "psnr_db": 27.25, "sharpness": {"clips": 0.5}}
+    (tmp_path / "reconstruction.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"reconstruction\.png.*run `vidit evaluate` again"):
+        write_report(tmp_path)
+    (tmp_path / "reconstruction.png").write_bytes(b"pixels")
+    page = write_report(tmp_path).read_text()
+    assert "7 steps, evaluated on 3 clips (validation)." in page
+    assert "<td>psnr_db</td><td>27.25</td>" in page
+    assert "<td>sharpness, clips</td><td>0.5</td>" in page
+    assert "data:image/png;base64,cGl4ZWxz" in page

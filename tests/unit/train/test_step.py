@@ -18,7 +18,8 @@ from vidit.train.ema import Ema
 from vidit.train.encode_clips import ClipEncoder
 from vidit.train.encode_set import encode_set
 from vidit.train.parallelize import build_dit, build_vae
-from vidit.train.step import DitStep, VaeStep, to_pixels
+from vidit.train.step import DitStep, to_pixels
+from vidit.train.vae_step import VaeStep
 from vidit.train.validation import validate
 from vidit.vae.store import load_vae
 from vidit.vae.stored import adopt_vae
