@@ -163,8 +163,8 @@ def test_signals_save_and_leave(config: str, command: Start, uninterrupted: Path
 DRIVER = """
 import os, sys
 from vidit.config import RunConfig
-from vidit.train import run as runs
-runs.CLIPS_PER_SHARD = 4
+from vidit.train import run as runs, run_data
+run_data.CLIPS_PER_SHARD = 4
 for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
