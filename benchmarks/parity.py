@@ -29,7 +29,7 @@ from parallel.exchange import exchange, in_order, num_ranks
 from parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from parallel.mesh import build_mesh
 from vidit import keys
-from vidit.config import ConfigError, RunConfig, Vae
+from vidit.config import FAMILIES, ConfigError, RunConfig, Vae
 from vidit.data.loader import Batch
 from vidit.data.rows import Clips
 from vidit.model.init import initialise
@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "windows": ((0, 0, 0),), "relative_position": "rope", "cross_attention": "all", "cross_keys": "text",
         "image_attention": "frame", "self_conditioning": 0.0, "adaln_rank": 0, "absolute_position": False,
     },
+    **{name: {**fields, "patch": 1} for name, fields in FAMILIES.items()},
 }  # fmt: skip
 
 
@@ -286,7 +287,7 @@ def line(entry: Mapping[str, Any]) -> str:
 
 PAGE = """# Every layout is one training run
 
-Made by `python -m benchmarks.parity` (raw numbers in `benchmarks/results/`): a W.A.L.T. denoiser and one with full
+Made by `python -m benchmarks.parity` (raw numbers in `benchmarks/results/`): a W.A.L.T. denoiser, one with full
 attention, 75 video tokens, clips and rows of images in one batch, a trained text encoder; the same step on ranks (gloo)
 and in one process. *forward* is the error of the denoiser's output, *gradient* the largest of any parameter, *loss* the
 largest in five steps of AdamW, all relative. AdamW divides by a gradient's own size, so in fp32 the rounding of a small

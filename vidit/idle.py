@@ -38,7 +38,10 @@ RULES = (
     Rule(("text.path", "text.revision"), lambda c: c.text.kind != "bytes", "a pretrained text.kind (t5, umt5, clip)"),
     Rule(("text.width", "text.num_layers", "text.num_heads", "text.hash_buckets"),
          lambda c: c.text.kind == "bytes", "text.kind=bytes"),
-    Rule(("model.cross_keys",), lambda c: c.model.cross_attention != "none", "model.cross_attention=per_frame or all"),
+    Rule(("model.cross_keys", "model.cross_norm"), lambda c: c.model.cross_attention != "none",
+         "model.cross_attention=per_frame or all"),
+    Rule(("model.rope_split",), lambda c: c.model.relative_position == "rope", "model.relative_position=rope"),
+    Rule(("model.adaln_rank",), lambda c: c.model.modulation == "projected", "model.modulation=projected"),
     Rule(("model.image_attention",), lambda c: any(window[0] != 1 for window in c.model.windows),
          "a window in model.windows that spans latent frames"),
     Rule(

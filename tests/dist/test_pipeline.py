@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from pipeline_case import PLANTS, Case, errors, on_ranks, single
 from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
+from vidit.config import FAMILIES
 from vidit.resolve import resolve
 
 DEEP = {"num_layers": 9}  # two stages on each of four ranks
@@ -100,6 +102,10 @@ MODELS: dict[str, Case] = {
         },
     ),
     "fewer micro-batches than ranks": Case({"pipeline": 4}, "gpipe", micro_batches=2),
+    **{
+        name: Case(PAIR, schedule, model={**fields, "patch": 1, "pooled_text": False})
+        for (name, fields), schedule in zip(FAMILIES.items(), itertools.cycle(("1f1b", "zero_bubble")))
+    },
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

@@ -1,10 +1,11 @@
 """The diffusion transformer, and its named sizes."""
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from vidit.config.presets import PRESETS
 from vidit.config.section import Section
 
 Window = tuple[int, int, int]
@@ -13,8 +14,13 @@ Window = tuple[int, int, int]
 MIN_ROPE_HEAD_DIM = 6
 
 
+def _named(yes: str) -> BeforeValidator:
+    """Takes true for that name and false for "none"."""
+    return BeforeValidator(lambda value: {True: yes, False: "none"}[value] if isinstance(value, bool) else value)
+
+
 class Model(Section):
-    """A spatiotemporal patch-token DiT with window attention (W.A.L.T., 2312.06662)."""
+    """A spatiotemporal patch-token DiT: the parts of W.A.L.T. (2312.06662) by default, of other families by name."""
 
     num_layers: int = Field(24, gt=0)
     width: int = Field(1024, gt=0)
@@ -31,14 +37,26 @@ class Model(Section):
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
+    rope_split: Literal["quarter", "third"] = Field(
+        "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
+    )
     absolute_position: bool = True
-    qk_norm: bool = True
+    qk_norm: Annotated[Literal["none", "head", "width"], _named("head")] = Field(
+        "head", description="layer norm of each head of queries and keys, or RMS norm over all heads (Wan); true = head"
+    )
     cross_attention: Literal["none", "per_frame", "all"] = Field(
         "per_frame", description="blocks that attend to text: those whose window is one latent frame, or all"
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    cross_norm: Literal["none", "bare", "affine"] = Field(
+        "bare", description="layer norm before cross-attention: none, without parameters, or with scale and shift (Wan)"
+    )
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    modulation: Literal["projected", "table"] = Field(
+        "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
+    )
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
 
@@ -55,6 +73,11 @@ class Model(Section):
     def reads_text(self) -> bool:
         """Whether any caption reaches a token."""
         return self.cross_attention != "none" or self.pooled_text
+
+    @property
+    def shares_modulation(self) -> bool:
+        """Whether there is a modulation A_1 that all blocks start from."""
+        return self.modulation == "table" or self.adaln_rank > 0
 
     def faults(self) -> Iterator[str]:
         if self.width % self.num_heads:
@@ -78,22 +101,6 @@ class Model(Section):
                 f"model.cross_attention=per_frame, but none of model.windows={self.windows} is one latent frame "
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
-
-
-# layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
-# blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
-# 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
-PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
-    "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
-    "S": (12, 384, 6, 1536, {}),
-    "B": (12, 768, 12, 3072, {}),
-    "L": (24, 1024, 16, 4096, {}),
-    "XL": (28, 1152, 16, 4608, {}),
-    "SR1": (40, 1408, 16, 6144, {"cross_attention": "all", "patch": 2}),
-    "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
-    "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
-    "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
-}
 
 
 def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:

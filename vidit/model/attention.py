@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model, whole_window
-from vidit.dtypes import widen
 from vidit.model.linear import Linear
+from vidit.model.norm import query_key_norm
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 
@@ -231,19 +231,6 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
     return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
 
 
-class HeadNorm(nn.Module):
-    """Layer norm over the head dim, scale only, fp32 inside (QK-norm, 2302.05442; per head, so tensor parallelism
-    needs no reduction)."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(head_dim))
-
-    def forward(self, x_BSNK: Tensor) -> Tensor:
-        """Returned in at least fp32: the rotation that follows works there too, and one cast is enough."""
-        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=1e-6)
-
-
 class RelativeBias(nn.Module):
     """A learned logit for every offset inside a window: (N, W, W) from a table of the 3D offsets (Swin, eq. 4)."""
 
@@ -271,8 +258,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
-        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
         self.rope = c.relative_position == "rope"
         self.core = WindowCore(window, c.attention_backend, identity_images)
@@ -296,8 +282,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
-        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.core = WindowCore(window, c.attention_backend) if c.cross_keys == "video_and_text" else None
 
     def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:

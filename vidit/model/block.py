@@ -1,57 +1,34 @@
 """One transformer block: modulated self-attention, cross-attention to text, modulated MLP.
 
-AdaLN-Zero as in DiT (2212.09748); AdaLN-LoRA as in W.A.L.T. (2312.06662, section 3.3): one modulation A_1
-for the whole model, and in each block A_i = A_1 + W_b W_a c of rank r.
+Every family of the project is this block with other parts, chosen by the config: which modulation, which norms, which
+attention reads the text.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model
-from vidit.dtypes import widen
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
 from vidit.model.linear import Linear
+from vidit.model.modulation import block_modulation
+from vidit.model.norm import Norm, modulate
 from vidit.model.windows import Grid
 
-
-def norm(x_BSD: Tensor) -> Tensor:
-    """Layer norm without parameters, in at least fp32: the modulation carries scale and shift."""
-    return F.layer_norm(widen(x_BSD), x_BSD.shape[-1:], eps=1e-6)
-
-
-def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift, in fp32, returned in the dtype of x."""
-    return torch.addcmul(shift_B1D, norm(x_BSD), 1 + scale_B1D).to(x_BSD.dtype)
-
-
-class Modulation(nn.Module):
-    """The six vectors of a block: conditioning (B, 7, D) -> six of (B, 1, D), all fp32.
-
-    Row 0 of the conditioning is c; rows 1-6 are A_1, the modulation that all blocks share (zeros for rank 0).
-    """
-
-    def __init__(self, width: int, rank: int):
-        super().__init__()
-        self.down = Linear(width, rank, bias=False) if rank else None
-        self.up = Linear(rank or width, 6 * width, bias=not rank)
-
-    def forward(self, cond_B7D: Tensor) -> tuple[Tensor, ...]:
-        c_BD = F.silu(cond_B7D[:, 0])
-        own = self.up(c_BD if self.down is None else self.down(c_BD))
-        return (cond_B7D[:, 1:] + own.unflatten(-1, (6, -1))).unsqueeze(2).unbind(1)
+# F.gelu's names. On a CPU the tanh approximation takes two and a half times as long.
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Mlp(nn.Module):
-    """D -> F -> D with an exact GELU: on a CPU the tanh approximation takes two and a half times as long."""
+    """D -> F -> D with a GELU, exact or by tanh."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
+        self.approximate = GELU[activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSD)))
+        return self.down(F.gelu(self.up(x_BSD), approximate=self.approximate))
 
 
 class Block(nn.Module):
@@ -63,15 +40,20 @@ class Block(nn.Module):
 
     def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool):
         super().__init__()
-        self.modulation = Modulation(c.width, c.adaln_rank)
+        self.modulation = block_modulation(c)
+        self.attn_norm, self.mlp_norm = Norm(c.width), Norm(c.width)
         self.attn = SelfAttention(c, window, identity_images)
+        self.cross_norm = Norm(c.width, c.cross_norm == "affine") if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
-        self.mlp = Mlp(c.width, c.mlp_width)
+        self.mlp = Mlp(c.width, c.mlp_width, c.activation)
 
-    def forward(self, x_BSD: Tensor, text: TextContext, cond_B7D: Tensor, positions: Positions, grid: Grid) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond_B7D)
+    def forward(self, x_BSD: Tensor, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond_BRD)
         dtype = x_BSD.dtype
-        x = x_BSD + (gate_attn * self.attn(modulate(x_BSD, shift_attn, scale_attn), positions, grid)).to(dtype)
+        inner = modulate(self.attn_norm(x_BSD), shift_attn, scale_attn).to(dtype)
+        x = x_BSD + (gate_attn * self.attn(inner, positions, grid)).to(dtype)
         if self.cross is not None:
-            x = x + self.cross(norm(x).to(dtype), text, positions, grid)
-        return x + (gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))).to(dtype)
+            inner = x if self.cross_norm is None else self.cross_norm(x).to(dtype)
+            x = x + self.cross(inner, text, positions, grid)
+        inner = modulate(self.mlp_norm(x), shift_mlp, scale_mlp).to(dtype)
+        return x + (gate_mlp * self.mlp(inner)).to(dtype)

@@ -14,17 +14,18 @@ from vidit.model.block import Block
 from vidit.model.embed import AbsolutePosition, Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions
 from vidit.model.flops import crosses, window_of
 from vidit.model.linear import Linear
+from vidit.model.modulation import VECTORS
 from vidit.model.windows import Grid
 
 
 class Conditioning(nn.Module):
-    """Time and pooled text -> (B, 7, D) fp32: c, then A_1, the modulation that all blocks share (W.A.L.T., 3.3)."""
+    """Time and pooled text -> (B, 1 or 7, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
         self.time = TimeEmbed(c.width)
         self.pooled = Linear(text_width, c.width) if c.pooled_text else None
-        self.shared = Linear(c.width, 6 * c.width) if c.adaln_rank else None
+        self.shared = Linear(c.width, VECTORS * c.width) if c.shares_modulation else None
 
     def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
@@ -32,9 +33,8 @@ class Conditioning(nn.Module):
             assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
             c_BD = c_BD + self.pooled(widen(pooled_BE))
         if self.shared is None:
-            shared = c_BD.new_zeros(c_BD.shape[0], 6, c_BD.shape[1])
-        else:
-            shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (6, -1))
+            return c_BD[:, None]
+        shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (VECTORS, -1))
         return torch.cat((c_BD[:, None], shared), dim=1)
 
 
@@ -46,7 +46,7 @@ class Tokens(nn.Module):
 
 
 class Embed(nn.Module):
-    """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype.
+    """Latent, time and text -> (tokens_BSD, text, cond_BRD), the first two in the compute dtype.
 
     `tokens` passes the tokens on unchanged: the seam behind which sequence parallelism divides them.
     """
@@ -55,7 +55,7 @@ class Embed(nn.Module):
         super().__init__()
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
         self.conditioning = Conditioning(c, text_width)
-        self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
+        self.text = TextEmbed(text_width, c.width, c.activation) if c.cross_attention != "none" else None
         self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
         self.tokens = Tokens()
 
@@ -88,6 +88,7 @@ class DiT(nn.Module):
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
         self.dtype = torch.float32
+        self.config, self.channels, self.text_width = c, channels, text_width
         blocks = {}
         for layer in range(c.num_layers):
             window = window_of(c, layer)
@@ -97,9 +98,9 @@ class DiT(nn.Module):
                 window = (t, h, w)
             blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images)
         self.embed = Embed(c, channels, grid, text_width)
-        self.positions = TokenPositions(c.width // c.num_heads)
+        self.positions = TokenPositions(c.width // c.num_heads, c.rope_split)
         self.blocks = nn.ModuleDict(blocks)
-        self.head: nn.Module = Head(c.width, c.patch, channels)
+        self.head: nn.Module = Head(c, channels)
 
     def forward(
         self,

@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import Positions
-from vidit.model.block import modulate
+from vidit.model.block import GELU
 from vidit.model.flops import TIME_FREQUENCIES
 from vidit.model.linear import Linear
-from vidit.model.rope import rope_angles
+from vidit.model.modulation import output_modulation
+from vidit.model.norm import Norm, modulate
+from vidit.model.rope import Split, rope_angles
 from vidit.model.windows import Grid
 
 
@@ -58,13 +61,14 @@ class TimeEmbed(nn.Module):
 class TextEmbed(nn.Module):
     """Text features E -> model width D, two layers."""
 
-    def __init__(self, text_width: int, width: int):
+    def __init__(self, text_width: int, width: int, activation: str = "gelu"):
         super().__init__()
+        self.approximate = GELU[activation]
         self.up = Linear(text_width, width)
         self.out = Linear(width, width)
 
     def forward(self, text_BLE: Tensor) -> Tensor:
-        return self.out(F.gelu(self.up(text_BLE)))
+        return self.out(F.gelu(self.up(text_BLE), approximate=self.approximate))
 
 
 class AbsolutePosition(nn.Module):
@@ -95,28 +99,29 @@ class AbsolutePosition(nn.Module):
 class TokenPositions(nn.Module):
     """The (t, h, w) place of every token of the grid, and its rotary angles."""
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, split: Split = "quarter"):
         super().__init__()
-        self.head_dim = head_dim
+        self.head_dim, self.split = head_dim, split
 
     def forward(self, grid: Grid, device: torch.device) -> Positions:
         axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid.shape), indexing="ij")
         position_S3 = torch.stack([axis.flatten() for axis in axes], dim=-1)
-        return Positions(position_S3, *rope_angles(position_S3, self.head_dim))
+        return Positions(position_S3, *rope_angles(position_S3, self.head_dim, self.split))
 
 
 class Head(nn.Module):
     """Tokens back to a latent: modulated norm, linear, un-patchify; fp32 out."""
 
-    def __init__(self, width: int, patch: int, channels: int):
+    def __init__(self, c: Model, channels: int):
         super().__init__()
-        self.patch, self.channels = patch, channels
-        self.modulation = Linear(width, 2 * width)
-        self.project = Linear(width, patch * patch * channels)
+        self.patch, self.channels = c.patch, channels
+        self.norm = Norm(c.width)
+        self.modulation = output_modulation(c)
+        self.project = Linear(c.width, c.patch * c.patch * channels)
 
-    def forward(self, x_BSD: Tensor, cond_B7D: Tensor, grid: Grid) -> Tensor:
-        shift, scale = self.modulation(F.silu(cond_B7D[:, 0])).unsqueeze(1).chunk(2, dim=-1)
-        x = widen(self.project(modulate(x_BSD, shift, scale)))
+    def forward(self, x_BSD: Tensor, cond_BRD: Tensor, grid: Grid) -> Tensor:
+        shift, scale = self.modulation(cond_BRD)
+        x = widen(self.project(modulate(self.norm(x_BSD), shift, scale).to(x_BSD.dtype)))
         p = self.patch
         x = x.reshape(x.shape[0], *grid.shape, p, p, self.channels).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(x.shape[0], self.channels, grid.frames, grid.height * p, grid.width * p)

@@ -64,15 +64,18 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
     total += (text_width + 1) * d if c.pooled_text else 0
     total += (text_width + 1) * d + d * d + d if c.cross_attention != "none" else 0
     total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position else 0
-    total += 6 * d * d + 6 * d if c.adaln_rank else 0
-    attention = 4 * d * d + 4 * d + (2 * head_dim if c.qk_norm else 0)
+    total += 6 * d * d + 6 * d if c.shares_modulation else 0
+    attention = 4 * d * d + 4 * d + {"none": 0, "head": 2 * head_dim, "width": 2 * d}[c.qk_norm]
+    cross = attention + (2 * d if c.cross_norm == "affine" else 0)
+    own = 7 * d * c.adaln_rank if c.adaln_rank else 6 * d * d + 6 * d
     for layer in range(c.num_layers):
-        total += attention * (2 if crosses(c, layer) else 1) + 2 * d * f + d + f
-        total += 7 * d * c.adaln_rank if c.adaln_rank else 6 * d * d + 6 * d
+        total += attention + (cross if crosses(c, layer) else 0) + 2 * d * f + d + f
+        total += 6 * d if c.modulation == "table" else own
         if c.relative_position == "bias":
             t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
-    return total + 2 * d * d + 2 * d + (d + 1) * patch  # head
+    total += 2 * d if c.modulation == "table" else 2 * d * d + 2 * d
+    return total + (d + 1) * patch  # head
 
 
 def training_flops(forward: int, self_conditioning: float) -> float:

@@ -64,6 +64,8 @@ def plan_of_stages(plan: Plan, dit: DiT) -> Plan:
         gather=_fitting(plan.gather, modules),
         cores=tuple(_fitting(dict.fromkeys(plan.cores), modules)),
         vectors=tuple(_fitting(dict.fromkeys(plan.vectors), modules)),
+        beside=tuple(_fitting(dict.fromkeys(plan.beside), modules)),
+        means=tuple(_fitting(dict.fromkeys(plan.means), modules)),
     )
 
 

@@ -73,13 +73,22 @@ def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
         keep_stages(dit, [layers for layers, rank in zip(stages_of(config), ranks, strict=True) if rank == own])
         plan = plan_of_stages(plan, dit)
     if layout.tensor > 1:
-        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads)
+        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads, plan.means)
     if layout.sequence > 1:
         apply_sequence(dit, plan, mesh, kind_of(config))
     if layout.tensor > 1 and p.sharded_norms is True:
         cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
         apply_sharded_norms(
-            dit, cut, plan.vectors, plan.regions, plan.gather, plan.counted, plan.before, mesh.tensor, layout.sequence
+            dit,
+            cut,
+            plan.vectors,
+            plan.regions,
+            plan.gather,
+            plan.counted,
+            plan.before,
+            mesh.tensor,
+            layout.sequence,
+            plan.beside,
         )
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidit import keys
-from vidit.config import PRESETS, Model
+from vidit.config import FAMILIES, PRESETS, Model
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT, text_frames
 from vidit.model.embed import Head, PatchEmbed
@@ -41,6 +41,10 @@ VARIATIONS = {
     "patch": {"patch": 2},
     "full": {"windows": ((0, 0, 0),), "cross_attention": "all"},
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2), (0, 0, 0)), "num_layers": 5},
+    "table": {"modulation": "table"},
+    "norms": {"qk_norm": "width", "cross_norm": "affine", "activation": "gelu_tanh"},
+    "no norm before text": {"cross_norm": "none"},
+    **FAMILIES,
 }
 
 
@@ -425,7 +429,7 @@ class TestPatches:
         torch.testing.assert_close(patch(x), torch.stack(expected, 1))
 
     def test_the_head_puts_them_back(self):
-        patch, head = PatchEmbed(3, 2, 12), Head(12, 2, 3)
+        patch, head = PatchEmbed(3, 2, 12), Head(Model(width=12, num_heads=2, patch=2), 3)
         initialise(head, 0)
         with torch.no_grad():
             patch.project.weight.copy_(torch.eye(12))

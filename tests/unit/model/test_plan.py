@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidit.config import Model
+from vidit.config import FAMILIES, Model
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 
@@ -22,6 +22,9 @@ VARIATIONS = {
     "text keys": {"cross_attention": "all", "cross_keys": "text"},
     "pooled": {"pooled_text": True},
     "rank 0": {"adaln_rank": 0},
+    **FAMILIES,
+    "table": {"modulation": "table"},
+    "norms": {"qk_norm": "width", "cross_norm": "affine"},
     "one block without text": {"num_layers": 1, "windows": ((0, 0, 0),), "cross_attention": "none"},
 }
 
