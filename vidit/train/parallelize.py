@@ -18,11 +18,11 @@ from parallel.zero import apply_zero
 from vidit.config import RunConfig
 from vidit.model.block import Block
 from vidit.model.dit import DiT
-from vidit.model.init import initial_value
 from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
+from vidit.train.initial import initial_values
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
@@ -40,12 +40,13 @@ def build_dit(
     with torch.device("meta"):
         dit = DiT(config.model, config.vae.latent_channels, resolve(config).largest_grid, text.width)
     dit.dtype = dtype
-    if mesh is not None:
-        _divide(dit, config, mesh)
     model = nn.ModuleDict({"dit": dit})
     if text.trainable:
         model["text"] = text
-    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"])
+    names = list(model.state_dict())
+    if mesh is not None:
+        _divide(dit, config, mesh)
+    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"], names)
 
 
 def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
@@ -53,8 +54,10 @@ def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh:
     with torch.device("meta"):
         vae = CausalVae(config.vae)
     vae.dtype = dtype
+    model = nn.ModuleDict({"vae": vae})
+    names = list(model.state_dict())
     divide_vae(vae, config, mesh)
-    return _finish(nn.ModuleDict({"vae": vae}), config, device, dtype, mesh, ["vae.encoder", "vae.decoder"])
+    return _finish(model, config, device, dtype, mesh, ["vae.encoder", "vae.decoder"], names)
 
 
 def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
@@ -99,8 +102,12 @@ def _finish(
     dtype: torch.dtype,
     mesh: Mesh | None,
     units: list[str],
+    names: list[str],
 ) -> nn.ModuleDict:
-    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values."""
+    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values.
+
+    `names` are of all its tensors, before it was cut.
+    """
     c, p = config.train, config.parallel
     if dtype == torch.float64:
         model.double()
@@ -116,8 +123,9 @@ def _finish(
             reduce_dtype=torch.bfloat16 if p.reduce_dtype == "bf16" else None,
         )  # fmt: skip
     model.to_empty(device="cpu" if p.cpu_offload else device)
+    value = initial_values(config, names)
     for name, parameter in model.named_parameters():
-        fill(parameter, initial_value(name, tuple(parameter.shape), c.seed))
+        fill(parameter, value(name, tuple(parameter.shape)))
     for module in model.modules():
         if isinstance(module, CausalVae):
             module.latent_mean.zero_()

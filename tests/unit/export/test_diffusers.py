@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vidit.cli import main
+from vidit.config import Model, RunConfig
 from vidit.export.diffusers import from_diffusers, to_diffusers
-from vidit.export.diffusers.convert import family_of
+from vidit.export.diffusers.convert import family_of, imported
+from vidit.export.diffusers.store import import_diffusers
 from vidit.model.attention import EVERY_FRAME
 from vidit.model.dit import DiT
+from vidit.model.flops import parameter_count
 from vidit.model.windows import Grid
+from vidit.train.run import run
+
+diffusers: Any = pytest.importorskip("diffusers")
 
 ROWS, TEXT = 2, 10
 WAN = {"in_channels": 4, "out_channels": 4, "text_dim": TEXT}
@@ -129,10 +141,135 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def test_a_folder_is_read_as_the_module_is(case: Case, tmp_path: Any) -> None:
+def test_a_folder_is_read_as_the_module_is(case: Case, tmp_path: Path) -> None:
     module = theirs(case)
     module.save_pretrained(tmp_path, max_shard_size="20KB")  # type: ignore[operator]
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     one, other = from_diffusers(module), from_diffusers(tmp_path)
     assert one.config == other.config
     assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "another norm": ({"qk_norm": "rms_norm"}, "qk_norm='rms_norm' where only 'rms_norm_across_heads' is known"),
+    "image to video": ({"in_channels": 9}, "9 channels in and 4 out"),
+    "frames in a patch": ({"patch_size": (2, 2, 2)}, "is not (1, p, p)"),
+}
+
+
+@pytest.mark.parametrize("changes", [w[0] for w in WRONG.values()], ids=WRONG)
+def test_geometries_that_are_unknown_here(changes: dict[str, Any], tmp_path: Path) -> None:
+    (message,) = [told for given, told in WRONG.values() if given is changes]
+    module = theirs(CASES["wan"])
+    module.save_pretrained(tmp_path)  # type: ignore[operator]
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_diffusers(tmp_path)
+
+
+def test_missing_and_unknown_keys_are_named(tmp_path: Path) -> None:
+    module = theirs(CASES["wan"])
+    module.save_pretrained(tmp_path)  # type: ignore[operator]
+    path = tmp_path / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.9.norm7.weight"] = tensors.pop("blocks.1.attn2.to_k.bias")
+    save_file(tensors, path)
+    told = "1 missing: blocks.1.attn2.to_k.bias; 1 unknown: blocks.9.norm7.weight"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        from_diffusers(tmp_path)
+    tensors["blocks.1.attn2.to_k.bias"] = tensors.pop("blocks.9.norm7.weight")
+    tensors["blocks.0.ffn.net.2.weight"] = torch.zeros(24, 7)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=re.escape("blocks.0.mlp.down.weight is (24, 60) by the config.json")):
+        from_diffusers(tmp_path)
+
+
+def test_other_weights_and_classes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        from_diffusers(tmp_path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=r"class UNet2DModel is not known here; use one of WanTransformer3DModel"):
+        from_diffusers(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        from_diffusers(tmp_path / "nowhere")
+
+
+def test_a_model_that_no_class_expresses() -> None:
+    c = Model.preset("wan-1.3B", qk_norm="head", num_layers=1)
+    with torch.device("meta"):
+        dit = DiT(c, 4, (1, 1, 1), TEXT)
+    with pytest.raises(ValueError, match=r"the nearest fails by model\.qk_norm=head where wan has width"):
+        to_diffusers(dit)
+
+
+# The sizes of transformer/config.json of the published checkpoints, and their parameters.
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "wan-1.3B": ({"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, 1_418_996_800),
+    "wan-14B": ({}, 14_288_491_584),
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_are_the_published_geometries(preset: str) -> None:
+    sizes, parameters = PUBLISHED[preset]
+    with torch.device("meta"):
+        module = diffusers.WanTransformer3DModel(**sizes)
+    geometry, weights = imported(module)
+    assert geometry.model == Model.preset(preset)
+    assert sum(math.prod(shape) for shape in weights.shapes.values()) == parameters
+    assert parameter_count(geometry.model, (1, 1, 1), geometry.channels, geometry.text_width) == parameters
+
+
+def test_import_train_export(configure: Callable[..., RunConfig], tmp_path: Path, capsys: Any) -> None:
+    """A checkpoint of theirs begins a run, and what the run becomes is opened by `from_pretrained`."""
+    module = theirs(CASES["wan"])
+    module.save_pretrained(tmp_path / "theirs" / "transformer")  # type: ignore[operator]
+    assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
+    assert f"train.init_from={tmp_path / 'ours'}" in capsys.readouterr().out
+    model = json.loads((tmp_path / "ours" / "model.json").read_text())
+    assert Model(**model) == from_diffusers(module).config
+    config = configure(
+        tmp_path / "run",
+        model={**model, "attention_backend": "sdpa"},
+        text={"width": TEXT, "num_heads": 1, "num_layers": 0},
+        train={"steps": 1, "learning_rate": 1e-30, "init_from": str(tmp_path / "ours"), "precision": "fp32"},
+        sample={"prompts": ()},
+    )
+    assert run(config)
+    for name in ("ema", "model"):
+        out = tmp_path / name
+        assert (
+            main(["export", str(tmp_path / "run"), "--format", "diffusers", "--weights", name, "--out", str(out)]) == 0
+        )
+        opened = diffusers.WanTransformer3DModel.from_pretrained(out)
+        assert opened.config["num_layers"] == 2
+        differ = [n for n, p in module.state_dict().items() if not torch.equal(p, opened.state_dict()[n])]
+        assert differ == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 3}, "missing: dit.blocks.2."),
+        ({"num_layers": 1}, "unknown: dit.blocks.1."),
+        ({"mlp_width": 64}, "dit.blocks.0.mlp.up.weight is (60, 24)"),
+    ],
+)
+def test_weights_of_another_geometry(
+    configure: Callable[..., RunConfig], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    module = theirs(CASES["wan"])
+    module.save_pretrained(tmp_path / "theirs")  # type: ignore[operator]
+    geometry = import_diffusers(tmp_path / "theirs", tmp_path / "ours")
+    config = configure(
+        tmp_path / "run",
+        model={**geometry.model.model_dump(), **changes},
+        text={"width": TEXT, "num_heads": 1, "num_layers": 0},
+        train={"steps": 1, "init_from": str(tmp_path / "ours")},
+        sample={"prompts": ()},
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(config)

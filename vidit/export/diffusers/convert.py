@@ -1,33 +1,24 @@
 """From our denoiser to a class of diffusers and back, tensor by tensor, bit for bit.
 
-`Source` and `Target` know names, shapes and how to get one tensor, so a model of any size passes one tensor at a time;
-`from_diffusers` and `to_diffusers` do it in memory. Only `to_diffusers` imports the library.
+`imported` and `exported` give names, shapes and a way to get one tensor, so a model of any size passes one at a time;
+`from_diffusers` and `to_diffusers` have it whole in memory. Only `to_diffusers` imports the library.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.export.diffusers.family import Family, Geometry
 from vidit.export.diffusers.wan import WAN
 from vidit.model.dit import DiT
+from vidit.train.weights_folder import Weights, open_weights, require_keys
 
 FAMILIES = (WAN,)
-STEM = "diffusion_pytorch_model"
-SHOWN = 5
-
-
-class Tensors(NamedTuple):
-    """Names and shapes of a model's tensors, and one of them by name."""
-
-    shapes: dict[str, tuple[int, ...]]
-    get: Callable[[str], Tensor]
 
 
 def from_diffusers(source: str | Path | nn.Module) -> DiT:
@@ -48,19 +39,19 @@ def to_diffusers(model: DiT) -> nn.Module:
     state = {name: p.detach() for name, p in model.state_dict().items()}
     shapes = {name: tuple(p.shape) for name, p in state.items()}
     geometry = Geometry(model.config, model.channels, model.text_width)
-    config, tensors = exported(geometry, Tensors(shapes, state.__getitem__))
+    config, tensors = exported(geometry, Weights(shapes, state.__getitem__))
     module: nn.Module = getattr(diffusers, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
     module.load_state_dict({name: tensors.get(name) for name in tensors.shapes})
     return module
 
 
-def imported(source: str | Path | nn.Module) -> tuple[Geometry, Tensors]:
+def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
     """Geometry and tensors, under our names, of a module or a folder of theirs."""
     config, given = _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
     family = _family_of_class(config.get("_class_name"))
     geometry = family.geometry(config)
     places = family.places(wanted := _shapes(on_meta(geometry)))
-    _require([name for place in places.values() for name in place.names], given.shapes, family.cls)
+    require_keys({name for place in places.values() for name in place.names}, set(given.shapes), family.cls)
 
     def get(name: str) -> Tensor:
         found = places[name].form.ours([given.get(theirs) for theirs in places[name].names], geometry.model)
@@ -71,13 +62,13 @@ def imported(source: str | Path | nn.Module) -> tuple[Geometry, Tensors]:
             )
         return found.contiguous()
 
-    return geometry, Tensors(wanted, get)
+    return geometry, Weights(wanted, get)
 
 
-def exported(geometry: Geometry, given: Tensors) -> tuple[dict[str, Any], Tensors]:
+def exported(geometry: Geometry, given: Weights) -> tuple[dict[str, Any], Weights]:
     """Their config.json and the tensors under their names; `given` are ours."""
     family = family_of(geometry.model)
-    _require(_shapes(on_meta(geometry)), given.shapes, "the model")
+    require_keys(set(_shapes(on_meta(geometry))), set(given.shapes), "the model")
     places, sources, shapes = family.places(given.shapes), {}, {}
     for name, place in places.items():
         parts = place.form.theirs(torch.empty(given.shapes[name], device="meta"), geometry.model)
@@ -88,7 +79,7 @@ def exported(geometry: Geometry, given: Tensors) -> tuple[dict[str, Any], Tensor
         name, number = sources[theirs]
         return places[name].form.theirs(given.get(name), geometry.model)[number].contiguous()
 
-    return {"_class_name": family.cls, **family.fixed, **family.write(geometry)}, Tensors(shapes, get)
+    return {"_class_name": family.cls, **family.fixed, **family.write(geometry)}, Weights(shapes, get)
 
 
 def family_of(c: Model) -> Family:
@@ -118,35 +109,17 @@ def _family_of_class(cls: object) -> Family:
     raise ValueError(f"class {cls} is not known here; use one of {' '.join(family.cls for family in FAMILIES)}")
 
 
-def _require(wanted: Any, given: Any, whose: str) -> None:
-    """Every key once, and none besides."""
-    missing, unknown = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-    told = [f"{len(keys)} {word}: {_some(keys)}" for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
-    if told:
-        raise ValueError(f"the keys of {whose} do not fit its geometry: {'; '.join(told)}")
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (" ..." if len(keys) > SHOWN else "")
-
-
-def _of_module(module: nn.Module) -> tuple[Mapping[str, Any], Tensors]:
+def _of_module(module: nn.Module) -> tuple[Mapping[str, Any], Weights]:
     state = module.state_dict()
     config = {**getattr(module, "config", {}), "_class_name": type(module).__name__}
-    return config, Tensors(_shapes(module), lambda name: state[name].detach())
+    return config, Weights(_shapes(module), lambda name: state[name].detach())
 
 
-def _of_folder(folder: Path) -> tuple[Mapping[str, Any], Tensors]:
+def _of_folder(folder: Path) -> tuple[Mapping[str, Any], Weights]:
     """A folder as `save_pretrained` writes it, or a pipeline's, which has it as `transformer`."""
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     try:
         config = json.loads((folder / "config.json").read_text())
-        files = sorted(folder.glob("*.safetensors"))
-        opened = [safe_open(path, "pt") for path in files]
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be read as a model of diffusers: {error}; copy it again") from error
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors file; nothing else is read, since it may hold code")
-    owner = {name: file for file in opened for name in file.offset_keys()}
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in owner.items()}
-    return config, Tensors(shapes, lambda name: owner[name].get_tensor(name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no model of diffusers: config.json cannot be read: {error}") from error
+    return config, open_weights(folder)
