@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rope, text keys": {"relative_position": "rope", "cross_keys": "text", "cross_attention": "all"},
     "one block": {"num_layers": 1},
     "wan": {**FAMILIES["wan"], "patch": 1, "pooled_text": False},
+    "norms with scale and shift": {"norm_affine": True, "qk_norm": "head_affine"},
     "bare": {"cross_attention": "none", "qk_norm": False, "adaln_rank": 0, "relative_position": "none"},
 }
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveFloat
 
 from vidit.config.presets import PRESETS
 from vidit.config.section import Section
@@ -40,12 +40,23 @@ class Model(Section):
     rope_split: Literal["quarter", "third"] = Field(
         "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
     )
-    absolute_position: bool = True
-    qk_norm: Annotated[Literal["none", "head", "width"], _named("head")] = Field(
-        "head", description="layer norm of each head of queries and keys, or RMS norm over all heads (Wan); true = head"
+    absolute_position: Annotated[Literal["none", "learned", "sincos"], _named("learned")] = Field(
+        "learned", description="added to the tokens: tables of time and space, or sinusoids (CogVideoX); true = learned"
     )
-    cross_attention: Literal["none", "per_frame", "all"] = Field(
-        "per_frame", description="blocks that attend to text: those whose window is one latent frame, or all"
+    position_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        (1.0, 1.0, 1.0), description="what the sinusoids divide the places (t, h, w) by"
+    )
+    qk_norm: Annotated[Literal["none", "head", "head_affine", "width"], _named("head")] = Field(
+        "head",
+        description="of queries and keys: layer norm of each head, with scale or with shift too, or RMS norm over all "
+        "heads (Wan); true = head",
+    )
+    norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
+    norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
+    cross_attention: Literal["none", "per_frame", "all", "joint"] = Field(
+        "per_frame",
+        description="blocks that attend to text: those whose window is one latent frame, or all; joint: text tokens "
+        "take part in self-attention (CogVideoX)",
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
     cross_norm: Literal["none", "bare", "affine"] = Field(
@@ -56,6 +67,9 @@ class Model(Section):
         "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
     )
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
+    time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
+    text_embedding: Literal["mlp", "linear"] = "mlp"
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
@@ -75,6 +89,21 @@ class Model(Section):
         return self.cross_attention != "none" or self.pooled_text
 
     @property
+    def is_joint(self) -> bool:
+        """Whether text tokens are a stream of their own beside the video's."""
+        return self.cross_attention == "joint"
+
+    @property
+    def num_vectors(self) -> int:
+        """Modulation vectors of a block: six for each stream."""
+        return 12 if self.is_joint else 6
+
+    @property
+    def cond_width(self) -> int:
+        """Width of the time embedding."""
+        return self.time_width or self.width
+
+    @property
     def shares_modulation(self) -> bool:
         """Whether there is a modulation A_1 that all blocks start from."""
         return self.modulation == "table" or self.adaln_rank > 0
@@ -90,6 +119,18 @@ class Model(Section):
                     f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
                     f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
                 )
+        if self.absolute_position == "sincos" and self.width % 16:
+            yield (
+                f"model.absolute_position=sincos needs a model.width divisible by 16, not {self.width}; use "
+                f"{self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
+            )
+        if self.time_width not in (0, self.width) and self.shares_modulation:
+            yield (
+                f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
+                "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
+            )
+        if self.is_joint:
+            yield from self._joint_faults()
         if any(size < 0 for window in self.windows for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
@@ -101,6 +142,23 @@ class Model(Section):
                 f"model.cross_attention=per_frame, but none of model.windows={self.windows} is one latent frame "
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
+
+    def _joint_faults(self) -> Iterator[str]:
+        """What text tokens in self-attention exclude."""
+        if any(any(window) for window in self.windows):
+            yield (
+                f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "
+                "windows; use windows=[[0,0,0]], or cross_attention=all"
+            )
+        if self.relative_position == "bias":
+            yield "model.cross_attention=joint takes no position bias; set model.relative_position=rope or none"
+        if self.image_attention != "frame":
+            yield (
+                "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "
+                "model.image_attention=frame"
+            )
+        if self.attention_backend == "flash":
+            yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
 
 
 def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:

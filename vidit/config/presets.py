@@ -10,12 +10,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_keys": "text", "cross_norm": "affine", "modulation": "table", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
+    "cogvideox": {
+        "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame", "relative_position": "rope",
+        "absolute_position": False, "qk_norm": "head_affine", "norm_affine": True, "norm_eps": 1e-5,
+        "cross_attention": "joint", "adaln_rank": 0, "time_width": 512, "text_embedding": "linear",
+        "activation": "gelu_tanh", "self_conditioning": 0.0,
+    },
 }  # fmt: skip
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
 # blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
-# Wan 2.1's text-to-video models are those of 2503.20314, table 1.
+# Wan 2.1's text-to-video models are those of 2503.20314, table 1; CogVideoX's (2408.06072) those of its checkpoints, in
+# which 2B has 30 heads, not 32. COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
+COG_2B: dict[str, Any] = {
+    **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
+    "position_scale": (1.0, 1.875, 1.875), "time_frequencies": 1920,
+}  # fmt: skip
 PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
     "S": (12, 384, 6, 1536, {}),
@@ -28,4 +39,6 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
     "wan-1.3B": (30, 1536, 12, 8960, FAMILIES["wan"]),
     "wan-14B": (40, 5120, 40, 13824, FAMILIES["wan"]),
+    "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),
+    "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
 }

@@ -261,18 +261,22 @@ class SelfAttention(nn.Module):
         self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
         self.rope = c.relative_position == "rope"
-        self.core = WindowCore(window, c.attention_backend, identity_images)
+        self.core: nn.Module = WindowCore(window, c.attention_backend, identity_images)
 
     def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:
+        bias = None if self.bias is None else self.bias(grid)
+        return self.out(self.core(*self.heads(x_BSD, positions), grid, bias).flatten(-2))
+
+    def heads(self, x_BSD: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, S, N, K); without positions they are not turned."""
         heads = (-1, self.head_dim)
         q = self.query_norm(self.query(x_BSD).unflatten(-1, heads))
         k = self.key_norm(self.key(x_BSD).unflatten(-1, heads))
         v = self.value(x_BSD).unflatten(-1, heads)
-        if self.rope:
+        if self.rope and positions is not None:
             q = rotate(q, positions.cos_SK, positions.sin_SK)
             k = rotate(k, positions.cos_SK, positions.sin_SK)
-        bias = None if self.bias is None else self.bias(grid)
-        return self.out(self.core(q.to(v.dtype), k.to(v.dtype), v, grid, bias).flatten(-2))
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class CrossAttention(nn.Module):

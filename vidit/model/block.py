@@ -9,10 +9,14 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
+from vidit.model.joint import JointAttention, Streams
 from vidit.model.linear import Linear
 from vidit.model.modulation import block_modulation
 from vidit.model.norm import Norm, modulate
 from vidit.model.windows import Grid
+
+Tokens = Tensor | Streams
+"""Of the video alone (B, S, D), or with the text's."""
 
 # F.gelu's names. On a CPU the tanh approximation takes two and a half times as long.
 GELU = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -32,7 +36,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """(B, S, D) -> (B, S, D).
+    """(B, S, D) -> (B, S, D), or `Streams` to `Streams` where text tokens take part in self-attention.
 
     `cross` says whether the block attends to text, `identity_images` whether images pass its attention
     unchanged.
@@ -41,19 +45,32 @@ class Block(nn.Module):
     def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool):
         super().__init__()
         self.modulation = block_modulation(c)
-        self.attn_norm, self.mlp_norm = Norm(c.width), Norm(c.width)
-        self.attn = SelfAttention(c, window, identity_images)
-        self.cross_norm = Norm(c.width, c.cross_norm == "affine") if cross and c.cross_norm != "none" else None
+        self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
+        self.attn = JointAttention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
+        bare = c.cross_norm == "bare"
+        self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
         self.mlp = Mlp(c.width, c.mlp_width, c.activation)
 
-    def forward(self, x_BSD: Tensor, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond_BRD)
-        dtype = x_BSD.dtype
-        inner = modulate(self.attn_norm(x_BSD), shift_attn, scale_attn).to(dtype)
-        x = x_BSD + (gate_attn * self.attn(inner, positions, grid)).to(dtype)
+    def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
+        streams = as_streams(x)
+        dtype, vectors = streams[0].dtype, self.modulation(cond_BRD)
+        # Of each stream shift, scale and gate of the attention, then of the MLP.
+        own = [vectors[first : first + 6] for first in range(0, len(vectors), 6)]
+
+        inner = [modulate(self.attn_norm(s), v[0], v[1]).to(dtype) for s, v in zip(streams, own, strict=True)]
+        words = [text._replace(features_BLD=x_BLD) for x_BLD in inner[1:]]
+        attended = as_streams(self.attn(inner[0], positions, grid, *words))
+        streams = [s + (v[2] * out).to(dtype) for s, v, out in zip(streams, own, attended, strict=True)]
         if self.cross is not None:
-            inner = x if self.cross_norm is None else self.cross_norm(x).to(dtype)
-            x = x + self.cross(inner, text, positions, grid)
-        inner = modulate(self.mlp_norm(x), shift_mlp, scale_mlp).to(dtype)
-        return x + (gate_mlp * self.mlp(inner)).to(dtype)
+            (video,) = streams
+            asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
+            streams = [video + self.cross(asking, text, positions, grid)]
+        inner = [modulate(self.mlp_norm(s), v[3], v[4]).to(dtype) for s, v in zip(streams, own, strict=True)]
+        streams = [s + (v[5] * self.mlp(i)).to(dtype) for s, v, i in zip(streams, own, inner, strict=True)]
+        return streams[0] if len(streams) == 1 else Streams(*streams)
+
+
+def as_streams(x: Tokens) -> list[Tensor]:
+    """The video's tokens, and the text's where they are a stream of their own."""
+    return [x] if isinstance(x, Tensor) else list(x)

@@ -10,22 +10,23 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
-from vidit.model.block import Block
-from vidit.model.embed import AbsolutePosition, Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions
+from vidit.model.block import Block, Tokens
+from vidit.model.embed import Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions, absolute_position
 from vidit.model.flops import crosses, window_of
+from vidit.model.joint import Streams
 from vidit.model.linear import Linear
-from vidit.model.modulation import VECTORS
 from vidit.model.windows import Grid
 
 
 class Conditioning(nn.Module):
-    """Time and pooled text -> (B, 1 or 7, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
+    """Time and pooled text -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
-        self.time = TimeEmbed(c.width)
-        self.pooled = Linear(text_width, c.width) if c.pooled_text else None
-        self.shared = Linear(c.width, VECTORS * c.width) if c.shares_modulation else None
+        self.num_vectors = c.num_vectors
+        self.time = TimeEmbed(c.time_frequencies, c.cond_width)
+        self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
+        self.shared = Linear(c.width, c.num_vectors * c.width) if c.shares_modulation else None
 
     def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
@@ -34,30 +35,38 @@ class Conditioning(nn.Module):
             c_BD = c_BD + self.pooled(widen(pooled_BE))
         if self.shared is None:
             return c_BD[:, None]
-        shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (VECTORS, -1))
+        shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (self.num_vectors, -1))
         return torch.cat((c_BD[:, None], shared), dim=1)
 
 
-class Tokens(nn.Module):
-    """The place where the video tokens of a row are all there for the first time: x_BSD, unchanged."""
+class TokensMade(nn.Module):
+    """The place where the tokens of a row are all there for the first time, in the compute dtype.
 
-    def forward(self, x_BSD: Tensor, grid: Grid) -> Tensor:
-        return x_BSD
+    `joint`: the text's features are tokens too.
+    """
+
+    def __init__(self, joint: bool):
+        super().__init__()
+        self.joint = joint
+
+    def forward(self, x_BSD: Tensor, grid: Grid, features_BLD: Tensor, dtype: torch.dtype) -> Tokens:
+        video = x_BSD.to(dtype)
+        return Streams(video, features_BLD) if self.joint else video
 
 
 class Embed(nn.Module):
-    """Latent, time and text -> (tokens_BSD, text, cond_BRD), the first two in the compute dtype.
+    """Latent, time and text -> (tokens, text, cond_BRD), the first two in the compute dtype.
 
-    `tokens` passes the tokens on unchanged: the seam behind which sequence parallelism divides them.
+    `tokens` passes the tokens on: the seam behind which sequence parallelism divides them.
     """
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
         self.conditioning = Conditioning(c, text_width)
-        self.text = TextEmbed(text_width, c.width, c.activation) if c.cross_attention != "none" else None
-        self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
-        self.tokens = Tokens()
+        self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
+        self.position = absolute_position(c, grid)
+        self.tokens: nn.Module = TokensMade(c.is_joint)
 
     def forward(
         self,
@@ -69,13 +78,13 @@ class Embed(nn.Module):
         pooled_BE: Tensor | None,
         previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, TextContext, Tensor]:
+    ) -> tuple[Tokens, TextContext, Tensor]:
         tokens = self.patch(x, previous_BCTHW)
         if self.position is not None:
-            tokens = tokens + self.position(grid)
+            tokens = tokens + self.position(grid, tokens.device)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
-        text = TextContext(features, text_frame_BL)
-        return self.tokens(tokens.to(dtype), grid), text, self.conditioning(time_B, pooled_BE)
+        tokens = self.tokens(tokens, grid, features, dtype)
+        return tokens, TextContext(features, text_frame_BL), self.conditioning(time_B, pooled_BE)
 
 
 class DiT(nn.Module):
@@ -115,8 +124,8 @@ class DiT(nn.Module):
         """Predict the diffusion target.
 
         Args:
-            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens
-                (B, S, D) of the stage before.
+            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
+                the stage before.
             grid: the latent in tokens, and which rows are images.
             time_B: what the path conditions on, about 0 to 1000.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
@@ -124,7 +133,7 @@ class DiT(nn.Module):
             previous_BCTHW: the self-conditioning estimate; zeros when None.
         """
         tokens, text, cond = self.embed(x, grid, time_B, text_BLE, text_frame_BL, pooled_BE, previous_BCTHW, self.dtype)
-        positions = self.positions(grid, tokens.device)
+        positions = self.positions(grid, cond.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)
         return self.head(tokens, cond, grid)

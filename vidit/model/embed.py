@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import Positions
-from vidit.model.block import GELU
-from vidit.model.flops import TIME_FREQUENCIES
+from vidit.model.block import GELU, Tokens, as_streams
 from vidit.model.linear import Linear
 from vidit.model.modulation import output_modulation
 from vidit.model.norm import Norm, modulate
@@ -46,29 +45,29 @@ class PatchEmbed(nn.Module):
 class TimeEmbed(nn.Module):
     """Sinusoids of the diffusion time (about 0 to 1000) through a two-layer MLP, fp32: (B,) -> (B, D)."""
 
-    def __init__(self, width: int):
+    def __init__(self, frequencies: int, width: int):
         super().__init__()
-        self.up = Linear(TIME_FREQUENCIES, width)
+        self.up = Linear(frequencies, width)
         self.out = Linear(width, width)
 
     def forward(self, time_B: Tensor) -> Tensor:
-        half = TIME_FREQUENCIES // 2
+        half = self.up.in_features // 2
         steps = torch.arange(half, dtype=torch.float32, device=time_B.device)
         angle = widen(time_B)[:, None] * torch.exp(-math.log(10_000) * steps / half)
         return self.out(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1))))
 
 
 class TextEmbed(nn.Module):
-    """Text features E -> model width D, two layers."""
+    """Text features E -> model width D, two layers or one."""
 
-    def __init__(self, text_width: int, width: int, activation: str = "gelu"):
+    def __init__(self, c: Model, text_width: int):
         super().__init__()
-        self.approximate = GELU[activation]
-        self.up = Linear(text_width, width)
-        self.out = Linear(width, width)
+        self.approximate = GELU[c.activation]
+        self.up = Linear(text_width, c.width) if c.text_embedding == "mlp" else None
+        self.out = Linear(c.width if self.up else text_width, c.width)
 
     def forward(self, text_BLE: Tensor) -> Tensor:
-        return self.out(F.gelu(self.up(text_BLE), approximate=self.approximate))
+        return self.out(text_BLE if self.up is None else F.gelu(self.up(text_BLE), approximate=self.approximate))
 
 
 class AbsolutePosition(nn.Module):
@@ -79,7 +78,7 @@ class AbsolutePosition(nn.Module):
         self.time = nn.Parameter(torch.empty(grid[0], width))
         self.space = nn.Parameter(torch.empty(grid[1], grid[2], width))
 
-    def forward(self, grid: Grid) -> Tensor:
+    def forward(self, grid: Grid, device: torch.device) -> Tensor:
         largest = (self.time.shape[0], *self.space.shape[:2])
         if any(n > most for n, most in zip(grid.shape, largest, strict=True)):
             raise ValueError(
@@ -96,6 +95,46 @@ class AbsolutePosition(nn.Module):
         return torch.where(grid.image_B[:, None, None], image, table)
 
 
+class SincosPosition(nn.Module):
+    """Fixed sinusoids of the places: (S, D) fp32, D/4 of it for time, then 3/8 each for width and height (CogVideoX).
+
+    Images are at time 0. The places (t, h, w) are divided by `scale`.
+    """
+
+    def __init__(self, width: int, scale: tuple[float, float, float]):
+        super().__init__()
+        self.width, self.scale = width, scale
+
+    def forward(self, grid: Grid, device: torch.device) -> Tensor:
+        places = (torch.arange(n, device=device, dtype=torch.float64) for n in grid.shape)
+        time, height, width = (place / scale for place, scale in zip(places, self.scale, strict=True))
+        space = self.width * 3 // 8
+        t, h, w = sinusoids(time, self.width - 2 * space), sinusoids(height, space), sinusoids(width, space)
+        plane = torch.cat((w[None].expand(len(h), -1, -1), h[:, None].expand(-1, len(w), -1)), dim=-1).flatten(0, 1)
+        clip = torch.cat((t[:, None].expand(-1, len(plane), -1), plane[None].expand(len(t), -1, -1)), dim=-1)
+        if grid.image_B is None:
+            return clip.flatten(0, 1)
+        return torch.where(grid.image_B[:, None, None], clip[:1].expand_as(clip).flatten(0, 1), clip.flatten(0, 1))
+
+
+def sinusoids(place: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of places (n,): (n, width) fp32."""
+    steps = torch.arange(width // 2, device=place.device, dtype=torch.float64)
+    angle = place[:, None] * 10_000 ** (-steps / (width // 2))
+    return torch.cat((angle.sin(), angle.cos()), dim=-1).float()
+
+
+def absolute_position(c: Model, grid: tuple[int, int, int]) -> nn.Module | None:
+    """What `model.absolute_position` says."""
+    if c.absolute_position == "none":
+        return None
+    return (
+        AbsolutePosition(grid, c.width)
+        if c.absolute_position == "learned"
+        else SincosPosition(c.width, c.position_scale)
+    )
+
+
 class TokenPositions(nn.Module):
     """The (t, h, w) place of every token of the grid, and its rotary angles."""
 
@@ -110,18 +149,24 @@ class TokenPositions(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens back to a latent: modulated norm, linear, un-patchify; fp32 out."""
+    """Tokens of the video back to a latent: modulated norm, linear, un-patchify; fp32 out.
+
+    With `norm_affine` a norm of the residual stream comes first, as in CogVideoX.
+    """
 
     def __init__(self, c: Model, channels: int):
         super().__init__()
         self.patch, self.channels = c.patch, channels
-        self.norm = Norm(c.width)
+        self.final_norm = Norm(c.width, affine=True, eps=c.norm_eps) if c.norm_affine else nn.Identity()
+        self.norm = Norm(c.width, c.norm_affine, c.norm_eps)
         self.modulation = output_modulation(c)
         self.project = Linear(c.width, c.patch * c.patch * channels)
 
-    def forward(self, x_BSD: Tensor, cond_BRD: Tensor, grid: Grid) -> Tensor:
+    def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid) -> Tensor:
+        x_BSD, *_ = as_streams(tokens)
         shift, scale = self.modulation(cond_BRD)
-        x = widen(self.project(modulate(self.norm(x_BSD), shift, scale).to(x_BSD.dtype)))
+        normed = self.norm(self.final_norm(x_BSD))
+        x = widen(self.project(modulate(normed, shift, scale).to(x_BSD.dtype)))
         p = self.patch
         x = x.reshape(x.shape[0], *grid.shape, p, p, self.channels).permute(0, 6, 1, 2, 4, 3, 5)
         return x.reshape(x.shape[0], self.channels, grid.frames, grid.height * p, grid.width * p)

@@ -6,7 +6,8 @@
 | projected, rank r | A_1 of the model + W_b W_a c                 | W.A.L.T. 2312.06662, sec. 3.3  |
 | table             | A_1 of the model + a table (adaLN-single)    | PixArt-alpha 2310.00426, sec. 2.3 |
 
-The conditioning (B, R, D), fp32, has c in row 0 and behind it A_1, where the model has one.
+The conditioning (B, R, D), fp32, has c in row 0 and behind it A_1, where the model has one. Each of the video's and, in
+a joint model, of the text's stream has six vectors: shift, scale and gate of the attention, then of the MLP.
 """
 
 import torch
@@ -16,21 +17,19 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.model.linear import Linear
 
-# Shift, scale and gate of the attention and of the MLP.
-VECTORS = 6
-
 
 class Modulation(nn.Module):
-    """The six vectors of a block from a projection of c: conditioning (B, R, D) -> six of (B, 1, D), all fp32."""
+    """The vectors of a block from a projection of c: conditioning (B, R, D) -> `num` of (B, 1, D), all fp32."""
 
-    def __init__(self, width: int, rank: int):
+    def __init__(self, num: int, width: int, cond_width: int, rank: int):
         super().__init__()
-        self.down = Linear(width, rank, bias=False) if rank else None
-        self.up = Linear(rank or width, VECTORS * width, bias=not rank)
+        self.num = num
+        self.down = Linear(cond_width, rank, bias=False) if rank else None
+        self.up = Linear(rank or cond_width, num * width, bias=not rank)
 
     def forward(self, cond_BRD: Tensor) -> tuple[Tensor, ...]:
         c_BD = F.silu(cond_BRD[:, 0])
-        own = self.up(c_BD if self.down is None else self.down(c_BD)).unflatten(-1, (VECTORS, -1))
+        own = self.up(c_BD if self.down is None else self.down(c_BD)).unflatten(-1, (self.num, -1))
         return (own if self.down is None else cond_BRD[:, 1:] + own).unsqueeze(2).unbind(1)
 
 
@@ -55,9 +54,11 @@ class OutputModulation(Linear):
 
 def block_modulation(c: Model) -> nn.Module:
     """What `model.modulation` says, for a block."""
-    return Table(VECTORS, c.width, slice(1, None)) if c.modulation == "table" else Modulation(c.width, c.adaln_rank)
+    if c.modulation == "table":
+        return Table(c.num_vectors, c.width, slice(1, None))
+    return Modulation(c.num_vectors, c.width, c.cond_width, c.adaln_rank)
 
 
 def output_modulation(c: Model) -> nn.Module:
     """The same for the output layer."""
-    return Table(2, c.width, slice(0, 1)) if c.modulation == "table" else OutputModulation(c.width, 2 * c.width)
+    return Table(2, c.width, slice(0, 1)) if c.modulation == "table" else OutputModulation(c.cond_width, 2 * c.width)

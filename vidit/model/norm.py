@@ -35,17 +35,19 @@ def modulate(normed_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor
 
 
 class HeadNorm(nn.Module):
-    """Layer norm over the head dim, scale only: (B, S, N, K), fp32 inside.
+    """Layer norm over the head dim, scale only or `affine`: (B, S, N, K), fp32 inside.
 
     Returned in at least fp32: the rotation that follows works there too, and one cast is enough.
     """
 
-    def __init__(self, head_dim: int):
+    def __init__(self, head_dim: int, affine: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(head_dim))
+        self.bias = nn.Parameter(torch.empty(head_dim)) if affine else None
 
     def forward(self, x_BSNK: Tensor) -> Tensor:
-        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=EPS)
+        bias = None if self.bias is None else widen(self.bias)
+        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), bias, eps=EPS)
 
 
 class MeanSquare(nn.Module):
@@ -73,4 +75,6 @@ def query_key_norm(c: Model) -> nn.Module:
     """What `model.qk_norm` says, for queries or for keys."""
     if c.qk_norm == "none":
         return nn.Identity()
-    return WidthNorm(c.width) if c.qk_norm == "width" else HeadNorm(c.width // c.num_heads)
+    if c.qk_norm == "width":
+        return WidthNorm(c.width)
+    return HeadNorm(c.width // c.num_heads, affine=c.qk_norm == "head_affine")

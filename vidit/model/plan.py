@@ -55,13 +55,14 @@ def sharding_plan(c: Model) -> Plan:
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
     wide_norms = [f"blocks.*.{name}.{norm}" for name in ("attn", *["cross"] * cross) for norm in QK_NORMS]
     parameters = _outside(c) | _attention("attn", c)
-    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0,), "blocks.*.mlp": (0,)}
+    # The tokens, and beside them the text's: features of cross-attention, or a stream.
+    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0, 3) if c.is_joint else (0,), "blocks.*.mlp": (0,)}
     cores = ["blocks.*.attn.core"]
     if c.relative_position == "bias":
         parameters["blocks.*.attn.bias.table"] = "column"
     if cross:
         parameters |= _attention("cross", c)
-        regions["blocks.*.cross"] = (0, 1)  # the tokens, and the text's features
+        regions["blocks.*.cross"] = (0, 1)
         if c.cross_keys == "video_and_text":
             cores.append("blocks.*.cross.core")
     parameters |= {"blocks.*.mlp.up.*": "column", "blocks.*.mlp.down.*": "row"}
@@ -76,22 +77,29 @@ def sharding_plan(c: Model) -> Plan:
         positions={"positions": 3},
         vectors=("blocks.*.modulation", "head.modulation"),
         before=("embed",),
-        beside=("blocks.*.cross_norm",) if cross and c.cross_norm == "affine" else (),
+        beside=tuple(_affine_norms(c)),
         means=tuple(f"{norm}.mean" for norm in wide_norms) if c.qk_norm == "width" else (),
     )
 
 
 def _outside(c: Model) -> dict[str, Kind]:
     """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
-    table, cross = c.modulation == "table", any(crosses(c, layer) for layer in range(c.num_layers))
+    table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
     patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
-    patterns += ["embed.position.*"] * c.absolute_position
+    patterns += ["embed.position.*"] * (c.absolute_position == "learned")
     patterns += ["embed.conditioning.shared.*"] * c.shares_modulation
     patterns += ["blocks.*.modulation.table" if table else "blocks.*.modulation.*.*"]
-    patterns += ["blocks.*.cross_norm.*"] * (cross and c.cross_norm == "affine")
+    patterns += [f"{norm}.*" for norm in _affine_norms(c) if norm.startswith("blocks")]
     return dict.fromkeys(patterns, "replicate")
+
+
+def _affine_norms(c: Model) -> list[str]:
+    """Norms of tokens with scale and shift."""
+    cross = any(crosses(c, layer) for layer in range(c.num_layers))
+    own = ["blocks.*.attn_norm", "blocks.*.mlp_norm", "head.final_norm", "head.norm"] * c.norm_affine
+    return own + ["blocks.*.cross_norm"] * (cross and c.cross_norm == "affine")
 
 
 def _attention(name: str, c: Model) -> dict[str, Kind]:
@@ -99,5 +107,6 @@ def _attention(name: str, c: Model) -> dict[str, Kind]:
     kinds[f"blocks.*.{name}.out.*"] = "row"
     if c.qk_norm != "none":
         kind: Kind = "column" if c.qk_norm == "width" else "per_head"
-        kinds |= dict.fromkeys((f"blocks.*.{name}.{norm}.weight" for norm in QK_NORMS), kind)
+        own = ("weight", "bias") if c.qk_norm == "head_affine" else ("weight",)
+        kinds |= {f"blocks.*.{name}.{norm}.{parameter}": kind for norm in QK_NORMS for parameter in own}
     return kinds

@@ -84,7 +84,7 @@ def requested(trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
     """Sizes above the model's absolute position tables, which have the size of the training clips."""
-    if not trained.model.absolute_position:
+    if trained.model.absolute_position != "learned":
         return
     t, s = trained.vae.temporal_stride, trained.vae.spatial_stride * trained.model.patch
     axes = (

@@ -28,6 +28,7 @@ TINY = {
     "windows": ((1, 0, 0), (0, 2, 4)),
     "attention_backend": "sdpa",
 }
+JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -44,6 +45,10 @@ VARIATIONS = {
     "table": {"modulation": "table"},
     "norms": {"qk_norm": "width", "cross_norm": "affine", "activation": "gelu_tanh"},
     "no norm before text": {"cross_norm": "none"},
+    "joint": {**JOINT, "adaln_rank": 3},
+    "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
+    "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
+    "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
 
@@ -160,6 +165,9 @@ class TestFlops:
             {"windows": ((1, 0, 0), (0, 4, 4)), "relative_position": "none"},
             {"windows": ((1, 0, 0), (0, 4, 4)), "cross_attention": "all", "self_conditioning": 0.0},
             {"windows": ((1, 0, 0), (0, 1, 1)), "cross_attention": "all", "cross_keys": "text", "patch": 2},
+            JOINT,
+            FAMILIES["wan"],
+            {**FAMILIES["cogvideox"], "time_width": 0},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])

@@ -65,7 +65,7 @@ def test_seams_are_there(pair: tuple[Model, DiT]) -> None:
 def test_every_core_is_named(pair: tuple[Model, DiT]) -> None:
     """A core that stays as it is under sequence parallelism would attend to its rank's tokens alone."""
     config, model = pair
-    cores = [name for name, m in model.named_modules() if type(m).__name__ == "WindowCore"]
+    cores = [name for name, m in model.named_modules() if type(m).__name__ in ("WindowCore", "JointCore")]
     found = [name for pattern in sharding_plan(config).cores for name in matching(pattern, cores)]
     assert sorted(found) == sorted(cores)
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import Model
+from vidit.export.diffusers.cogvideox import COGVIDEOX
 from vidit.export.diffusers.family import Family, Geometry
 from vidit.export.diffusers.wan import WAN
 from vidit.model.dit import DiT
 from vidit.train.weights_folder import Weights, open_weights, require_keys
 
-FAMILIES = (WAN,)
+FAMILIES = (WAN, COGVIDEOX)
 
 
 def from_diffusers(source: str | Path | nn.Module) -> DiT:

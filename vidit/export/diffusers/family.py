@@ -73,9 +73,10 @@ class Family:
 
     def differences(self, c: Model) -> Iterator[str]:
         """What keeps a model from being of this family, one line each."""
-        for field, wanted in self.fields.items():
-            if getattr(c, field) != wanted:
-                yield f"model.{field}={getattr(c, field)} where {self.name} has {wanted}"
+        wanted = Model(**self.fields)
+        for field in (*self.fields, "pooled_text"):
+            if getattr(c, field) != getattr(wanted, field):
+                yield f"model.{field}={getattr(c, field)} where {self.name} has {getattr(wanted, field)}"
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """Of their config.json. ValueError with everything in it that no model here has."""

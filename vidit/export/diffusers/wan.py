@@ -44,7 +44,7 @@ def _write(g: Geometry) -> dict[str, Any]:
 WAN = Family(
     name="wan",
     cls="WanTransformer3DModel",
-    fields={name: value for name, value in FAMILIES["wan"].items() if name not in FREE} | {"pooled_text": False},
+    fields={name: value for name, value in FAMILIES["wan"].items() if name not in FREE},
     fixed={
         "qk_norm": "rms_norm_across_heads", "eps": 1e-6, "freq_dim": 256, "image_dim": None,
         "added_kv_proj_dim": None, "pos_embed_seq_len": None,
