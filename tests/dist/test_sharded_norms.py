@@ -39,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "rope, text keys": {"relative_position": "rope", "cross_keys": "text", "cross_attention": "all"},
     "one block": {"num_layers": 1},
     "wan": {**FAMILIES["wan"], "patch": 1, "pooled_text": False},
+    "latte": {**FAMILIES["latte"], "patch": 1, "pooled_text": False},
     "norms with scale and shift": {"norm_affine": True, "qk_norm": "head_affine"},
     "bare": {"cross_attention": "none", "qk_norm": False, "adaln_rank": 0, "relative_position": "none"},
 }
@@ -46,7 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def sharded(model: Any, plan: Plan, mesh: Any, **change: Any) -> None:
     seams: dict[str, Any] = {
-        "cut": {n: dims for n, dims in plan.split.items() if n not in plan.positions}, "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
+        "cut": {n: dims for n, dims in plan.split.items() if n not in plan.positions} | plan.placed,
+        "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
         "counted": plan.counted, "before": plan.before, "beside": plan.beside,
     }  # fmt: skip
     apply_sharded_norms(model, **(seams | change), mesh=mesh.tensor, sequence=mesh.sequence.size())

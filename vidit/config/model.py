@@ -40,11 +40,16 @@ class Model(Section):
     rope_split: Literal["quarter", "third"] = Field(
         "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
     )
-    absolute_position: Annotated[Literal["none", "learned", "sincos"], _named("learned")] = Field(
-        "learned", description="added to the tokens: tables of time and space, or sinusoids (CogVideoX); true = learned"
+    absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
+        "learned",
+        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), or those of space "
+        "at the start and of time before the first block that spans latent frames (Latte); true = learned",
     )
     position_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (1.0, 1.0, 1.0), description="what the sinusoids divide the places (t, h, w) by"
+    )
+    position_span: int = Field(
+        0, ge=0, description="space_then_time: height and width count to that, however many tokens; 0 = to their number"
     )
     qk_norm: Annotated[Literal["none", "head", "head_affine", "width"], _named("head")] = Field(
         "head",
@@ -61,6 +66,9 @@ class Model(Section):
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
     cross_norm: Literal["none", "bare", "affine"] = Field(
         "bare", description="layer norm before cross-attention: none, without parameters, or with scale and shift (Wan)"
+    )
+    learned_variance: bool = Field(
+        False, description="as many output channels again, which nothing reads: Latte's checkpoints have them"
     )
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
     modulation: Literal["projected", "table"] = Field(
@@ -94,6 +102,19 @@ class Model(Section):
         return self.cross_attention == "joint"
 
     @property
+    def time_layer(self) -> int | None:
+        """The block before which sinusoids of time are added, where that is not the start."""
+        if self.absolute_position != "space_then_time":
+            return None
+        spanning = (n for n in range(self.num_layers) if self.windows[n % len(self.windows)][0] != 1)
+        return next(spanning, None)
+
+    @property
+    def out_factor(self) -> int:
+        """Output channels for each of the latent's."""
+        return 2 if self.learned_variance else 1
+
+    @property
     def num_vectors(self) -> int:
         """Modulation vectors of a block: six for each stream."""
         return 12 if self.is_joint else 6
@@ -119,10 +140,15 @@ class Model(Section):
                     f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
                     f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
                 )
-        if self.absolute_position == "sincos" and self.width % 16:
+        if self.absolute_position == "space_then_time" and self.time_layer is None:
             yield (
-                f"model.absolute_position=sincos needs a model.width divisible by 16, not {self.width}; use "
-                f"{self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
+                f"model.absolute_position=space_then_time, but none of model.windows={self.windows} spans latent "
+                "frames; add such a window, or use absolute_position=learned"
+            )
+        if self.absolute_position in ("sincos", "space_then_time") and self.width % 16:
+            yield (
+                f"model.absolute_position={self.absolute_position} needs a model.width divisible by 16, not "
+                f"{self.width}; use {self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
             )
         if self.time_width not in (0, self.width) and self.shares_modulation:
             yield (

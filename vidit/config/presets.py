@@ -16,13 +16,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_attention": "joint", "adaln_rank": 0, "time_width": 512, "text_embedding": "linear",
         "activation": "gelu_tanh", "self_conditioning": 0.0,
     },
+    "latte": {
+        "patch": 2, "windows": ((1, 0, 0), (0, 1, 1)), "image_attention": "frame", "relative_position": "none",
+        "absolute_position": "space_then_time", "position_span": 32, "qk_norm": "none", "cross_attention": "per_frame",
+        "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
 }  # fmt: skip
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
 # blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
 # Wan 2.1's text-to-video models are those of 2503.20314, table 1; CogVideoX's (2408.06072) those of its checkpoints, in
-# which 2B has 30 heads, not 32. COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
+# which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames.
+# COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
     "position_scale": (1.0, 1.875, 1.875), "time_frequencies": 1920,
@@ -41,4 +48,5 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "wan-14B": (40, 5120, 40, 13824, FAMILIES["wan"]),
     "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),
     "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
+    "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
 }

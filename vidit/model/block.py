@@ -13,6 +13,7 @@ from vidit.model.joint import JointAttention, Streams
 from vidit.model.linear import Linear
 from vidit.model.modulation import block_modulation
 from vidit.model.norm import Norm, modulate
+from vidit.model.position import TimePosition
 from vidit.model.windows import Grid
 
 Tokens = Tensor | Streams
@@ -39,11 +40,12 @@ class Block(nn.Module):
     """(B, S, D) -> (B, S, D), or `Streams` to `Streams` where text tokens take part in self-attention.
 
     `cross` says whether the block attends to text, `identity_images` whether images pass its attention
-    unchanged.
+    unchanged, `adds_time` whether sinusoids of time come first.
     """
 
-    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool):
+    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool, adds_time: bool):
         super().__init__()
+        self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
         self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
         self.attn = JointAttention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
@@ -55,6 +57,8 @@ class Block(nn.Module):
     def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
         streams = as_streams(x)
         dtype, vectors = streams[0].dtype, self.modulation(cond_BRD)
+        if self.time is not None:
+            streams[0] = streams[0] + self.time(positions, grid).to(dtype)
         # Of each stream shift, scale and gate of the attention, then of the MLP.
         own = [vectors[first : first + 6] for first in range(0, len(vectors), 6)]
 

@@ -11,10 +11,11 @@ from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block, Tokens
-from vidit.model.embed import Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions, absolute_position
+from vidit.model.embed import Head, PatchEmbed, TextEmbed, TimeEmbed
 from vidit.model.flops import crosses, window_of
 from vidit.model.joint import Streams
 from vidit.model.linear import Linear
+from vidit.model.position import TokenPositions, absolute_position
 from vidit.model.windows import Grid
 
 
@@ -105,7 +106,7 @@ class DiT(nn.Module):
             if c.relative_position == "bias":  # its table has the size of the window on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
-            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images)
+            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)
         self.embed = Embed(c, channels, grid, text_width)
         self.positions = TokenPositions(c.width // c.num_heads, c.rope_split)
         self.blocks = nn.ModuleDict(blocks)

@@ -55,7 +55,7 @@ def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
 
 def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the output layer and one clip."""
-    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch**2
+    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch**2 * c.out_factor
 
 
 def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
@@ -81,7 +81,7 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
             t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
     total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
-    return total + (d + 1) * patch + 2 * norm  # head
+    return total + (d + 1) * patch * c.out_factor + 2 * norm  # head
 
 
 def training_flops(forward: int, self_conditioning: float) -> float:

@@ -32,6 +32,7 @@ class Plan:
     before: modules that are done when the tokens are cut.
     beside: modules with parameters that work on tokens between the regions.
     means: modules whose output is a mean over heads.
+    placed: modules in blocks whose outputs follow the positions, one entry a token -> in which dim of which output.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -47,6 +48,7 @@ class Plan:
     before: tuple[str, ...]
     beside: tuple[str, ...]
     means: tuple[str, ...]
+    placed: dict[str, dict[int, int]]
     blocks: str = "blocks.*"
 
 
@@ -79,6 +81,7 @@ def sharding_plan(c: Model) -> Plan:
         before=("embed",),
         beside=tuple(_affine_norms(c)),
         means=tuple(f"{norm}.mean" for norm in wide_norms) if c.qk_norm == "width" else (),
+        placed={} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}},
     )
 
 

@@ -69,6 +69,7 @@ def plan_of_stages(plan: Plan, dit: DiT) -> Plan:
         vectors=tuple(_fitting(dict.fromkeys(plan.vectors), modules)),
         beside=tuple(_fitting(dict.fromkeys(plan.beside), modules)),
         means=tuple(_fitting(dict.fromkeys(plan.means), modules)),
+        placed=_fitting(plan.placed, modules),
     )
 
 

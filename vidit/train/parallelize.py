@@ -80,7 +80,7 @@ def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
     if layout.sequence > 1:
         apply_sequence(dit, plan, mesh, kind_of(config))
     if layout.tensor > 1 and p.sharded_norms is True:
-        cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
+        cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions} | plan.placed
         apply_sharded_norms(
             dit,
             cut,

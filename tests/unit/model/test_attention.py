@@ -20,9 +20,9 @@ from vidit.model.attention import (
     attend,
     visible,
 )
-from vidit.model.embed import TokenPositions
 from vidit.model.init import initialise
 from vidit.model.norm import HeadNorm
+from vidit.model.position import TokenPositions
 from vidit.model.rope import THETA, axis_pairs, rope_angles, rotate
 from vidit.model.windows import Grid, partition
 

@@ -48,6 +48,7 @@ VARIATIONS = {
     "joint": {**JOINT, "adaln_rank": 3},
     "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
     "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
+    "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -168,6 +169,7 @@ class TestFlops:
             JOINT,
             FAMILIES["wan"],
             {**FAMILIES["cogvideox"], "time_width": 0},
+            {**FAMILIES["latte"], "learned_variance": True},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])

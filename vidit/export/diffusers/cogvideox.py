@@ -13,6 +13,7 @@ from vidit.export.diffusers.forms import BY_NORM, CHANNELS_FIRST, KERNEL_2D, PAI
 
 FREE = ("patch", "relative_position", "absolute_position", "position_scale", "time_width")
 MLP_RATIO = 4
+TEMPORAL = 4  # pixel frames of a latent frame, by which its config counts
 
 
 def _read(config: Mapping[str, Any]) -> Geometry:
@@ -53,11 +54,18 @@ def _write(g: Geometry) -> dict[str, Any]:
     }
     if odd := [f"{name}={found} where it has {wanted}" for name, (found, wanted) in kept.items() if found != wanted]:
         raise ValueError(f"CogVideoXTransformer3DModel cannot express this model: {'; '.join(odd)}")
+    sizes: dict[str, Any] = {}
+    if g.latent is not None:
+        frames, high, wide = g.latent
+        sizes = {"sample_frames": 1 + TEMPORAL * (frames - 1), "sample_height": high, "sample_width": wide}
+    if g.text_tokens is not None:
+        sizes["max_text_seq_length"] = g.text_tokens
     return {
         "patch_size": c.patch, "num_attention_heads": c.num_heads, "attention_head_dim": c.width // c.num_heads,
         "in_channels": g.channels, "out_channels": g.channels, "text_embed_dim": g.text_width,
         "num_layers": c.num_layers, "time_embed_dim": c.cond_width, "use_rotary_positional_embeddings": rope,
         **({} if rope else {"spatial_interpolation_scale": width, "temporal_interpolation_scale": time}),
+        **sizes,
     }  # fmt: skip
 
 
@@ -69,7 +77,7 @@ COGVIDEOX = Family(
         "flip_sin_to_cos": True, "freq_shift": 0, "ofs_embed_dim": None, "attention_bias": True,
         "patch_size_t": None, "activation_fn": "gelu-approximate", "timestep_activation_fn": "silu",
         "norm_elementwise_affine": True, "norm_eps": 1e-5, "use_learned_positional_embeddings": False,
-        "patch_bias": True,
+        "patch_bias": True, "temporal_compression_ratio": TEMPORAL,
     },
     read=_read,
     write=_write,

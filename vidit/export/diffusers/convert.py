@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.export.diffusers.cogvideox import COGVIDEOX
 from vidit.export.diffusers.family import Family, Geometry
+from vidit.export.diffusers.latte import LATTE
 from vidit.export.diffusers.wan import WAN
 from vidit.model.dit import DiT
 from vidit.train.weights_folder import Weights, open_weights, require_keys
 
-FAMILIES = (WAN, COGVIDEOX)
+FAMILIES = (WAN, COGVIDEOX, LATTE)
 
 
 def from_diffusers(source: str | Path | nn.Module) -> DiT:
@@ -33,13 +34,16 @@ def from_diffusers(source: str | Path | nn.Module) -> DiT:
     return dit
 
 
-def to_diffusers(model: DiT) -> nn.Module:
-    """The module of diffusers with the weights of `model`. ValueError where its geometry has no class there."""
+def to_diffusers(model: DiT, latent: tuple[int, int, int] | None = None, text_tokens: int | None = None) -> nn.Module:
+    """The module of diffusers with the weights of `model`; `latent` (T, H, W) and `text_tokens` as in `Geometry`.
+
+    Raises ValueError where the model's geometry has no class there.
+    """
     import diffusers
 
     state = {name: p.detach() for name, p in model.state_dict().items()}
     shapes = {name: tuple(p.shape) for name, p in state.items()}
-    geometry = Geometry(model.config, model.channels, model.text_width)
+    geometry = Geometry(model.config, model.channels, model.text_width, latent, text_tokens)
     config, tensors = exported(geometry, Weights(shapes, state.__getitem__))
     module: nn.Module = getattr(diffusers, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
     module.load_state_dict({name: tensors.get(name) for name in tensors.shapes})

@@ -12,11 +12,17 @@ from vidit.export.diffusers.forms import SAME, Form
 
 
 class Geometry(NamedTuple):
-    """What a denoiser is built from: its config, latent channels, width of the text features."""
+    """What a denoiser is built from: its config, latent channels, width of the text features.
+
+    `latent` (T, H, W) and `text_tokens` are the sizes that it is used at, which no weight depends on; their classes
+    keep them, ours do not.
+    """
 
     model: Model
     channels: int
     text_width: int
+    latent: tuple[int, int, int] | None = None
+    text_tokens: int | None = None
 
 
 class Place(NamedTuple):

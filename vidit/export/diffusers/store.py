@@ -14,6 +14,7 @@ from vidit.export.diffusers.family import Geometry
 from vidit.export.files import DTYPES, Kind, new_folder, write_tensors
 from vidit.export.weights import Weights as Chosen
 from vidit.export.weights import chosen_checkpoint, trained_weights
+from vidit.resolve import resolve
 from vidit.train.rundir import read_config
 from vidit.train.weights_folder import Weights
 from vidit.whole_file import write_whole
@@ -57,7 +58,9 @@ def export_diffusers(
         return trained.get(PART + name)
 
     shapes = {name: kind.shape for name, kind in own.items()}
-    geometry = Geometry(config.model, config.vae.latent_channels, _text_width(shapes))
+    r = resolve(config)
+    latent = (r.latent_frames, r.latent_height, r.latent_width)
+    geometry = Geometry(config.model, config.vae.latent_channels, _text_width(shapes), latent, config.text.max_tokens)
     about, theirs = exported(geometry, Weights(shapes, get))
     with new_folder(out) as partial:
         write_tensors(partial, {n: Kind(s, DTYPES[dtype]) for n, s in theirs.shapes.items()}, theirs.get, STEM)
