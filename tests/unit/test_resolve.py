@@ -27,6 +27,9 @@ def edm(**changes):
     return Diffusion(path="edm", target="edm", density="log_normal", **changes)
 
 
+JOINT = {"cross_attention": "joint"}
+
+
 class TestResolve:
     def test_numbers(self):
         config = run(
@@ -108,6 +111,16 @@ class TestResolve:
             ),
             ({"model": Model(width=63, num_heads=7, relative_position="rope")}, ["even head dim of at least 6, not 9"]),
             ({"model": Model(windows=((1, -1, 0),))}, ["model.windows", "negative"]),
+            ({"model": Model(**JOINT, windows=((1, 0, 0),))}, ["cross_attention=joint", "windows=[[0,0,0]]"]),
+            ({"model": Model(**JOINT)}, ["cross_attention=joint takes no position bias", "rope or none"]),
+            ({"model": Model(**JOINT)}, ["cannot let images pass unchanged", "image_attention=frame"]),
+            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text"]),
+            (
+                {"model": Model(width=40, num_heads=2, absolute_position="sincos")},
+                ["divisible by 16", "not 40", "32 or 48"],
+            ),
+            ({"model": Model(absolute_position="space_then_time", windows=((1, 0, 0),))}, ["spans latent frames"]),
+            ({"model": Model(time_width=512)}, ["time_width=512 is not model.width=1024", "adaln_rank=0"]),
             ({"model": Model(attention_backend="flash")}, ["attention_backend=flash", "rope"]),
             ({"vae": Vae()}, ["vae.weights is not set"]),
             ({"vae": Vae(weights="x", num_res_blocks=(1,))}, ["vae.num_res_blocks has 1 entries for 4 levels"]),
