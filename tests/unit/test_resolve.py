@@ -27,7 +27,7 @@ def edm(**changes):
     return Diffusion(path="edm", target="edm", density="log_normal", **changes)
 
 
-JOINT = {"cross_attention": "joint"}
+JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "none", "image_attention": "frame"}
 
 
 class TestResolve:
@@ -111,10 +111,10 @@ class TestResolve:
             ),
             ({"model": Model(width=63, num_heads=7, relative_position="rope")}, ["even head dim of at least 6, not 9"]),
             ({"model": Model(windows=((1, -1, 0),))}, ["model.windows", "negative"]),
-            ({"model": Model(**JOINT, windows=((1, 0, 0),))}, ["cross_attention=joint", "windows=[[0,0,0]]"]),
-            ({"model": Model(**JOINT)}, ["cross_attention=joint takes no position bias", "rope or none"]),
-            ({"model": Model(**JOINT)}, ["cannot let images pass unchanged", "image_attention=frame"]),
-            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text"]),
+            ({"model": Model(**{**JOINT, "windows": ((1, 0, 0),)})}, ["=joint attends to all tokens", "[[0,0,0]]"]),
+            ({"model": Model(**{**JOINT, "relative_position": "bias"})}, ["no position bias", "rope or none"]),
+            ({"model": Model(**{**JOINT, "image_attention": "identity"})}, ["cannot let images pass", "=frame"]),
+            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text", "auto or sdpa"]),
             (
                 {"model": Model(width=40, num_heads=2, absolute_position="sincos")},
                 ["divisible by 16", "not 40", "32 or 48"],

@@ -161,7 +161,11 @@ class Model(Section):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
             yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
-        if self.attention_backend == "flash" and self.cross_attention != "none" and self.cross_keys != "text":
+        if (
+            self.attention_backend == "flash"
+            and self.cross_attention in ("per_frame", "all")
+            and self.cross_keys != "text"
+        ):
             yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
         if self.cross_attention == "per_frame" and all(window[0] != 1 for window in self.windows[: self.num_layers]):
             yield (
