@@ -55,7 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "windows": ((0, 0, 0),), "relative_position": "rope", "cross_attention": "all", "cross_keys": "text",
         "image_attention": "frame", "self_conditioning": 0.0, "adaln_rank": 0, "absolute_position": False,
     },
-    **{name: {**fields, "patch": 1} for name, fields in FAMILIES.items()},
+    **{name: {**fields, "patch": 1, "text_padding": "masked"} for name, fields in FAMILIES.items()},
 }  # fmt: skip
 
 

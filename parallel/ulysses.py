@@ -43,7 +43,7 @@ class UlyssesCore(nn.Module):
         q, k, v = self._to_heads(torch.stack((q_BSNK, k_BSNK, v_BSNK)), tokens)
         own_bias = None if bias is None else self._own(bias, 0)
         if text is not None:
-            own = [self._own(x, 2) if x.ndim == 4 else x for x in text]
+            own = [self._own(x, 2) if x is not None and x.ndim == 4 else x for x in text]
             text = type(text)(*own) if hasattr(text, "_fields") else tuple(own)
         out = self.inner(q, k, v, grid, own_bias, text)
         if isinstance(out, Tensor):

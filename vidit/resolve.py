@@ -109,6 +109,11 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
     if c.train.task == "dit":
         yield from _caption_faults(c)
+        if c.model.text_padding == "seen" and c.data.image_rows:
+            yield (
+                f"model.text_padding=seen does not go with data.image_rows={c.data.image_rows}: a row of images holds "
+                "their captions side by side, each for its own; use text_padding=masked, or a bucket of num_frames=1"
+            )
         d = c.diffusion
         if d.path == "vp" and c.sample.num_steps > d.num_train_steps:
             yield (

@@ -31,7 +31,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "zero2 tp2": {"shard": 2, "tensor": 2},
     "tp2 sp2": {"sequence": 2, "tensor": 2},
 }
-PLAIN = {"patch": 1, "pooled_text": False}
+PLAIN = {"patch": 1, "pooled_text": False, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
     "bias": {},
     "rope, text keys": {"relative_position": "rope", "cross_keys": "text", "cross_attention": "all"},
@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2)), "cross_attention": "all"},
     **{name: {**fields, **PLAIN} for name, fields in FAMILIES.items()},
+    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox")},
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, grid, images, checkpoint=checkpoint), "bias"))
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias"])
+@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m])
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
     images = model in ("images in frame", "four windows", "rope, text keys", *FAMILIES)
@@ -83,6 +84,11 @@ def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
 @pytest.mark.parametrize("layout", ["tp4", "sp2", "zero2", "zero2 tp2", "zero2 sp2"])
 def test_every_family(pool: Pool, layout: str, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
+
+
+@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen"])
+def test_padding_that_is_seen(pool: Pool, family: str) -> None:
+    assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD), family))
 
 
 @pytest.mark.parametrize("layout", ["tp4", "sp4"])

@@ -32,6 +32,7 @@ CASES = [
     ("text.hash_buckets=32", ["text.kind=clip"], []),
     ("model.cross_keys=text", [BLIND, "model.pooled_text=true"], []),
     ("model.cross_norm=affine", [BLIND, "model.pooled_text=true"], []),
+    ("model.text_padding=seen", [BLIND, "model.pooled_text=true"], []),
     ("model.text_embedding=linear", [BLIND, "model.pooled_text=true"], []),
     ("model.position_scale=[1,2,2]", [], ["model.absolute_position=sincos"]),
     ("model.position_span=4", [], ["model.absolute_position=space_then_time"]),

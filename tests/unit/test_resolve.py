@@ -120,6 +120,11 @@ class TestResolve:
                 ["divisible by 16", "not 40", "32 or 48"],
             ),
             ({"model": Model(absolute_position="space_then_time", windows=((1, 0, 0),))}, ["spans latent frames"]),
+            ({"model": Model(text_padding="seen")}, ["text_padding=seen", "cross_keys=text"]),
+            (
+                {"model": Model(text_padding="seen", cross_keys="text"), "data": Data(train="x", image_rows=2)},
+                ["text_padding=seen does not go with data.image_rows=2", "num_frames=1"],
+            ),
             ({"model": Model(time_width=512)}, ["time_width=512 is not model.width=1024", "adaln_rank=0"]),
             ({"model": Model(attention_backend="flash")}, ["attention_backend=flash", "rope"]),
             ({"vae": Vae()}, ["vae.weights is not set"]),

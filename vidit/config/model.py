@@ -77,6 +77,9 @@ class Model(Section):
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
     time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
+    text_padding: Literal["masked", "seen"] = Field(
+        "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
+    )
     text_embedding: Literal["mlp", "linear"] = "mlp"
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
@@ -155,6 +158,8 @@ class Model(Section):
                 f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
                 "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
             )
+        if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
+            yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
         if self.is_joint:
             yield from self._joint_faults()
         if any(size < 0 for window in self.windows for size in window):
@@ -187,7 +192,7 @@ class Model(Section):
                 "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "
                 "model.image_attention=frame"
             )
-        if self.attention_backend == "flash":
+        if self.attention_backend == "flash" and self.text_padding == "masked":
             yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
 
 

@@ -8,13 +8,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame", "relative_position": "rope",
         "rope_split": "third", "absolute_position": False, "qk_norm": "width", "cross_attention": "all",
         "cross_keys": "text", "cross_norm": "affine", "modulation": "table", "activation": "gelu_tanh",
-        "self_conditioning": 0.0,
+        "text_padding": "seen", "self_conditioning": 0.0,
     },
     "cogvideox": {
         "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame", "relative_position": "rope",
         "absolute_position": False, "qk_norm": "head_affine", "norm_affine": True, "norm_eps": 1e-5,
         "cross_attention": "joint", "adaln_rank": 0, "time_width": 512, "text_embedding": "linear",
-        "activation": "gelu_tanh", "self_conditioning": 0.0,
+        "text_padding": "seen", "activation": "gelu_tanh", "self_conditioning": 0.0,
     },
     "latte": {
         "patch": 2, "windows": ((1, 0, 0), (0, 1, 1)), "image_attention": "frame", "relative_position": "none",

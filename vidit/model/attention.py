@@ -42,11 +42,11 @@ class TextContext(NamedTuple):
     """Text features, and which latent frames may see each text token.
 
     `frame_BL` holds a latent frame's number, EVERY_FRAME, or PADDING: a row of T independent images carries
-    T captions side by side, each visible to its own image only.
+    T captions side by side, each visible to its own image only. None: every token sees all of it, padding too.
     """
 
     features_BLD: Tensor
-    frame_BL: Tensor
+    frame_BL: Tensor | None
 
 
 class TextKeys(NamedTuple):
@@ -231,6 +231,15 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
     return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
 
 
+def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid) -> Tensor | None:
+    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them."""
+    if frame_BL is None:
+        return None
+    if grid.image_B is None:
+        return (frame_BL != PADDING)[:, None, None, :]
+    return visible(frame_BL, positions.position_S3[:, 0])[:, None]
+
+
 class RelativeBias(nn.Module):
     """A learned logit for every offset inside a window: (N, W, W) from a table of the 3D offsets (Swin, eq. 4)."""
 
@@ -292,19 +301,13 @@ class CrossAttention(nn.Module):
     def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:
         heads = (-1, self.head_dim)
         q = self.query_norm(self.query(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
-        keys = TextKeys(
-            self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)).to(x_BSD.dtype),
-            self.value(text.features_BLD).unflatten(-1, heads),
-            text.frame_BL,
-        )
+        text_k = self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)).to(x_BSD.dtype)
+        text_v = self.value(text.features_BLD).unflatten(-1, heads)
         if self.core is not None:
+            assert text.frame_BL is not None, "windows mask the text's padding"
             k = self.key_norm(self.key(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
             v = self.value(x_BSD).unflatten(-1, heads)
-            out = self.core(q, k, v, grid, text=keys)
-        elif grid.image_B is None:
-            mask = (text.frame_BL != PADDING)[:, None, None, :]
-            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+            out = self.core(q, k, v, grid, text=TextKeys(text_k, text_v, text.frame_BL))
         else:
-            mask = visible(text.frame_BL, positions.position_S3[:, 0])[:, None]
-            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+            out = attend(q, text_k, text_v, text_mask(text.frame_BL, positions, grid), "sdpa")
         return self.out(out.flatten(-2))

@@ -68,6 +68,7 @@ class Embed(nn.Module):
         self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)
+        self.sees_padding = c.text_padding == "seen"
 
     def forward(
         self,
@@ -84,8 +85,9 @@ class Embed(nn.Module):
         if self.position is not None:
             tokens = tokens + self.position(grid, tokens.device)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
-        tokens = self.tokens(tokens, grid, features, dtype)
-        return tokens, TextContext(features, text_frame_BL), self.conditioning(time_B, pooled_BE)
+        assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
+        text = TextContext(features, None if self.sees_padding else text_frame_BL)
+        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE)
 
 
 class DiT(nn.Module):

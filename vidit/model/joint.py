@@ -27,13 +27,13 @@ class TextStream(NamedTuple):
     query_BLNK: Tensor
     key_BLNK: Tensor
     value_BLNK: Tensor
-    frame_BL: Tensor
+    frame_BL: Tensor | None
 
 
 class JointCore(nn.Module):
     """Attention among all tokens of a row and its text: video (B, S, N, K) and text (B, L, N, K), the same out.
 
-    Padding is seen by nothing. Of a row of images each attends within its own frame and caption.
+    What `TextContext` calls padding is seen by nothing. Of a row of images each attends within its frame and caption.
     """
 
     def __init__(self, backend: str = "auto"):
@@ -58,8 +58,10 @@ class JointCore(nn.Module):
         return Streams(out[:, words:], out[:, :words])
 
 
-def sees(frame_BL: Tensor, grid: Grid) -> Tensor:
-    """Which of the text and video tokens each of them sees, text first: (B, 1, 1 or L + S, L + S)."""
+def sees(frame_BL: Tensor | None, grid: Grid) -> Tensor | None:
+    """Which of the text and video tokens each of them sees, text first: (B, 1, 1 or L + S, L + S); None for all."""
+    if frame_BL is None:
+        return None
     frame_S = torch.arange(grid.frames, device=frame_BL.device).repeat_interleave(grid.height * grid.width)
     if grid.image_B is None:
         real = torch.cat((frame_BL != PADDING, frame_BL.new_ones(len(frame_BL), len(frame_S), dtype=torch.bool)), dim=1)

@@ -11,7 +11,7 @@ from vidit.config import FAMILIES, Model
 from vidit.export.diffusers.family import Family, Geometry, at
 from vidit.export.diffusers.forms import BY_NORM, CHANNELS_FIRST, KERNEL_2D, PAIRS
 
-FREE = ("patch", "relative_position", "absolute_position", "position_scale", "time_width")
+FREE = ("patch", "text_padding", "relative_position", "absolute_position", "position_scale", "time_width")
 MLP_RATIO = 4
 TEMPORAL = 4  # pixel frames of a latent frame, by which its config counts
 

@@ -7,7 +7,7 @@ from vidit.config import FAMILIES, Model
 from vidit.export.diffusers.family import Family, Geometry, at
 from vidit.export.diffusers.forms import KERNEL_2D
 
-FREE = ("patch", "position_span")
+FREE = ("patch", "text_padding", "position_span")
 MLP_RATIO = 4
 # Latents from this size on have their sinusoids scaled down.
 SCALED_FROM = 64

@@ -7,7 +7,7 @@ from vidit.config import FAMILIES, Model
 from vidit.export.diffusers.family import Family, Geometry, at
 from vidit.export.diffusers.forms import BATCHED, KERNEL_3D, PAIRS
 
-FREE = ("patch", "cross_norm")
+FREE = ("patch", "text_padding", "cross_norm")
 
 
 def _read(config: Mapping[str, Any]) -> Geometry:
