@@ -215,7 +215,7 @@ class TestPresets:
 
     def test_changes_win(self):
         c = Model.preset("SR1", patch=1, num_layers=2)
-        assert (c.patch, c.num_layers, c.cross_attention) == (1, 2, "all")
+        assert (c.patch, c.num_layers, c.cross_attention) == ((1, 1, 1), 2, "all")
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_family_has_no_faults(self, family):
@@ -225,6 +225,7 @@ class TestPresets:
         """Configs that were written when these were switches."""
         c = Model(qk_norm=True, absolute_position=False)
         assert (c.qk_norm, c.absolute_position) == ("head", "none")
+        assert Model(patch=2).patch == (1, 2, 2)
         assert (Model(qk_norm=False).qk_norm, Model(absolute_position=True).absolute_position) == ("none", "learned")
 
     def test_unknown(self):

@@ -120,6 +120,14 @@ class TestResolve:
                 ["divisible by 16", "not 40", "32 or 48"],
             ),
             ({"model": Model(absolute_position="space_then_time", windows=((1, 0, 0),))}, ["spans latent frames"]),
+            (
+                {"model": Model(patch=(2, 1, 1)), "data": Data(train="x", num_frames=17)},
+                ["data.num_frames=17 is 5 latent frames", "the 2 of model.patch", "one of 13 21"],
+            ),
+            (
+                {"model": Model(patch=(5, 1, 1)), "data": Data(train="x", num_frames=17, image_rows=1)},
+                ["puts latent frames together", "data.image_rows=1"],
+            ),
             ({"model": Model(text_padding="seen")}, ["text_padding=seen", "cross_keys=text"]),
             (
                 {"model": Model(text_padding="seen", cross_keys="text"), "data": Data(train="x", image_rows=2)},

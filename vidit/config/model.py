@@ -1,12 +1,13 @@
 """The diffusion transformer, and its named sizes."""
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
 from vidit.config.presets import PRESETS
-from vidit.config.section import Section
+from vidit.config.section import Positive, Section
 
 Window = tuple[int, int, int]
 
@@ -19,6 +20,11 @@ def _named(yes: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {True: yes, False: "none"}[value] if isinstance(value, bool) else value)
 
 
+def _flat(value: object) -> object:
+    """Takes p for (1, p, p)."""
+    return (1, value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Model(Section):
     """A spatiotemporal patch-token DiT: the parts of W.A.L.T. (2312.06662) by default, of other families by name."""
 
@@ -26,7 +32,9 @@ class Model(Section):
     width: int = Field(1024, gt=0)
     num_heads: int = Field(16, gt=0)
     mlp_width: int = Field(4096, gt=0)
-    patch: int = Field(1, gt=0, description="p: each latent frame is cut into p x p patches")
+    patch: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_flat)] = Field(
+        (1, 1, 1), description="latent frames, rows and columns of a token; one number p is (1, p, p)"
+    )
     windows: tuple[Window, ...] = Field(
         ((1, 0, 0), (0, 8, 8)),
         min_length=1,
@@ -98,6 +106,11 @@ class Model(Section):
     def reads_text(self) -> bool:
         """Whether any caption reaches a token."""
         return self.cross_attention != "none" or self.pooled_text
+
+    @property
+    def patch_size(self) -> int:
+        """Places of the latent in a token."""
+        return math.prod(self.patch)
 
     @property
     def is_joint(self) -> bool:

@@ -48,5 +48,6 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "wan-14B": (40, 5120, 40, 13824, FAMILIES["wan"]),
     "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),
     "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
+    "cogvideox-1.5-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "patch": (2, 2, 2), "time_frequencies": 3072}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
 }

@@ -93,7 +93,7 @@ class Embed(nn.Module):
 class DiT(nn.Module):
     """Denoiser: (x_t, time, text) -> output of the shape of x_t, fp32.
 
-    `channels` is the latent's, `grid` the largest token grid (T, H/p, W/p) it is built for, `text_width` the
+    `channels` is the latent's, `grid` the largest token grid it is built for, `text_width` the
     text encoder's. Parameters are allocated, not filled: see `vidit.model.init.initialise`.
     """
 

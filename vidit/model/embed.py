@@ -1,7 +1,7 @@
 """What happens before the blocks and after them: patches, time, text, output.
 
-W.A.L.T. (2312.06662, section 3.2): p x p patches of each latent frame; self-conditioning enters by channel
-concatenation.
+W.A.L.T. (2312.06662, section 3.2): p x p patches of each latent frame, or of several; self-conditioning enters by
+channel concatenation.
 """
 
 import math
@@ -20,24 +20,24 @@ from vidit.model.windows import Grid
 
 
 class PatchEmbed(nn.Module):
-    """(B, C, T, H, W) -> (B, S, D) with S = T H/p W/p.
+    """(B, C, T, H, W) -> (B, S, D) with S = T/t H/h W/w for patches of (t, h, w).
 
     With `self_conditioned` the estimate of a first pass takes as many channels again; None is an estimate of zeros.
     """
 
-    def __init__(self, channels: int, patch: int, width: int, self_conditioned: bool = False):
+    def __init__(self, channels: int, patch: tuple[int, int, int], width: int, self_conditioned: bool = False):
         super().__init__()
         self.patch, self.self_conditioned = patch, self_conditioned
-        self.project = Linear(channels * (2 if self_conditioned else 1) * patch * patch, width)
+        self.project = Linear(channels * (2 if self_conditioned else 1) * math.prod(patch), width)
 
     def forward(self, x_BCTHW: Tensor, previous_BCTHW: Tensor | None = None) -> Tensor:
         if self.self_conditioned:
             previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
             x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
         b, c, t, h, w = x_BCTHW.shape
-        p = self.patch
-        x = x_BCTHW.reshape(b, c, t, h // p, p, w // p, p).permute(0, 2, 3, 5, 4, 6, 1)
-        return self.project(x.reshape(b, t * (h // p) * (w // p), p * p * c))
+        pt, ph, pw = self.patch
+        x = x_BCTHW.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
+        return self.project(x.flatten(4).flatten(1, 3))
 
 
 class TimeEmbed(nn.Module):
@@ -80,13 +80,13 @@ class Head(nn.Module):
         self.final_norm = Norm(c.width, affine=True, eps=c.norm_eps) if c.norm_affine else nn.Identity()
         self.norm = Norm(c.width, c.norm_affine, c.norm_eps)
         self.modulation = output_modulation(c)
-        self.project = Linear(c.width, c.patch * c.patch * channels * c.out_factor)
+        self.project = Linear(c.width, c.patch_size * channels * c.out_factor)
 
     def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid) -> Tensor:
         x_BSD, *_ = as_streams(tokens)
         shift, scale = self.modulation(cond_BRD)
         normed = self.norm(self.final_norm(x_BSD))
         x = widen(self.project(modulate(normed, shift, scale).to(x_BSD.dtype)))
-        p = self.patch
-        x = x.reshape(x.shape[0], *grid.shape, p, p, -1)[..., : self.channels].permute(0, 6, 1, 2, 4, 3, 5)
-        return x.reshape(x.shape[0], self.channels, grid.frames, grid.height * p, grid.width * p)
+        x = x.reshape(x.shape[0], *grid.shape, *self.patch, -1)[..., : self.channels]
+        x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

@@ -43,7 +43,7 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
 def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the patch embedding and one clip."""
     tokens = grid[0] * grid[1] * grid[2]
-    return 2 * tokens * c.width * channels * c.patch**2 * (2 if c.self_conditioning else 1)
+    return 2 * tokens * c.width * channels * c.patch_size * (2 if c.self_conditioning else 1)
 
 
 def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
@@ -55,14 +55,14 @@ def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
 
 def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the output layer and one clip."""
-    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch**2 * c.out_factor
+    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch_size * c.out_factor
 
 
 def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
     """Parameters of the denoiser, text encoder not included; equal to what `DiT` allocates."""
     d, head_dim, f, cond = c.width, c.width // c.num_heads, c.mlp_width, c.cond_width
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
-    patch = channels * c.patch**2
+    patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
     total += (c.time_frequencies + 1 + cond + 1) * cond
     total += (text_width + 1) * cond if c.pooled_text else 0

@@ -13,7 +13,7 @@ from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
 from vidit.config import Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
-from vidit.resolve import faults, grid_of, resolve
+from vidit.resolve import faults, grid_of, latent_frames, resolve
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -91,7 +91,7 @@ def _grids(config: RunConfig) -> list[Window]:
 def _context_faults(config: RunConfig) -> Iterator[str]:
     p = config.parallel
     if p.vae_context == "time":
-        for frames in dict.fromkeys(grid[0] for grid in _grids(config)):
+        for frames in dict.fromkeys(latent_frames(config, shape.num_frames) for shape in _shapes(config)):
             yield from context_faults(frames, p.sequence)
     elif p.vae_context == "rows":
         for rows in dict.fromkeys(shape.height // config.vae.spatial_stride for shape in _shapes(config)):

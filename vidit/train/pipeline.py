@@ -160,7 +160,7 @@ class PipelinePasses:
 
     def _shapes(self, rows: int, latent: tuple[int, ...], num_text: int) -> Shapes:
         c, dtype = self.step.config.model, self.dit.dtype
-        grid = (latent[1], latent[2] // c.patch, latent[3] // c.patch)
+        grid = self.step.grid(latent, None).shape
         beside = num_text if c.is_joint else 0
         tokens = [self.own_tokens(grid, layers[-1]) + beside for layers in self.stages[:-1]]
         return Shapes(

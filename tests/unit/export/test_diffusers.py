@@ -76,6 +76,8 @@ CASES = {
     "cogvideox, odd grid": cog(3, 3, 32, (5, 10, 6)),
     "cogvideox, sinusoids": cog(2, 2, 16, (3, 8, 8), rope=False),
     "cogvideox, sinusoids, odd grid": cog(2, 1, 48, (5, 6, 10), rope=False, spatial_interpolation_scale=1.5),
+    "wan, frames in a patch": wan(1, 2, 12, (4, 6, 6), patch_size=(2, 2, 1)),
+    "cogvideox 1.5": cog(2, 2, 16, (6, 10, 6), patch_size_t=2),
     "latte": latte(2, 2, 16, (3, 8, 8)),
     "latte, odd grid": latte(1, 3, 16, (5, 6, 10)),
     "latte, one frame": latte(2, 2, 24, (1, 10, 6)),
@@ -114,7 +116,8 @@ def call_theirs(module: Any, given: Inputs) -> Tensor:
         x = x.transpose(1, 2)
         sizes = (x.shape[-2] // c.patch_size, x.shape[-1] // c.patch_size)
         if c.use_rotary_positional_embeddings:
-            rotary = get_3d_rotary_pos_embed(c.attention_head_dim, ((0, 0), sizes), sizes, x.shape[1])
+            frames = x.shape[1] // (c.patch_size_t or 1)
+            rotary = get_3d_rotary_pos_embed(c.attention_head_dim, ((0, 0), sizes), sizes, frames)
             more["image_rotary_emb"] = rotary
     out: Tensor = module(x, timestep=given.time_B, encoder_hidden_states=given.text_BLE, return_dict=False, **more)[0]
     # Of twice the channels the second half are a variance.
@@ -123,7 +126,7 @@ def call_theirs(module: Any, given: Inputs) -> Tensor:
 
 def call_ours(dit: DiT, given: Inputs) -> Tensor:
     frames, height, width = given.x_BCTHW.shape[2:]
-    grid = Grid(frames, height // dit.config.patch, width // dit.config.patch)
+    grid = Grid(*(n // p for n, p in zip((frames, height, width), dit.config.patch, strict=True)))
     seen = torch.full(given.text_BLE.shape[:2], EVERY_FRAME)
     out: Tensor = dit(given.x_BCTHW, grid, given.time_B, given.text_BLE, seen)
     return out
@@ -194,7 +197,6 @@ def test_a_folder_is_read_as_the_module_is(case: Case, tmp_path: Path) -> None:
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another norm": ({"qk_norm": "rms_norm"}, "qk_norm='rms_norm' where only 'rms_norm_across_heads' is known"),
     "image to video": ({"in_channels": 9}, "9 channels in and 4 out"),
-    "frames in a patch": ({"patch_size": (2, 2, 2)}, "is not (1, p, p)"),
 }
 
 
@@ -251,6 +253,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "wan-1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "wan-14B": {},
     "cogvideox-2B": {},
+    "cogvideox-1.5-5B": {
+        "num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True, "patch_size_t": 2
+    },
     "latte-1": {
         "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "num_layers": 28, "cross_attention_dim": 1152,
         "attention_bias": True, "sample_size": 64, "patch_size": 2, "activation_fn": "gelu-approximate",

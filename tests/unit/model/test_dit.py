@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from operator import mul
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ VARIATIONS = {
     "rank 0": {"adaln_rank": 0},
     "rank 5": {"adaln_rank": 5},
     "patch": {"patch": 2},
+    "patch of frames": {"patch": (2, 1, 3)},
     "full": {"windows": ((0, 0, 0),), "cross_attention": "all"},
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2), (0, 0, 0)), "num_layers": 5},
     "table": {"modulation": "table"},
@@ -67,12 +69,12 @@ def build(grid=GRID, seed=0, filled=True, **changes):
     return model
 
 
-def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
+def inputs(rows=2, grid=GRID, patch=(1, 1, 1), tokens=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     frame = torch.full((rows, tokens), EVERY_FRAME)
     frame[0, -2:] = PADDING
     return {
-        "x_BCTHW": torch.randn(rows, CHANNELS, grid[0], grid[1] * patch, grid[2] * patch, generator=g),
+        "x_BCTHW": torch.randn(rows, CHANNELS, *map(mul, grid, patch), generator=g),
         "time_B": torch.rand(rows, generator=g) * 1000,
         "text_BLE": torch.randn(rows, tokens, TEXT, generator=g),
         "text_frame_BL": frame,
@@ -83,7 +85,7 @@ def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
 def denoise(model, x_BCTHW, *rest, image_B=None, **more):
     """The output for a latent, on the grid that it has."""
     frames, *space = x_BCTHW.shape[2:]
-    grid = Grid(frames, *(n // model.head.patch for n in space), image_B)
+    grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B)
     return model(x_BCTHW, grid, *rest, **more)
 
 
@@ -169,7 +171,7 @@ class TestFlops:
             JOINT,
             FAMILIES["wan"],
             {**FAMILIES["cogvideox"], "time_width": 0},
-            {**FAMILIES["latte"], "learned_variance": True},
+            {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
@@ -179,7 +181,7 @@ class TestFlops:
         grid, text, tokens = (2, 8, 8), 24, 128
         model = DiT(c, 4, grid, text)
         initialise(model, 0)
-        x = torch.randn(rows, 4, grid[0], grid[1] * c.patch, grid[2] * c.patch)
+        x = torch.randn(rows, 4, *map(mul, grid, c.patch))
         frame = torch.full((rows, tokens), EVERY_FRAME)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             denoise(model, x, torch.rand(rows), torch.randn(rows, tokens, text), frame)
@@ -413,7 +415,7 @@ class TestGrids:
     def test_patches_are_local(self):
         """Without attention across places, a pixel of a patch moves its own patch alone: order of the folding."""
         model = build(patch=2, windows=((1, 1, 1),), grid=(2, 3, 5), cross_attention="none")
-        batch = inputs(1, grid=(2, 3, 5), patch=2)
+        batch = inputs(1, grid=(2, 3, 5), patch=(1, 2, 2))
         other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
         other["x_BCTHW"][0, 1, 1, 2, 7] += 1  # patch row 1, patch column 3
         moved = (denoise(model, **other) - denoise(model, **batch)).abs().amax((0, 1)) > 0
@@ -426,7 +428,7 @@ class TestPatches:
     """The order of a patch's numbers is part of every stored weight: row, column, channel."""
 
     def test_feature_order(self):
-        patch = PatchEmbed(3, 2, 12)
+        patch = PatchEmbed(3, (1, 2, 2), 12)
         with torch.no_grad():
             patch.project.weight.copy_(torch.eye(12))
             patch.project.bias.zero_()
@@ -439,7 +441,7 @@ class TestPatches:
         torch.testing.assert_close(patch(x), torch.stack(expected, 1))
 
     def test_the_head_puts_them_back(self):
-        patch, head = PatchEmbed(3, 2, 12), Head(Model(width=12, num_heads=2, patch=2), 3)
+        patch, head = PatchEmbed(3, (1, 2, 2), 12), Head(Model(width=12, num_heads=2, patch=2), 3)
         initialise(head, 0)
         with torch.no_grad():
             patch.project.weight.copy_(torch.eye(12))

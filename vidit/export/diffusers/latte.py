@@ -42,8 +42,9 @@ def _read(config: Mapping[str, Any]) -> Geometry:
 
 def _write(g: Geometry) -> dict[str, Any]:
     c = g.model
-    size = c.position_span * c.patch
+    size = c.position_span * c.patch[-1]
     kept = {
+        "model.patch": (c.patch, (1, c.patch[-1], c.patch[-1])),
         "model.num_layers": (c.num_layers, c.num_layers // 2 * 2),
         "model.mlp_width": (c.mlp_width, MLP_RATIO * c.width),
         "model.position_span": (c.position_span, c.position_span or "the size of training"),
@@ -52,7 +53,7 @@ def _write(g: Geometry) -> dict[str, Any]:
     if odd := [f"{name}={found} where it has {wanted}" for name, (found, wanted) in kept.items() if found != wanted]:
         raise ValueError(f"LatteTransformer3DModel cannot express this model: {'; '.join(odd)}")
     return {
-        "patch_size": c.patch, "num_attention_heads": c.num_heads, "attention_head_dim": c.width // c.num_heads,
+        "patch_size": c.patch[-1], "num_attention_heads": c.num_heads, "attention_head_dim": c.width // c.num_heads,
         "in_channels": g.channels, "out_channels": g.channels * c.out_factor, "caption_channels": g.text_width,
         "num_layers": c.num_layers // 2, "cross_attention_dim": c.width, "sample_size": size,
         **({} if g.latent is None else {"video_length": g.latent[0]}),

@@ -11,11 +11,12 @@ FREE = ("patch", "text_padding", "cross_norm")
 
 
 def _read(config: Mapping[str, Any]) -> Geometry:
-    frames, height, width = config["patch_size"]
-    if (frames, height) != (1, width):
-        raise ValueError(f"patch_size={config['patch_size']} is not (1, p, p), the only patches known here")
     model = Model(
-        **{**FAMILIES["wan"], "patch": width, "cross_norm": "affine" if config["cross_attn_norm"] else "none"},
+        **{
+            **FAMILIES["wan"],
+            "patch": config["patch_size"],
+            "cross_norm": "affine" if config["cross_attn_norm"] else "none",
+        },
         num_layers=config["num_layers"],
         width=config["num_attention_heads"] * config["attention_head_dim"],
         num_heads=config["num_attention_heads"],
@@ -34,7 +35,7 @@ def _write(g: Geometry) -> dict[str, Any]:
     if c.cross_norm == "bare":
         raise ValueError("model.cross_norm=bare has no place in WanTransformer3DModel; it knows affine and none")
     return {
-        "patch_size": [1, c.patch, c.patch], "num_attention_heads": c.num_heads,
+        "patch_size": list(c.patch), "num_attention_heads": c.num_heads,
         "attention_head_dim": c.width // c.num_heads, "in_channels": g.channels, "out_channels": g.channels,
         "text_dim": g.text_width, "ffn_dim": c.mlp_width, "num_layers": c.num_layers,
         "cross_attn_norm": c.cross_norm == "affine",
