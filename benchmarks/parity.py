@@ -292,9 +292,10 @@ def line(entry: Mapping[str, Any]) -> str:
 PAGE = """# Every layout is one training run
 
 Made by `python -m benchmarks.parity` (raw numbers in `benchmarks/results/`): a W.A.L.T. denoiser, one with full
-attention and those of [other families](models.md), 75 video tokens, clips and rows of images in one batch, a trained text encoder; the same step on ranks (gloo)
-and in one process. *forward* is the error of the denoiser's output, *gradient* the largest of any parameter, *loss* the
-largest in five steps of AdamW, all relative. AdamW divides by a gradient's own size, so in fp32 the rounding of a small
+attention and those of [other families](models.md), 75 video tokens, clips and rows of images in one batch, a trained
+text encoder; the same step on ranks (gloo) and in one process. *forward* is the error of the denoiser's output,
+*gradient* the largest of any parameter, *loss* the largest in five steps of AdamW, all relative.
+AdamW divides by a gradient's own size, so in fp32 the rounding of a small
 one grows in five steps.
 
 Largest of all eager rows: {eager}. Largest of the compiled ones: {compiled}.
