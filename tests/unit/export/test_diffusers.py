@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from vidit.model.attention import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.flops import parameter_count
 from vidit.model.windows import Grid
+from vidit.sample.run import sample_run
 from vidit.train.run import run
 
 diffusers: Any = pytest.importorskip("diffusers")
@@ -276,10 +278,13 @@ def test_presets_are_the_published_geometries(preset: str) -> None:
     assert parameter_count(geometry.model, (1, 1, 1), geometry.channels, geometry.text_width) == parameters
 
 
-def test_import_train_export(configure: Callable[..., RunConfig], tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox, sinusoids", "latte", "latte, variance, scaled space"])
+def test_import_train_sample_export(
+    configure: Callable[..., RunConfig], tmp_path: Path, capsys: Any, name: str
+) -> None:
     """A checkpoint of theirs begins a run, and what the run becomes is opened by `from_pretrained`."""
-    module = theirs(CASES["wan"])
-    module.save_pretrained(tmp_path / "theirs" / "transformer")  # type: ignore[operator]
+    module: Any = theirs(CASES[name])
+    module.save_pretrained(tmp_path / "theirs" / "transformer")
     assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
     assert f"train.init_from={tmp_path / 'ours'}" in capsys.readouterr().out
     model = json.loads((tmp_path / "ours" / "model.json").read_text())
@@ -289,18 +294,22 @@ def test_import_train_export(configure: Callable[..., RunConfig], tmp_path: Path
         model={**model, "attention_backend": "sdpa"},
         text={"width": TEXT, "num_heads": 1, "num_layers": 0},
         train={"steps": 1, "learning_rate": 1e-30, "init_from": str(tmp_path / "ours"), "precision": "fp32"},
-        sample={"prompts": ()},
+        sample={"prompts": ("a red square",), "num_steps": 2},
     )
     assert run(config)
-    for name in ("ema", "model"):
-        out = tmp_path / name
-        assert (
-            main(["export", str(tmp_path / "run"), "--format", "diffusers", "--weights", name, "--out", str(out)]) == 0
-        )
-        opened = diffusers.WanTransformer3DModel.from_pretrained(out)
-        assert opened.config["num_layers"] == 2
+    shutil.rmtree(tmp_path / "ours")  # a run that has a checkpoint reads it no more
+    assert list(sample_run(config.directory, ["a blue disc"], tmp_path / "drawn", 0, []))
+    for weights in ("ema", "model"):
+        out = str(tmp_path / weights)
+        assert main(["export", config.run_dir, "--format", "diffusers", "--weights", weights, "--out", out]) == 0
+        opened = type(module).from_pretrained(out)
+        assert opened.state_dict().keys() == module.state_dict().keys()
         differ = [n for n, p in module.state_dict().items() if not torch.equal(p, opened.state_dict()[n])]
         assert differ == []
+        if "sinusoids" in name:
+            assert opened.config.max_text_seq_length == config.text.max_tokens
+        if "latte" in name:
+            assert opened.config.video_length == 3
 
 
 @pytest.mark.parametrize(
