@@ -50,13 +50,19 @@ VAE = {
     "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
 SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "attention_backend": "sdpa"}
+PLAIN = {"patch": 1, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
     "walt": {"windows": ((1, 0, 0), (0, 2, 2)), "self_conditioning": 0.5, "pooled_text": True},
     "full": {
         "windows": ((0, 0, 0),), "relative_position": "rope", "cross_attention": "all", "cross_keys": "text",
         "image_attention": "frame", "self_conditioning": 0.0, "adaln_rank": 0, "absolute_position": False,
     },
-    **{name: {**fields, "patch": 1, "text_padding": "masked"} for name, fields in FAMILIES.items()},
+    "wan": {**FAMILIES["wan"], **PLAIN},
+    # Sinusoids as in 2B: rotation would tell its text at what time of a row an image is.
+    "cogvideox": {
+        **FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos",
+    },
+    "latte": {**FAMILIES["latte"], **PLAIN},
 }  # fmt: skip
 
 

@@ -114,6 +114,11 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
     if c.train.task == "dit":
         yield from _caption_faults(c)
+        if c.model.is_joint and c.model.relative_position == "rope" and c.data.image_rows:
+            yield (
+                f"data.image_rows={c.data.image_rows} puts images at times that rotation shows to the text beside them "
+                "(model.cross_attention=joint, relative_position=rope); use a bucket of num_frames=1 instead"
+            )
         if c.model.patch[0] > 1 and c.data.image_rows:
             yield (
                 f"model.patch={list(c.model.patch)} puts latent frames together, but of data.image_rows="

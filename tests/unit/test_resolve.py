@@ -128,6 +128,10 @@ class TestResolve:
                 {"model": Model(patch=(5, 1, 1)), "data": Data(train="x", num_frames=17, image_rows=1)},
                 ["puts latent frames together", "data.image_rows=1"],
             ),
+            (
+                {"model": Model(**{**JOINT, "relative_position": "rope"}), "data": Data(train="x", image_rows=1)},
+                ["data.image_rows=1 puts images at times", "relative_position=rope", "num_frames=1"],
+            ),
             ({"model": Model(text_padding="seen")}, ["text_padding=seen", "cross_keys=text"]),
             (
                 {"model": Model(text_padding="seen", cross_keys="text"), "data": Data(train="x", image_rows=2)},

@@ -30,6 +30,7 @@ TINY = {
     "attention_backend": "sdpa",
 }
 JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
+JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -287,6 +288,16 @@ class TestRows:
         text[0, -2:] = 9.0
         assert torch.equal(denoise(model, **batch), denoise(model, **{**batch, "text_BLE": text}))
 
+    @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+    def test_padding_is_seen_where_the_config_says_so(self, family):
+        for padding in ("masked", "seen"):
+            model, batch = build(**{**family, "patch": 1, "text_padding": padding}), inputs()
+            text = batch["text_BLE"].clone()
+            text[0, -2:] = 9.0
+            moved = denoise(model, **{**batch, "text_BLE": text}) - denoise(model, **batch)
+            assert bool(moved[0].any()) == (padding == "seen")
+            assert not moved[1].any()
+
     def test_text_frames(self):
         assert text_frames(torch.tensor([[True, False]])).tolist() == [[EVERY_FRAME, PADDING]]
 
@@ -331,6 +342,14 @@ class TestImages:
         for k in range(3):
             alone = denoise(model, **self.only(batch, k))
             torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+            video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("family", [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B], ids=["wan", "latte", "joint"])
+    def test_in_every_family_it_is_a_video_of_one_frame(self, family):
+        model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
+        out = denoise(model, **batch)
+        for k in range(3):
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
             torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
