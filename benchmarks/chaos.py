@@ -121,6 +121,9 @@ def summary(run_dir: Path, whole: Path, disturbed: Disturbed, num_kills: int) ->
         raise RuntimeError(f"exit code {disturbed.code} after {len(disturbed.killed_at)} kills: {disturbed.said}")
     if losses(run_dir) != losses(whole):
         raise RuntimeError(f"the losses of {run_dir} differ from those of {whole}")
+    found = read_goodput(run_dir)
+    if found.failures != num_kills:
+        raise RuntimeError(f"{found.failures} failures after {num_kills} kills: {disturbed.said}")
     each = recoveries(run_dir, disturbed.killed_at)
     times = {name: [one[name] for one in each] for name in each[0]}
     return {
@@ -128,8 +131,8 @@ def summary(run_dir: Path, whole: Path, disturbed: Disturbed, num_kills: int) ->
         "steps": len(losses(run_dir)),
         "equal": True,
         "recovery_s": {name: {"median": median(v), "worst": max(v)} for name, v in times.items()},
-        "goodput": {"disturbed": read_goodput(run_dir).share, "undisturbed": read_goodput(whole).share},
-        "disturbed": asdict(read_goodput(run_dir)),
+        "goodput": {"disturbed": found.share, "undisturbed": read_goodput(whole).share},
+        "disturbed": asdict(found),
         "undisturbed": asdict(read_goodput(whole)),
         "wall_s": disturbed.wall_s,
         "load": os.getloadavg()[0],

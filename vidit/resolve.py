@@ -221,8 +221,8 @@ def _input_faults(c: RunConfig) -> Iterator[str]:
     paths = [source.path for source in c.data.mixture]
     for path in sorted({path for path in paths if paths.count(path) > 1}):
         yield f"data.mixture names {path} {paths.count(path)} times; give it once, with the sum of the weights"
-    if c.data.cache_latents and c.data.random_crop:
-        yield "data.cache_latents=true keeps one crop of each clip; set data.random_crop=false"
+    if c.data.cache_latents and c.data.drawn:
+        yield f"data.cache_latents=true keeps one cut of each clip, which {c.data.drawn} contradicts; leave one out"
 
 
 def _bucket_faults(c: RunConfig) -> Iterator[str]:

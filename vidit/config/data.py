@@ -1,5 +1,7 @@
 """Clips: the data sets, the shapes, how clips are cut and read."""
 
+from typing import Literal, Self
+
 from pydantic import Field
 
 from vidit.config.section import NotNegative, Positive, Section
@@ -49,7 +51,13 @@ class Data(Section):
     width: int = Field(128, gt=0)
     select: tuple[str, ...] = Field((), description="rules over the scores of `vidit score`, such as 'motion >= q0.25'")
     fps: float = Field(0.0, ge=0, le=1000, description="frames a second after resampling; 0 keeps each clip's own")
+    decoder: Literal["pyav", "torchcodec", "nvdec"] = Field(
+        "pyav", description="torchcodec where that is installed; nvdec: torchcodec on the CUDA device of the rank"
+    )
     random_crop: bool = Field(False, description="random crop and start (keyed); else the middle")
+    horizontal_flip: float = Field(
+        0.0, ge=0, le=1, description="chance that a clip is mirrored (keyed): left and right of its caption are not"
+    )
     image_rows: int = Field(0, ge=0, description="rows of a micro-batch made of T independent images each")
     caption_dropout: float = Field(0.1, ge=0, lt=1, description="probability of the empty caption")
     cache_latents: bool = Field(False, description="encode every clip once, before the first step")
@@ -71,6 +79,17 @@ class Data(Section):
         places = [source.path for source in self.mixture] + [self.train, self.validation or ""]
         is_list = self.streaming and self.train.endswith(".txt")  # of what, nobody has read yet
         return is_list or any("://" in place for place in places)
+
+    @property
+    def drawn(self) -> str:
+        """The options by which each reading of a clip gives another cut of it, as the command line has them."""
+        options = {"data.random_crop=true": self.random_crop}
+        options[f"data.horizontal_flip={self.horizontal_flip:g}"] = self.horizontal_flip > 0
+        return " and ".join(option for option, is_set in options.items() if is_set)
+
+    def undrawn(self) -> Self:
+        """Without those: the middle of each clip, as it is."""
+        return self.model_copy(update={"random_crop": False, "horizontal_flip": 0.0})
 
     @property
     def sources(self) -> tuple[Source, ...]:

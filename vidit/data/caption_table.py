@@ -75,6 +75,24 @@ def row_of_cells(cells: dict[str, Any], columns: Columns) -> Row:
     return Row(caption if isinstance(caption, str | bytes) else None, plain_value(others))
 
 
+def row_beside(sidecar: bytes | None, text: bytes | None, columns: Columns) -> Row:
+    """What a .json and a .txt beside a video say: caption of the first, else the second; the first's other fields.
+
+    One that is no JSON, or has no caption, leaves the word to the other.
+    """
+    row = Row(None, {})
+    try:
+        cells = json.loads((sidecar or b"{}").decode("utf-8-sig", "replace"))
+        row = row_of_cells(cells, columns) if isinstance(cells, dict) else row
+    except (ValueError, RecursionError):
+        pass  # a clip with neither is rejected for its caption
+    return (
+        row
+        if row.caption is not None and row.caption.strip()
+        else Row(row.caption if text is None else text, row.origin)
+    )
+
+
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, cells) of each line."""
     readers = {".jsonl": _json_rows, ".parquet": _parquet_rows}
@@ -101,6 +119,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
             header = next(reader, [])
+            if doubled := sorted({name for name in header if header.count(name) > 1}):
+                raise ValueError(f"{path} has {header.count(doubled[0])} columns named {doubled[0]!r}; rename one")
+            if len(header) == 1 and ";" in header[0]:
+                raise ValueError(f"{path} is separated by semicolons; write commas, or tabs in a .tsv")
             for cells in reader:
                 if not cells:
                     continue

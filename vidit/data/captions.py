@@ -38,6 +38,7 @@ def clean_caption(
     text = "" if value is None else _decoded(value, changes)
     text = note("control_characters", text, "".join(filter(_is_kept, text)))
     text = note("normalised", text, unicodedata.normalize("NFC", text))
+    text = text.removesuffix("\n").removesuffix("\r")  # as text files end: no change worth a word
     text = note("white_space", text, " ".join(text.split()))
     text = note("cut", text, _cut(text, max_chars))
     if not text and not allow_empty:

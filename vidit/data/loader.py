@@ -82,7 +82,10 @@ class MicroBatches(TorchDataset[Batch]):
         images_per_row: int,
         rank: int = 0,
         world: int = 1,
+        device: str = "cuda",
     ):
+        """`device` is where data.decoder=nvdec decodes."""
+        self.device = device
         self.config, self.data, self.seed = config, config.data, config.train.seed
         micro = config.train.micro_batch
         assert self.data.image_rows < micro, (
@@ -177,14 +180,14 @@ class MicroBatches(TorchDataset[Batch]):
         """As `decode`, and the sidecar."""
         video, caption, sidecar = read_clip(ref)
         text, _ = clean_caption(caption, allow_empty=ref.allow_empty_caption or not self.captioned)
-        pixels = pixels_of(video, self.data, self.seed, name, image, shape or self.data.shapes[0])
+        pixels = pixels_of(video, self.data, self.seed, name, image, shape or self.data.shapes[0], self.device)
         return pixels, text, sidecar
 
 
-def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: Bucket) -> Tensor:
-    """A video cut to a shape, (T, H, W, 3) uint8; of an image T = 1. `name` keys its crop. ClipError."""
+def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: Bucket, device: str) -> Tensor:
+    """A video cut to a shape, (T, H, W, 3) uint8; of an image T = 1. `name` keys its crop and its flip. ClipError."""
     start, y, x = (keys.key(seed, "crop", name, i) / 2.0**63 if d.random_crop else 0.5 for i in range(3))
-    return decode_clip(
+    pixels_THW3 = decode_clip(
         video,
         # Where the crop is fixed, an image is the frame whose latent a cached clip holds: its window's first.
         num_frames=1 if image and d.random_crop else shape.num_frames,
@@ -194,7 +197,11 @@ def pixels_of(video: bytes, d: Data, seed: int, name: str, image: bool, shape: B
         width=shape.width,
         start_fraction=start,
         crop_fraction=(y, x),
+        decoder=d.decoder,
+        device=device,
     )
+    mirrored = d.horizontal_flip and keys.key(seed, "flip", name) / 2.0**63 < d.horizontal_flip
+    return pixels_THW3.flip(2) if mirrored else pixels_THW3
 
 
 def batches(dataset: MicroBatches, start: int, end: int) -> Iterator[Batch]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from vidit.data.candidates import Candidate, Found, place_of, plain_text, with_keys
-from vidit.data.caption_table import Columns, Row, row_of_cells
+from vidit.data.caption_table import Columns, Row, row_beside
 from vidit.data.tar import VIDEO_SUFFIXES, Limits
 
 
@@ -17,13 +16,13 @@ def files_below(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     return sorted(path for path in paths if not any(part[0] == "." for part in path.relative_to(folder).parts))
 
 
-def find_in_folder(folder: Path, rows: Mapping[str, Row]) -> Found:
+def find_in_folder(folder: Path, rows: Mapping[str, Row], columns: Columns) -> Found:
     """All videos below a folder; ``rows``: file name, relative to it -> what a table says."""
     candidates, rejected = [], []
     for path in files_below(folder, VIDEO_SUFFIXES):
         place, name = place_of(path), plain_text(path.relative_to(folder).as_posix())
         if place:
-            row = rows.get(name) or _row_beside(path)
+            row = rows.get(name) or row_beside(_beside(path, ".json"), _beside(path, ".txt"), columns)
             candidates.append(Candidate(place, name, "", row.caption, row.origin))
         elif not path.is_dir():
             rejected.append((name, "no such file: a broken link" if path.is_symlink() else "no regular file"))
@@ -33,19 +32,10 @@ def find_in_folder(folder: Path, rows: Mapping[str, Row]) -> Found:
     return Found(with_keys(candidates), tuple(rejected), captions_without_file=unused)
 
 
-def _row_beside(video: Path) -> Row:
-    """From a .txt, else from a .json of the same stem."""
-    limit = Limits().max_caption_bytes
-    text, sidecar = video.with_suffix(".txt"), video.with_suffix(".json")
-    if text.is_file():
-        with text.open("rb") as file:
-            return Row(file.read(limit), {})
-    if sidecar.is_file():
-        try:
-            with sidecar.open("rb") as file:
-                cells = json.loads(file.read(limit).decode("utf-8", "replace"))
-        except (ValueError, RecursionError):
-            return Row(None, {})
-        if isinstance(cells, dict):
-            return row_of_cells(cells, Columns())
-    return Row(None, {})
+def _beside(video: Path, suffix: str) -> bytes | None:
+    """The start of the file of the same stem with this suffix, in small or capital letters."""
+    for path in (video.with_suffix(suffix), video.with_suffix(suffix.upper())):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(Limits().max_caption_bytes)
+    return None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from vidit.data.candidates import Candidate, Found, Place, place_of, plain_text, with_keys
-from vidit.data.caption_table import Columns, Row, row_of_cells
+from vidit.data.caption_table import Columns, row_beside
 from vidit.data.limits import ClipError
 from vidit.data.tar import VIDEO_SUFFIXES, Limits, Member, ShardError, read, scan
 
@@ -45,21 +44,11 @@ def _clips_of(
     for key, members in clips.items():
         videos = [member for suffix, member in members.items() if suffix in VIDEO_SUFFIXES]
         if len(videos) == 1:
-            row = _row_of(tar.path, members, columns)
+            sidecar, text = (_content(tar.path, members.get(suffix)) for suffix in ("json", "txt"))
+            row = row_beside(sidecar, text, columns)
             yield Candidate(replace(tar, member=videos[0]), f"{name}/{videos[0].name}", "", row.caption, row.origin)
         else:
             yield f"{name}/{key}", f"{len(videos)} videos under one key, 1 was expected"
-
-
-def _row_of(tar: Path, members: Mapping[str, Member], columns: Columns) -> Row:
-    sidecar, text = (_content(tar, members.get(suffix)) for suffix in ("json", "txt"))
-    row = Row(None, {})
-    try:
-        cells = json.loads((sidecar or b"{}").decode("utf-8", "replace"))
-        row = row_of_cells(cells, columns) if isinstance(cells, dict) else row
-    except (ValueError, RecursionError):
-        pass  # the .txt may still do; a clip with neither is rejected for its caption
-    return row if row.caption is not None else Row(text, row.origin)
 
 
 def _content(tar: Path, member: Member | None) -> bytes | None:

@@ -40,9 +40,9 @@ def find(source: Path, captions: Path | None = None, columns: Columns | None = N
 def _find_with_captions(folder: Path, captions: Path | None, columns: Columns) -> Found:
     path = captions or folder / "clips.jsonl"
     if captions or path.is_file():
-        return find_in_folder(folder, read_table(path, columns))
-    _refuse(folder, file_column=columns.file, caption_column=columns.caption)
-    return find_in_folder(folder, {})
+        return find_in_folder(folder, read_table(path, columns), columns)
+    _refuse(folder, file_column=columns.file)
+    return find_in_folder(folder, {}, columns)
 
 
 def _refuse(source: Path, **options: object) -> None:

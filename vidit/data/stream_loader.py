@@ -43,8 +43,9 @@ class StreamBatches(TorchDataset[Batch]):
         plan: Plan,
         rank: int = 0,
         world: int = 1,
+        device: str = "cuda",
     ):
-        """ValueError where there are fewer tars than readers."""
+        """`device` is where data.decoder=nvdec decodes. ValueError where there are fewer tars than readers."""
         self.config, self.data, self.seed = config, config.data, config.train.seed
         self.tars, self.tokenizer, self.plan, self.rank, self.world = tars, tokenizer, plan, rank, world
         assert plan.readers == num_readers(config, world)
@@ -54,6 +55,7 @@ class StreamBatches(TorchDataset[Batch]):
                 f"{len(tars)} tars of {self.data.train}: each reads a tar of its own; lower data.num_workers, or give "
                 f"{plan.readers} tars or more"
             )
+        self.device = device
         self.refs: tuple[ClipRef, ...] = ()  # none is known before it is read
         self.schedule = schedule_of(config, [1.0])
         self.captioned = config.train.task != "vae"
@@ -107,13 +109,14 @@ class StreamBatches(TorchDataset[Batch]):
 
     def _decoded(self, item: Item) -> Row:
         text, _ = clean_caption(item.caption(), allow_empty=not self.captioned)
-        pixels = pixels_of(item.video(), self.data, self.seed, f"stream/{item.number}", False, self.data.shapes[0])
+        shape = self.data.shapes[0]
+        pixels = pixels_of(item.video(), self.data, self.seed, f"stream/{item.number}", False, shape, self.device)
         dropped = keys.uniform(self.seed, "caption_dropout/stream", [item.number]) < self.data.caption_dropout
         return Row(item.name, "" if bool(dropped) else text, pixels, None, None)
 
     def first(self, num: int) -> Iterator[Batch]:
         """The first `num` clips of the stream, or a few more, the same on every rank: no dropout, middle crop."""
-        data = self.data.model_copy(update={"num_workers": 0, "random_crop": False, "shuffle_buffer": 0})
+        data = self.data.undrawn().model_copy(update={"num_workers": 0, "shuffle_buffer": 0})
         config = self.config.model_copy(update={"data": data})
         train = config.train.model_copy(update={"global_batch": config.train.micro_batch})
         stream = StreamBatches(config.model_copy(update={"train": train}), self.tars, self.tokenizer, begin(1))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from numpy.typing import NDArray
 from vidit.data.limits import MAX_PIXELS, TIMEOUT_S, ClipError
 from vidit.data.picture import orientation_of, picture_of, shown_size
 from vidit.data.timeline import Timeline
+from vidit.data.torchcodec_window import read_window
 from vidit.data.track import Track, opened
+
+Decoder = Literal["pyav", "torchcodec", "nvdec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,8 @@ def decode_clip(
     crop_fraction: tuple[float, float] = (0.5, 0.5),
     first_only: bool = False,
     timeout_s: float = TIMEOUT_S,
+    decoder: Decoder = "pyav",
+    device: str = "cuda",
 ) -> torch.Tensor:
     """Decode a window of a clip as uint8 (num_frames, height, width, 3), RGB; ``first_only`` its first frame.
 
@@ -97,7 +103,8 @@ def decode_clip(
     consecutive frames of the file. The window starts at ``start_fraction`` (0 to 1) of the time that is left
     over, moved back to the start of the frame shown then. The picture is turned upright, made square in its
     pixels, resized until it covers the target and cut at ``crop_fraction`` (vertical, horizontal; 0 to 1) of
-    what sticks out. The first video track that is not a cover picture is read.
+    what sticks out. The first video track that is not a cover picture is read. With ``decoder`` "torchcodec"
+    or "nvdec" (on ``device``) these decode, and torch resizes: see ``vidit/data/torchcodec_window.py``.
 
     Raises ClipError for a file that does not open, has no video, no frames, fewer than ``num_frames`` at
     ``fps``, is truncated or damaged, exceeds MAX_PIXELS or MAX_FRAMES, or takes longer than ``timeout_s``
@@ -112,7 +119,14 @@ def decode_clip(
     with opened(data, timeout_s) as track:
         timeline = track.read_timeline()
         targets = timeline.window(num_frames, fps, start_fraction)[: 1 if first_only else None]
-        return torch.from_numpy(_Window(track, timeline, targets, (height, width), crop_fraction).read())
+        if decoder == "pyav":
+            return torch.from_numpy(_Window(track, timeline, targets, (height, width), crop_fraction).read())
+        orientation = orientation_of(next(frame for _, frame in track.frames_from(timeline.front)))
+        content = data if isinstance(data, bytes) else data.read_bytes()
+        return read_window(
+            content, track.stream.index, timeline, targets, orientation, track.pixel_aspect(), (height, width),
+            crop_fraction, device if decoder == "nvdec" else "cpu",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

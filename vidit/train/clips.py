@@ -14,6 +14,7 @@ from vidit.data.loader import Batch, MicroBatches
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 from vidit.data.stream_tars import Tars, find_tars
+from vidit.data.torchcodec_window import require_decoder
 from vidit.text.encoder import CaptionTokenizer
 from vidit.train.encoding import require_same_cut
 from vidit.train.fingerprint import Fingerprint, fingerprint
@@ -72,6 +73,7 @@ def read_splits(config: RunConfig) -> Splits:
     and ValueError where a split has no usable clip, ValueError where scores are missing.
     """
     d = config.data
+    require_decoder(d.decoder)
     reach = Reach(d.cache_dir, d.cache_gib, d.stall_s, d.patience_s)
     if d.streaming:
         kept = read_index(d.validation, reach)[: d.num_validation] if d.validation else ()
@@ -177,7 +179,7 @@ def fixed_batches(
     if not num:
         return
     config = alone(config)
-    data = config.data.model_copy(update={"image_rows": 0, "caption_dropout": 0.0, "random_crop": False})
+    data = config.data.undrawn().model_copy(update={"image_rows": 0, "caption_dropout": 0.0})
     micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
     # A step of one micro-batch each: where the rows of a step begin does not depend on the number of ranks.
     train = config.train.model_copy(update={"micro_batch": micro, "global_batch": micro})

@@ -41,8 +41,8 @@ def checked(config: RunConfig) -> RunConfig:
             f"data.mixture holds several folders, and a set of latents is made of one; encode each of {paths} by "
             "itself, with data.mixture=[] data.train=FOLDER, and put the results in the mixture"
         )
-    if config.data.random_crop:
-        faults.append("data.random_crop=true has no effect on latents, of which one cut is kept; set it to false")
+    if drawn := config.data.drawn:
+        faults.append(f"{drawn}: one cut of each clip is kept; leave it out")
     if faults:
         raise ConfigError(faults)
     return config

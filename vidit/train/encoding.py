@@ -89,8 +89,8 @@ def _cut_faults(
     d = config.data
     if config.train.task == "vae":
         yield f"{folder} holds latents, and train.task=vae learns from pixels; give the folder that they were made of"
-    if d.random_crop:
-        yield f"{folder} holds one cut of each clip, which data.random_crop=true contradicts; set it to false"
+    if d.drawn:
+        yield f"{folder} holds one cut of each clip, which {d.drawn} contradicts; leave it out"
     if d.cache_latents:
         yield f"data.cache_latents=true has no effect on {folder}, which holds latents already; leave it out"
     if facts["fps"] != d.fps:

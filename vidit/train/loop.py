@@ -71,7 +71,7 @@ def train_loop(
     c, accumulation = task.config.train, resolve(task.config).accumulation
     review, reporter, ledger, beat = watchers.review, watchers.reporter, watchers.ledger, watchers.beat
     parameters = [p for p in state.model.parameters() if p.requires_grad]
-    skips = SkipCount(task.config.data.max_skipped, reporter)
+    skips = SkipCount(task.config.data.max_skipped, reporter, tuple(held.get("skips", (0, 0))))
     recovery = Recovery(c, held.get("recovery", {}))
     saves = Saves(state, recovery, reporter, checkpoints, facts, c, beat)
     watch, first, known = Stopwatch(), state.step + 1, set[Any]()
@@ -99,6 +99,7 @@ def train_loop(
                 fetched = fetch(task, data, accumulation, step, partial(beat, step, "agreement"))
                 watch.lap("data")
                 skips.add(len(fetched.keys), fetched.skipped)
+                facts["skips"] = [skips.seen, skips.skipped]
                 entry = watchers.account(step, fetched)
             except (ValueError, RuntimeError, OSError) as error:
                 saves.leave_after(error)

@@ -70,7 +70,8 @@ def open_data(
         with together():
             training: MicroBatches | StreamBatches = _stream(task, train, reporter, streamed)
     else:
-        training = MicroBatches(config, catalog, task.tokenizer, resolve(config).latent_frames, *task.data_place)
+        images = resolve(config).latent_frames
+        training = MicroBatches(config, catalog, task.tokenizer, images, *task.data_place, str(task.step.device))
     return RunData(training, validation, num_batches, order)
 
 
@@ -127,4 +128,4 @@ def _stream(task: Task, train: StreamSplit, reporter: Reporter, held: dict[str, 
     if held:
         plan, note = resumed(held, readers, len(train.tars))
         reporter.say(note)
-    return StreamBatches(task.config, train.tars, task.tokenizer, plan, *task.data_place)
+    return StreamBatches(task.config, train.tars, task.tokenizer, plan, *task.data_place, str(task.step.device))

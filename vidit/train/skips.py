@@ -13,10 +13,14 @@ class SkipLimitError(RuntimeError):
 
 
 class SkipCount:
-    """Counts the clips that could not be used, and stops the run beyond the limit."""
+    """Counts the clips that could not be used, and stops the run beyond the limit.
 
-    def __init__(self, limit: float, reporter: Reporter):
-        self.limit, self.reporter, self.seen, self.skipped = limit, reporter, 0, 0
+    Goes on from `before`, (seen, skipped), as a checkpoint has it: a start gives a run no new share to lose.
+    """
+
+    def __init__(self, limit: float, reporter: Reporter, before: tuple[int, int] = (0, 0)):
+        self.limit, self.reporter = limit, reporter
+        self.seen, self.skipped = before
 
     def add(self, num_used: int, skipped: Sequence[tuple[str, str]]) -> None:
         """Count good clips and the (key, reason) of others; SkipLimitError when too many have failed.

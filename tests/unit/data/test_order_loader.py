@@ -124,6 +124,21 @@ def test_micro_batch_does_not_change_a_row(configure: Configure) -> None:
     assert 0 < (whole.tokens.mask_BL.sum(1) == 1).sum() < 8, "some captions are dropped, some are not"
 
 
+def test_a_keyed_share_of_the_clips_is_mirrored(configure: Configure) -> None:
+    fixed, mirrored, some = (
+        dataset_of(configure(data={"horizontal_flip": share}, train={"micro_batch": 8, "global_batch": 8}))[0].clips
+        for share in (0.0, 1.0, 0.5)
+    )
+    assert torch.equal(mirrored.pixels, fixed.pixels.flip(3))
+    flipped = [torch.equal(a, b) for a, b in zip(some.pixels, mirrored.pixels, strict=True)]
+    unchanged = [torch.equal(a, b) for a, b in zip(some.pixels, fixed.pixels, strict=True)]
+    assert 0 < sum(flipped) < 8
+    assert [not one for one in flipped] == unchanged
+    data = {"horizontal_flip": 0.5, "image_rows": 1, "num_workers": 2}
+    alone, workers = (list(batches(dataset_of(configure(data=data | more)), 0, 4)) for more in ({"num_workers": 0}, {}))
+    assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_and_resume_give_the_same_batches(configure: Configure, workers: int) -> None:
     data = {"image_rows": 1, "random_crop": True, "height": 24, "width": 24}

@@ -132,6 +132,8 @@ class TestOneKind:
     @pytest.mark.parametrize(
         ("name", "text", "reason"),
         [
+            ("t.csv", b"file,caption,caption\na.mp4,one,two\n", "has 2 columns named 'caption'; rename one"),
+            ("t.csv", b"file;caption\na.mp4;one\n", "is separated by semicolons; write commas"),
             ("t.csv", b"file,caption\na.mp4,one, two\n", "line 2 has 3 cells, its header has 2"),
             ("t.csv", b'file,caption\na.mp4,"one\n', "line 2 is not CSV"),
             ("t.csv", b"", "has no rows"),
@@ -167,6 +169,33 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("beside", "column", "caption"),
+    [
+        ({"a.txt": b"text"}, None, "text"),
+        ({"a.TXT": b"text"}, None, "text"),
+        ({"a.json": b'{"caption": "json"}', "a.txt": b"text"}, None, "json"),
+        ({"a.json": b'{"caption": "json"}', "a.txt": b""}, None, "json"),
+        ({"a.json": b'{"caption": " "}', "a.txt": b"text"}, None, "text"),
+        ({"a.json": b"{broken", "a.txt": b"text"}, None, "text"),
+        ({"a.json": b'{"caption": "json", "alt": "other"}'}, "alt", "other"),
+    ],
+)
+def test_captions_beside_a_video_are_read_alike_in_folders_and_tars(
+    tmp_path: Path, beside: dict[str, bytes], column: str | None, caption: str
+) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(clip(1))
+    for name, content in beside.items():
+        (tmp_path / "videos" / name).write_bytes(content)
+    pack(tmp_path / "videos", tmp_path / "from_folder", caption_column=column)
+    assert [found[0] for found in found_in(tmp_path / "from_folder").values()] == [caption]
+    if "a.TXT" not in beside:  # in a tar a suffix is spelt as WebDataset spells it
+        write_tar(tmp_path / "0.tar", {"a.mp4": clip(1), **beside})
+        pack(tmp_path / "0.tar", tmp_path / "from_tar", caption_column=column)
+        assert [found[0] for found in found_in(tmp_path / "from_tar").values()] == [caption]
 
 
 class TestTars:
@@ -217,7 +246,6 @@ def test_options_without_effect(videos: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("file,caption\nvideos/a.mp4,x\n")
     write_tar(tmp_path / "t.tar", {"a.mp4": clip(), "a.txt": b"x"})
     for source, options, name in (
-        (videos, {"caption_column": "text"}, "--caption-column text"),
         (videos, {"file_column": "path"}, "--file-column path"),
         (tmp_path / "t.csv", {"captions": tmp_path / "t.csv"}, "--captions"),
         (tmp_path / "t.tar", {"file_column": "path"}, "--file-column"),

@@ -219,6 +219,7 @@ def faults_of(config: RunConfig) -> str:
     ("data", "told"),
     [
         ({"random_crop": True}, "holds one cut of each clip, which data.random_crop=true contradicts"),
+        ({"horizontal_flip": 0.5}, "holds one cut of each clip, which data.horizontal_flip=0.5 contradicts"),
         ({"fps": 4.0, "num_frames": 3}, "was encoded with data.fps=0, the run has 4; change data.fps, or encode again"),
         ({"num_frames": 3}, "was encoded in 5x32x32 (frames x height x width), the run has 3x32x32; change"),
         ({"num_frames": 9}, "was encoded in 5x32x32 (frames x height x width), the run has 9x32x32; change"),
@@ -251,7 +252,8 @@ def test_another_vae_is_refused_and_another_decoder_is_not(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"data": {"random_crop": True}}, "data.random_crop=true has no effect on latents"),
+        ({"data": {"random_crop": True}}, "data.random_crop=true: one cut of each clip is kept"),
+        ({"data": {"horizontal_flip": 0.5}}, "data.horizontal_flip=0.5: one cut of each clip is kept"),
         ({"train": {"task": "vae"}}, "give the config of a DiT"),
     ],
 )

@@ -22,7 +22,7 @@ from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.model.dit import DiT
 from vidit.train import review
-from vidit.train import run as run_module
+from vidit.train import run_data as run_data_module
 from vidit.train.run import run
 from vidit.vae.autoencoder import CausalVae
 
@@ -77,7 +77,7 @@ def trap() -> Iterator[Trap]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "CLIPS_PER_SHARD", 4)
+        patch.setattr(run_data_module, "CLIPS_PER_SHARD", 4)
         for owner, name in ((CausalVae, "encode"), (CausalVae, "decode"), (DiT, "forward")):
             patch.setattr(owner, name, trapped(getattr(owner, name)))
         yield trap

@@ -33,6 +33,14 @@ def test_a_fraction_forgives_the_first() -> None:
         skips.add(0, [("d", "torn")])
 
 
+def test_a_start_goes_on_from_what_was_counted_before() -> None:
+    skips, _ = count(0.01)
+    skips.add(98, [("b", "torn"), ("c", "torn")][:1])
+    again = SkipCount(0.01, Listener(), (skips.seen, skips.skipped))  # type: ignore[arg-type]
+    with pytest.raises(SkipLimitError, match="2 of 100 clips"):
+        again.add(0, [("d", "torn")])
+
+
 def test_zero_means_none() -> None:
     skips, _ = count(0)
     skips.add(1000, [])

@@ -37,6 +37,7 @@ MEANINGS = {
     "jitter": "shake: speed that is turned back, % of the short side a second",
     "motion": "mean optical flow, % of the short side a second",
     "sharpness": "variance of the Laplacian",
+    "text_area": "share of the picture that text takes",
     "static": "share of the time without motion",
 }
 

@@ -17,7 +17,7 @@ from vidit.data.curation.stills import still_scores
 from vidit.data.limits import ClipError
 from vidit.data.shards import ClipRef, read_clip
 
-VERSION = "1"
+VERSION = "2"
 """Of the scores below: raised when one of them comes out different, so that stored ones are computed anew."""
 BUILT_IN = f"vidit@{VERSION}"
 NUM_STILLS = 9

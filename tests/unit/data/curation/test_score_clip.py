@@ -15,6 +15,8 @@ from vidit.data.curation.frames import streamed
 from vidit.data.curation.motion import MotionMeter
 from vidit.data.curation.rows import Row
 from vidit.data.curation.score_clip import BUILT_IN, score_clip
+from vidit.data.curation.stills import still_scores
+from vidit.data.curation.text_area import text_area
 from vidit.data.encode import encode_mp4
 from vidit.data.limits import ClipError
 from vidit.data.shard_writer import ShardWriter
@@ -120,6 +122,27 @@ def test_black_bars(tmp_path: Path, bars: tuple[int, int, int, int], share: floa
     frames = pan([2 * i for i in range(12)])
     frames[:, :top], frames[:, 120 - bottom :], frames[:, :, :left], frames[:, :, 160 - right :] = 0, 0, 0, 0
     assert scores(tmp_path, frames)["black_border"] == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.5, 0.8, 1.2])
+@pytest.mark.parametrize("ink", [255, 10])
+def test_text_area_is_that_of_the_lines(size: float, ink: int) -> None:
+    plain, text = texture(3, 360, 640) // 3 + 80, "a caption on a picture"
+    written = plain.copy()
+    (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_DUPLEX, size, 1)
+    cv2.putText(written, text, (20, 300), cv2.FONT_HERSHEY_DUPLEX, size, (ink,) * 3, 1, cv2.LINE_AA)
+    assert text_area(plain) == 0
+    share = width * (height + below) / plain[..., 0].size
+    assert 0.6 * share < text_area(written) < 1.2 * share
+    assert still_scores([plain, written])["text_area"] == pytest.approx(text_area(written) / 2)
+
+
+def test_bars_and_noise_are_hardly_text() -> None:
+    bars = texture(3, 360, 640) // 3 + 80
+    bars[::40], bars[:, 100:104] = 250, 250
+    noise = np.random.default_rng(0).integers(0, 256, (360, 640, 3)).astype(np.uint8)
+    assert text_area(bars) == 0
+    assert text_area(noise) < 0.05
 
 
 def test_a_dark_picture_has_no_bars_where_it_is_lit_once(tmp_path: Path) -> None:
