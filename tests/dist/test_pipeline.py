@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -89,6 +88,7 @@ def test_replicas(pool: Pool) -> None:
     assert_equal(measured(pool, Case({"pipeline": 2, "replicate": 2}, "interleaved", 2)))
 
 
+PLAIN = {"patch": 1, "pooled_text": False, "text_padding": "masked"}
 MODELS: dict[str, Case] = {
     "frozen text, clips": Case(PAIR, trained_text=False, images=False),
     "unequal, text on one stage": Case(
@@ -102,10 +102,15 @@ MODELS: dict[str, Case] = {
         },
     ),
     "fewer micro-batches than ranks": Case({"pipeline": 4}, "gpipe", micro_batches=2),
-    **{
-        name: Case(PAIR, schedule, model={**fields, "patch": 1, "pooled_text": False, "text_padding": "masked"})
-        for (name, fields), schedule in zip(FAMILIES.items(), itertools.cycle(("1f1b", "zero_bubble")))
-    },
+    "wan": Case(PAIR, model={**FAMILIES["wan"], **PLAIN}),
+    "cogvideox": Case(PAIR, "zero_bubble", model={**FAMILIES["cogvideox"], **PLAIN}, images=False),
+    "cogvideox, sinusoids": Case(
+        PAIR, model={**FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos"}
+    ),
+    "cogvideox on two sequence ranks": Case(
+        {**PAIR, "sequence": 2}, model={**FAMILIES["cogvideox"], **PLAIN}, images=False
+    ),
+    "latte": Case(PAIR, model={**FAMILIES["latte"], **PLAIN}),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 
