@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import arrived, group_name, pass_on
+from parallel.names import PlanError
 from parallel.partial_attention import Part, attend_part, merge, part_gradients
 from parallel.shares import pad_to
 
@@ -45,6 +46,11 @@ class RingCore(nn.Module):
 
     def __init__(self, inner: nn.Module, mesh: DeviceMesh):
         super().__init__()
+        if not (hasattr(inner, "pairs") and hasattr(inner, "reach")):
+            raise PlanError(
+                f"{type(inner).__name__} does not say who sees whom (`pairs`, `reach`), which a ring has to know; use "
+                "the kind ulysses"
+            )
         self.inner = inner
         self.rank, self.size, self.group = mesh.get_local_rank(), mesh.size(), group_name(mesh)
 

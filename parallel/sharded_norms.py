@@ -12,7 +12,7 @@ own tokens, so their gradients are summed over the ranks:
 | what                                        | where its gradient is summed                                     |
 |---------------------------------------------|------------------------------------------------------------------|
 | vectors of a row that act on tokens (AdaLN) | at the output of the module that makes them, one all-reduce      |
-| parameters that meet tokens (output layer)  | where they are read, as for the kind per_head                    |
+| parameters that meet tokens (output, norms)  | where they are read, as for the kind per_head                    |
 | row biases                                  | nowhere: they are added before the scatter, and the gradient of  |
 |                                             | the scattered sum is gathered                                    |
 
@@ -44,6 +44,7 @@ def apply_sharded_norms(
     before: Sequence[str],
     mesh: DeviceMesh,
     sequence: int = 1,
+    beside: Sequence[str] = (),
 ) -> None:
     """Cut the tokens between the regions of a module that `apply_tensor` has divided over the same `mesh`, in place.
 
@@ -57,12 +58,15 @@ def apply_sharded_norms(
         counted: the module around `whole` whose arguments hold the grid; not read without a `whole`.
         before: modules that are done when the tokens are cut, on whole inputs.
         sequence: ranks that share the tokens of a row, each of them ceil(tokens / sequence).
+        beside: modules with parameters of their own that work on tokens between the regions (norms with a scale).
 
     Raises PlanError where a pattern fits no module, or a parameter would meet tokens without a rule.
     """
     seams = _Seams(mesh, sequence)
     outputs = modules(module, whole)
-    _check(module, [*modules(module, [*before, *vectors, *regions]), *outputs])
+    _check(module, [*modules(module, [*before, *vectors, *regions, *beside]), *outputs])
+    for found in modules(module, beside).values():
+        read_summed(found, seams.group)
     for pattern, dims in cut.items():
         for found in modules(module, [pattern]).values():
             found.register_forward_hook(_Cut(dims, seams))

@@ -18,7 +18,7 @@ On torch 2.13 a block with DTensor parameters goes through activation checkpoint
 both together (AOTAutograd's `save_from_forward`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
@@ -39,6 +39,7 @@ def apply_tensor(
     regions: Mapping[str, tuple[int, ...]],
     mesh: DeviceMesh,
     num_heads: int,
+    means: Sequence[str] = (),
 ) -> None:
     """Divide `module` (on meta, or with the same values on every rank) over the one dim of `mesh`, in place.
 
@@ -46,6 +47,7 @@ def apply_tensor(
         parameters: name pattern -> kind, for every parameter of `module`.
         regions: pattern of a module -> which of its positional arguments the region's ranks share the work on.
         num_heads: attention heads in all, which the ranks divide.
+        means: patterns of modules inside regions whose output is a mean over what the ranks divide equally.
 
     Raises PlanError where the plan does not fit the names, and ValueError where a size does not divide.
     """
@@ -67,6 +69,8 @@ def apply_tensor(
         _divide(module.get_submodule(owner), own, mesh)
     for name, arguments in entrances.items():
         module.get_submodule(name).register_forward_pre_hook(Entrance(arguments, group_name(mesh)))
+    for averaging in modules(module, means).values():
+        averaging.register_forward_hook(Averaged(group_name(mesh), size))
 
 
 def _check(name: str, parameter: Tensor, kind: Kind, size: int) -> None:
@@ -165,6 +169,16 @@ class Entrance:
 
     def _enter(self, x: Any) -> Any:
         return enter_tensor(x, self.group) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+class Averaged:
+    """A forward hook: the mean of the ranks' means. Each rank uses it, so its gradient is the sum of theirs."""
+
+    def __init__(self, group: str, size: int):
+        self.group, self.size = group, size
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return enter_tensor(leave_tensor(output / self.size, self.group), self.group)
 
 
 class Exit:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.collectives import exchange
+from parallel.collectives import exchange, gather
 from parallel.layout import divisors, words
 from parallel.shares import pad_to, share
 
 
 class UlyssesCore(nn.Module):
     """A core on all tokens and 1/n of the heads: (B, s, N, K) in and out, s = ceil(S / n) tokens of this rank.
+
+    A core that answers to the text as well gives a named tuple: its video's output, and its text's (B, L, N, K).
 
     Raises ValueError where the ranks do not divide the heads that are left after tensor parallelism.
     """
@@ -30,7 +32,7 @@ class UlyssesCore(nn.Module):
 
     def forward(
         self, q_BSNK: Tensor, k_BSNK: Tensor, v_BSNK: Tensor, grid: Any, bias: Any = None, text: Any = None
-    ) -> Tensor:
+    ) -> Any:
         heads = q_BSNK.shape[2]
         if heads % self.size:
             raise ValueError(
@@ -41,9 +43,13 @@ class UlyssesCore(nn.Module):
         q, k, v = self._to_heads(torch.stack((q_BSNK, k_BSNK, v_BSNK)), tokens)
         own_bias = None if bias is None else self._own(bias, 0)
         if text is not None:
-            own = [self._own(x, 2) if x.ndim == 4 else x for x in text]
+            own = [self._own(x, 2) if x is not None and x.ndim == 4 else x for x in text]
             text = type(text)(*own) if hasattr(text, "_fields") else tuple(own)
-        return self._to_tokens(self.inner(q, k, v, grid, own_bias, text))
+        out = self.inner(q, k, v, grid, own_bias, text)
+        if isinstance(out, Tensor):
+            return self._to_tokens(out)
+        video, said = out  # text tokens that ask too: whole on every rank, of some heads here
+        return type(out)(self._to_tokens(video), gather(said, 2, self.mesh))
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.size, dim)[self.rank]

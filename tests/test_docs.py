@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from vidit.cli import main, parse
-from vidit.config import RunConfig
+from vidit.config import Model, RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.scenes import caption, render, sample_scene
+from vidit.export.diffusers.store import export_diffusers
 from vidit.train.run import run
 
 ROOT = Path(__file__).parents[1]
@@ -34,11 +35,11 @@ def test_there_are_commands() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the pages assume it: the configs, the code of docs/configs.md and docs/data.md; VIDEOS, as tables and
-    tars too; a trained runs/clips, and a trained VAE as runs/tiny16.
+    """A folder as the pages assume it: the configs, the code of the pages; VIDEOS, as tables and tars too; trained
+    runs/clips and runs/tuned, the second also as a CHECKPOINT of diffusers, and a trained VAE as runs/tiny16.
     """
     folder = tmp_path_factory.mktemp("docs")
-    for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py")):
+    for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
         text = (ROOT / "docs" / page).read_text()
         (folder / name).write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
     (folder / "configs").symlink_to(ROOT / "configs")
@@ -55,6 +56,11 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
             tar.add(folder / "VIDEOS" / name, name)
     assert run(configure(folder / "runs" / "clips", train={"steps": 2}, sample={"prompts": ()}))
     assert run(configure(folder / "runs" / "tiny16", train={"task": "vae", "steps": 2}))
+    small = Model.preset("wan-1.3B", num_layers=1, width=24, num_heads=2, mlp_width=48)
+    assert run(
+        configure(folder / "runs" / "tuned", model=small.model_dump(), train={"steps": 1}, sample={"prompts": ()})
+    )
+    export_diffusers(folder / "runs" / "tuned", folder / "CHECKPOINT")
     return folder
 
 

@@ -251,18 +251,32 @@ def report(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     source, out = Path(arguments.run), Path(arguments.out)
     if arguments.vae_program:
-        for name in ("weights", "step"):
+        for name in ("weights", "step", "format"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} has no effect with --vae-program, which takes the run's VAE; leave it out")
         from vidit.export.programs import export_vae
 
         files = export_vae(source, out, arguments.dtype)
+    elif arguments.format == "diffusers":
+        from vidit.export.diffusers.store import export_diffusers
+
+        files = export_diffusers(source, out, arguments.weights or "ema", arguments.dtype, arguments.step)
     else:
         from vidit.export.weights import export_weights
 
         files = export_weights(source, out, arguments.weights or "ema", arguments.dtype, arguments.step)
     for path in files:
         print(path)
+    return 0
+
+
+def import_(arguments: argparse.Namespace) -> int:
+    from vidit.export.diffusers.store import import_diffusers
+
+    out = Path(arguments.out)
+    g = import_diffusers(Path(arguments.source), out, arguments.dtype)
+    print(f"{out}: model.json is the model section for {g.channels} latent channels and text of width {g.text_width}")
+    print(f"train.init_from={out}")
     return 0
 
 
@@ -382,6 +396,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", choices=("ema", "model"), help="ema (default): the averages, as sampling uses")
     p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     p.add_argument("--step", type=whole(0), help="of the checkpoint; default the newest")
+    p.add_argument("--format", choices=("vidit", "diffusers"), help="diffusers: for from_pretrained; default vidit")
+    p = add("import", import_, "write the weights of a model of diffusers as what a run can begin with")
+    p.add_argument("source", help="a folder with config.json and safetensors files, or a pipeline's")
+    p.add_argument("--out", required=True, help="a new folder")
+    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     return top
 
 

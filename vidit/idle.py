@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         ("text", "model", "diffusion", "sample", "vae.weights", "data.cache_latents", "data.caption_dropout",
+         "train.init_from",
          "train.num_time_bands", "train.sample_every", "parallel.sequence_kind", "parallel.ulysses",
          "parallel.sharded_norms", "parallel.schedule", "parallel.stages_per_rank"),
         lambda c: c.train.task == "dit", "train.task=dit",
@@ -51,7 +52,16 @@ RULES = (
     Rule(("text.path", "text.revision"), lambda c: c.text.kind != "bytes", "a pretrained text.kind (t5, umt5, clip)"),
     Rule(("text.width", "text.num_layers", "text.num_heads", "text.hash_buckets"),
          lambda c: c.text.kind == "bytes", "text.kind=bytes"),
-    Rule(("model.cross_keys",), lambda c: c.model.cross_attention != "none", "model.cross_attention=per_frame or all"),
+    Rule(("model.cross_keys", "model.cross_norm"), lambda c: c.model.cross_attention in ("per_frame", "all"),
+         "model.cross_attention=per_frame or all"),
+    Rule(("model.text_embedding", "model.text_padding"), lambda c: c.model.cross_attention != "none",
+         "a model.cross_attention"),
+    Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space_then_time"),
+         "model.absolute_position=sincos or space_then_time"),
+    Rule(("model.position_span",), lambda c: c.model.absolute_position == "space_then_time",
+         "model.absolute_position=space_then_time"),
+    Rule(("model.rope_split",), lambda c: c.model.relative_position == "rope", "model.relative_position=rope"),
+    Rule(("model.adaln_rank",), lambda c: c.model.modulation == "projected", "model.modulation=projected"),
     Rule(("model.image_attention",), lambda c: any(window[0] != 1 for window in c.model.windows),
          "a window in model.windows that spans latent frames"),
     Rule(

@@ -40,8 +40,13 @@ class Resolved:
 
 def grid_of(config: RunConfig, num_frames: int, height: int, width: int) -> Grid:
     """Latent frames and tokens of a clip of that many frames and pixels."""
-    stride = config.vae.spatial_stride * config.model.patch
-    return 1 + (num_frames - 1) // config.vae.temporal_stride, height // stride, width // stride
+    (pt, ph, pw), stride = config.model.patch, config.vae.spatial_stride
+    return latent_frames(config, num_frames) // pt, height // (stride * ph), width // (stride * pw)
+
+
+def latent_frames(config: RunConfig, num_frames: int) -> int:
+    """Of a clip of that many frames."""
+    return 1 + (num_frames - 1) // config.vae.temporal_stride
 
 
 def ranks_of(config: RunConfig) -> int:
@@ -62,7 +67,7 @@ def resolve(config: RunConfig, world_size: int | None = None) -> Resolved:
     grid = grid_of(c, data.num_frames, data.height, data.width)
     grids = [grid, *(grid_of(c, shape.num_frames, shape.height, shape.width) for shape in data.shapes)]
     return Resolved(
-        latent_frames=grid[0],
+        latent_frames=latent_frames(c, data.num_frames),
         latent_height=data.height // vae.spatial_stride,
         latent_width=data.width // vae.spatial_stride,
         grid=grid,
@@ -111,6 +116,21 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
     if c.train.task == "dit":
         yield from _caption_faults(c)
+        if c.model.is_joint and c.model.relative_position == "rope" and c.data.image_rows:
+            yield (
+                f"data.image_rows={c.data.image_rows} puts images at times that rotation shows to the text beside them "
+                "(model.cross_attention=joint, relative_position=rope); use a bucket of num_frames=1 instead"
+            )
+        if c.model.patch[0] > 1 and c.data.image_rows:
+            yield (
+                f"model.patch={list(c.model.patch)} puts latent frames together, but of data.image_rows="
+                f"{c.data.image_rows} each frame is an image; use a patch of one frame, or no image rows"
+            )
+        if c.model.text_padding == "seen" and c.data.image_rows:
+            yield (
+                f"model.text_padding=seen does not go with data.image_rows={c.data.image_rows}: a row of images holds "
+                "their captions side by side, each for its own; use text_padding=masked, or a bucket of num_frames=1"
+            )
         d = c.diffusion
         if d.path == "vp" and c.sample.num_steps > d.num_train_steps:
             yield (
@@ -122,11 +142,12 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
 
 def _size_faults(c: RunConfig) -> Iterator[str]:
     """What the strides of the VAE and the patch do not divide."""
-    patch = c.model.patch if c.train.task == "dit" else 1
-    stride, t = c.vae.spatial_stride * patch, c.vae.temporal_stride
+    pt, ph, pw = c.model.patch if c.train.task == "dit" else (1, 1, 1)
+    t = c.vae.temporal_stride
     shapes = {"data": c.data} | {f"data.buckets.{i}": bucket for i, bucket in enumerate(c.data.buckets)}
     for place, shape in shapes.items():
-        for name, size in (("height", shape.height), ("width", shape.width)):
+        for name, size, patch in (("height", shape.height, ph), ("width", shape.width, pw)):
+            stride = c.vae.spatial_stride * patch
             if size % stride:
                 near = [n for n in (size // stride * stride, (size // stride + 1) * stride) if n]
                 yield (
@@ -138,6 +159,12 @@ def _size_faults(c: RunConfig) -> Iterator[str]:
             yield (
                 f"{place}.num_frames={shape.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
                 f"use {low} or {low + t}"
+            )
+        elif latent_frames(c, shape.num_frames) % pt:
+            near = [1 + (pt * n - 1) * t for n in (latent_frames(c, shape.num_frames) // pt + up for up in (0, 1)) if n]
+            yield (
+                f"{place}.num_frames={shape.num_frames} is {latent_frames(c, shape.num_frames)} latent frames, not "
+                f"divisible by the {pt} of model.patch={list(c.model.patch)}; use one of {' '.join(map(str, near))}"
             )
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallel import collectives, sequence, tensor
+from parallel import collectives, sequence, tensor, ulysses
 from parallel.gradients import gradient_norm
 from parallel.kinds import SequenceKind
 from parallel.layout import Layout
@@ -138,7 +138,7 @@ def on_ranks(case: Case) -> Result:
         mesh = build_mesh(layout, "cpu", ulysses=case.ulysses)
         plan, model = sharding_plan(c), on_meta(case)
         if layout.tensor > 1:
-            apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
+            apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads, plan.means)
         if layout.sequence > 1:
             apply_sequence(model, plan, mesh, case.kind)
         for block in model.blocks.values():
@@ -221,6 +221,20 @@ def _first_places(hook: sequence._Cut, x: Tensor, dim: int) -> Tensor:
     return x.narrow(dim, 0, own).clone() if dim == 0 else right_own(hook, x, dim)
 
 
+def _averaged(x: Tensor, dim: int, mesh: Any) -> Tensor:
+    """Gathered, with the mean of the gradients for their sum."""
+    whole = right_gather(x, dim, mesh)
+    return whole.detach() * (1 - 1 / mesh.size()) + whole / mesh.size()
+
+
+def _own_mean(hook: tensor.Averaged, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output
+
+
+def _own_gradient(hook: tensor.Averaged, module: Any, args: Any, output: Tensor) -> Tensor:
+    return collectives.leave_tensor(output / hook.size, hook.group)
+
+
 def _summed(module: DiT, blocks: Any, mesh: Any, level: Any) -> None:
     right_zero(module, blocks, mesh, level=level)
     for unit in (*module.blocks.values(), module):
@@ -238,7 +252,7 @@ def _replicas_counted(parameters: Any) -> Tensor:
 
 
 right_local, right_to_heads, right_own = tensor._local, UlyssesCore._to_heads, sequence._Cut._own
-right_zero, right_norm = apply_zero, gradient_norm
+right_zero, right_norm, right_gather = apply_zero, gradient_norm, collectives.gather
 PLANTS: dict[str, tuple[Any, str, Any]] = {
     "split gradient not averaged": (collectives._Split, "backward", staticmethod(_split_without_mean)),
     "region gradient not summed": (collectives._EnterTensor, "backward", staticmethod(_identity)),
@@ -246,6 +260,9 @@ PLANTS: dict[str, tuple[Any, str, Any]] = {
     "row bias counted on every rank": (tensor, "first_only", _every_rank),
     "padding trimmed at the wrong end": (UlyssesCore, "_to_heads", _padded),
     "positions not cut": (sequence._Cut, "_own", _first_places),
+    "heads' means not averaged": (tensor.Averaged, "__call__", _own_mean),
+    "heads' means not summed backward": (tensor.Averaged, "__call__", _own_gradient),
+    "text's heads averaged backward": (ulysses, "gather", _averaged),
     "sequence not averaged": (sys.modules[__name__], "apply_zero", _summed),
     "norm halved": (sys.modules[__name__], "gradient_norm", _halved),
     "replicas counted twice in the norm": (sys.modules[__name__], "gradient_norm", _replicas_counted),

@@ -231,7 +231,7 @@ def on_ranks(case: Case) -> Result:
         keep_stages(dit, [stages[number] for number in own])
         plan = plan_of_stages(sharding_plan(c.model), dit)
         if layout.tensor > 1:
-            apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, c.model.num_heads)
+            apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, c.model.num_heads, plan.means)
         if layout.sequence > 1:
             apply_sequence(dit, plan, mesh, case.kind)
         for block in dit.blocks.values():

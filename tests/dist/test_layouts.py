@@ -14,6 +14,7 @@ from dit_case import EVEN, ODD, PLANTS, Case, errors, on_ranks, single
 from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
+from vidit.config import FAMILIES
 from vidit.model.attention import EVERY_FRAME
 
 LAYOUTS: dict[str, dict[str, int]] = {
@@ -30,6 +31,7 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "zero2 tp2": {"shard": 2, "tensor": 2},
     "tp2 sp2": {"sequence": 2, "tensor": 2},
 }
+PLAIN = {"patch": 1, "pooled_text": False, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
     "bias": {},
     "rope, text keys": {"relative_position": "rope", "cross_keys": "text", "cross_attention": "all"},
@@ -39,6 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "cross_attention": "none", "pooled_text": False, "adaln_rank": 0, "self_conditioning": 0.0,
     },
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2)), "cross_attention": "all"},
+    **{name: {**fields, **PLAIN} for name, fields in FAMILIES.items()},
+    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox")},
 }  # fmt: skip
 
 
@@ -68,12 +72,23 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, grid, images, checkpoint=checkpoint), "bias"))
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias"])
+@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m])
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
-    images = model in ("images in frame", "four windows", "rope, text keys")
+    images = model in ("images in frame", "four windows", "rope, text keys", *FAMILIES)
     checkpoint = model == "four windows"
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, images, checkpoint=checkpoint), model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["tp4", "sp2", "zero2", "zero2 tp2", "zero2 sp2"])
+def test_every_family(pool: Pool, layout: str, family: str) -> None:
+    assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
+
+
+@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen"])
+def test_padding_that_is_seen(pool: Pool, family: str) -> None:
+    assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD), family))
 
 
 @pytest.mark.parametrize("layout", ["tp4", "sp4"])
@@ -99,6 +114,9 @@ CAUGHT = {
     "row bias counted on every rank": ("tp2", "forward"),
     "padding trimmed at the wrong end": ("sp2", "forward"),
     "positions not cut": ("sp2", "forward"),
+    "text's heads averaged backward": ("sp2", "gradient"),
+    "heads' means not averaged": ("tp2", "forward"),
+    "heads' means not summed backward": ("tp2", "gradient"),
     "sequence not averaged": ("sp2", "gradient"),
     "norm halved": ("zero2", "norm"),
     "replicas counted twice in the norm": ("dp2", "norm"),
@@ -112,7 +130,8 @@ def test_every_plant_is_tried() -> None:
 @pytest.mark.parametrize("plant", CAUGHT)
 def test_planted_bug_is_caught(pool: Pool, plant: str) -> None:
     layout, spoiled = CAUGHT[plant]
-    model = "rope, text keys" if plant == "positions not cut" else "bias"
+    special = {"positions not cut": "rope, text keys", "text's heads averaged backward": "cogvideox"}
+    model = special.get(plant, "wan" if "means" in plant else "bias")
     try:
         found = measured(pool, Case(LAYOUTS[layout], {}, ODD, plant=plant), model)
     except TaskError as error:

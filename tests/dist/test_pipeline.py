@@ -12,6 +12,7 @@ from pipeline_case import PLANTS, Case, errors, on_ranks, single
 from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
+from vidit.config import FAMILIES
 from vidit.resolve import resolve
 
 DEEP = {"num_layers": 9}  # two stages on each of four ranks
@@ -87,6 +88,7 @@ def test_replicas(pool: Pool) -> None:
     assert_equal(measured(pool, Case({"pipeline": 2, "replicate": 2}, "interleaved", 2)))
 
 
+PLAIN = {"patch": 1, "pooled_text": False, "text_padding": "masked"}
 MODELS: dict[str, Case] = {
     "frozen text, clips": Case(PAIR, trained_text=False, images=False),
     "unequal, text on one stage": Case(
@@ -100,6 +102,15 @@ MODELS: dict[str, Case] = {
         },
     ),
     "fewer micro-batches than ranks": Case({"pipeline": 4}, "gpipe", micro_batches=2),
+    "wan": Case(PAIR, model={**FAMILIES["wan"], **PLAIN}),
+    "cogvideox": Case(PAIR, "zero_bubble", model={**FAMILIES["cogvideox"], **PLAIN}, images=False),
+    "cogvideox, sinusoids": Case(
+        PAIR, model={**FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos"}
+    ),
+    "cogvideox on two sequence ranks": Case(
+        {**PAIR, "sequence": 2}, model={**FAMILIES["cogvideox"], **PLAIN}, images=False
+    ),
+    "latte": Case(PAIR, model={**FAMILIES["latte"], **PLAIN}),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from parallel.sharded_norms import apply_sharded_norms
 from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
+from vidit.config import FAMILIES
 from vidit.model.plan import Plan, sharding_plan
 from vidit.train.parallelize import recompute
 
@@ -37,14 +38,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "bias": {},
     "rope, text keys": {"relative_position": "rope", "cross_keys": "text", "cross_attention": "all"},
     "one block": {"num_layers": 1},
+    "wan": {**FAMILIES["wan"], "patch": 1, "pooled_text": False},
+    "latte": {**FAMILIES["latte"], "patch": 1, "pooled_text": False},
+    "norms with scale and shift": {"norm_affine": True, "qk_norm": "head_affine"},
     "bare": {"cross_attention": "none", "qk_norm": False, "adaln_rank": 0, "relative_position": "none"},
 }
 
 
 def sharded(model: Any, plan: Plan, mesh: Any, **change: Any) -> None:
     seams: dict[str, Any] = {
-        "cut": {n: dims for n, dims in plan.split.items() if n not in plan.positions}, "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
-        "counted": plan.counted, "before": plan.before,
+        "cut": {n: dims for n, dims in plan.split.items() if n not in plan.positions} | plan.placed,
+        "vectors": plan.vectors, "regions": plan.regions, "whole": plan.gather,
+        "counted": plan.counted, "before": plan.before, "beside": plan.beside,
     }  # fmt: skip
     apply_sharded_norms(model, **(seams | change), mesh=mesh.tensor, sequence=mesh.sequence.size())
 
@@ -55,7 +60,7 @@ def on_ranks(case: Case) -> tuple[Result, dict[str, int]]:
     with patch.object(*plant) if plant else patch.object(dist, "no_plant", None, create=True):
         layout, c = Layout(**case.layout), case.config
         mesh, plan, model = build_mesh(layout, "cpu"), sharding_plan(c), on_meta(case)
-        apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads)
+        apply_tensor(model, plan.parameters, plan.regions, mesh.tensor, c.num_heads, plan.means)
         if layout.sequence > 1:
             apply_sequence(model, plan, mesh, case.kind)
         sharded(model, plan, mesh)

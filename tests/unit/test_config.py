@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from vidit.config import (
+    FAMILIES,
     PRESETS,
     ConfigError,
     Data,
@@ -214,7 +215,18 @@ class TestPresets:
 
     def test_changes_win(self):
         c = Model.preset("SR1", patch=1, num_layers=2)
-        assert (c.patch, c.num_layers, c.cross_attention) == (1, 2, "all")
+        assert (c.patch, c.num_layers, c.cross_attention) == ((1, 1, 1), 2, "all")
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_family_has_no_faults(self, family):
+        assert not list(Model(**FAMILIES[family]).faults())
+
+    def test_yes_and_no_are_names(self):
+        """Configs that were written when these were switches."""
+        c = Model(qk_norm=True, absolute_position=False)
+        assert (c.qk_norm, c.absolute_position) == ("head", "none")
+        assert Model(patch=2).patch == (1, 2, 2)
+        assert (Model(qk_norm=False).qk_norm, Model(absolute_position=True).absolute_position) == ("none", "learned")
 
     def test_unknown(self):
         with pytest.raises(ValueError, match=r"no model preset 'XXL'; use one of demo S B L XL SR1 SR2 3B 7B"):

@@ -27,6 +27,9 @@ def edm(**changes):
     return Diffusion(path="edm", target="edm", density="log_normal", **changes)
 
 
+JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "none", "image_attention": "frame"}
+
+
 class TestResolve:
     def test_numbers(self):
         config = run(
@@ -108,6 +111,33 @@ class TestResolve:
             ),
             ({"model": Model(width=63, num_heads=7, relative_position="rope")}, ["even head dim of at least 6, not 9"]),
             ({"model": Model(windows=((1, -1, 0),))}, ["model.windows", "negative"]),
+            ({"model": Model(**{**JOINT, "windows": ((1, 0, 0),)})}, ["=joint attends to all tokens", "[[0,0,0]]"]),
+            ({"model": Model(**{**JOINT, "relative_position": "bias"})}, ["no position bias", "rope or none"]),
+            ({"model": Model(**{**JOINT, "image_attention": "identity"})}, ["cannot let images pass", "=frame"]),
+            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text", "auto or sdpa"]),
+            (
+                {"model": Model(width=40, num_heads=2, absolute_position="sincos")},
+                ["divisible by 16", "not 40", "32 or 48"],
+            ),
+            ({"model": Model(absolute_position="space_then_time", windows=((1, 0, 0),))}, ["spans latent frames"]),
+            (
+                {"model": Model(patch=(2, 1, 1)), "data": Data(train="x", num_frames=17)},
+                ["data.num_frames=17 is 5 latent frames", "the 2 of model.patch", "one of 13 21"],
+            ),
+            (
+                {"model": Model(patch=(5, 1, 1)), "data": Data(train="x", num_frames=17, image_rows=1)},
+                ["puts latent frames together", "data.image_rows=1"],
+            ),
+            (
+                {"model": Model(**{**JOINT, "relative_position": "rope"}), "data": Data(train="x", image_rows=1)},
+                ["data.image_rows=1 puts images at times", "relative_position=rope", "num_frames=1"],
+            ),
+            ({"model": Model(text_padding="seen")}, ["text_padding=seen", "cross_keys=text"]),
+            (
+                {"model": Model(text_padding="seen", cross_keys="text"), "data": Data(train="x", image_rows=2)},
+                ["text_padding=seen does not go with data.image_rows=2", "num_frames=1"],
+            ),
+            ({"model": Model(time_width=512)}, ["time_width=512 is not model.width=1024", "adaln_rank=0"]),
             ({"model": Model(attention_backend="flash")}, ["attention_backend=flash", "rope"]),
             ({"vae": Vae()}, ["vae.weights is not set"]),
             ({"vae": Vae(weights="x", num_res_blocks=(1,))}, ["vae.num_res_blocks has 1 entries for 4 levels"]),

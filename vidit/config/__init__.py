@@ -9,8 +9,9 @@ needs to know of a rule (`LEGAL_TARGETS`) stands here, as data.
 
 from vidit.config.data import Bucket, Data, Source
 from vidit.config.diffusion import LEGAL_DENSITIES, LEGAL_TARGETS, Density, Diffusion, ForwardProcess, Target
-from vidit.config.model import PRESETS, Model, Window, whole_window
+from vidit.config.model import Model, Window, whole_window
 from vidit.config.parallel import Launch, Parallel
+from vidit.config.presets import FAMILIES, PRESETS
 from vidit.config.run import RunConfig
 from vidit.config.sample import Sample, Sampler
 from vidit.config.section import ConfigError, Section, refuse
@@ -20,6 +21,7 @@ from vidit.config.vae import VAE_PRESETS, Vae
 from vidit.config.vae_train import VaeTrain
 
 __all__ = [
+    "FAMILIES",
     "LEGAL_DENSITIES",
     "LEGAL_TARGETS",
     "PRESETS",

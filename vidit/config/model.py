@@ -1,11 +1,13 @@
 """The diffusion transformer, and its named sizes."""
 
+import math
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PositiveFloat
 
-from vidit.config.section import Section
+from vidit.config.presets import PRESETS
+from vidit.config.section import Positive, Section
 
 Window = tuple[int, int, int]
 
@@ -13,14 +15,26 @@ Window = tuple[int, int, int]
 MIN_ROPE_HEAD_DIM = 6
 
 
+def _named(yes: str) -> BeforeValidator:
+    """Takes true for that name and false for "none"."""
+    return BeforeValidator(lambda value: {True: yes, False: "none"}[value] if isinstance(value, bool) else value)
+
+
+def _flat(value: object) -> object:
+    """Takes p for (1, p, p)."""
+    return (1, value, value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Model(Section):
-    """A spatiotemporal patch-token DiT with window attention (W.A.L.T., 2312.06662)."""
+    """A spatiotemporal patch-token DiT: the parts of W.A.L.T. (2312.06662) by default, of other families by name."""
 
     num_layers: int = Field(24, gt=0)
     width: int = Field(1024, gt=0)
     num_heads: int = Field(16, gt=0)
     mlp_width: int = Field(4096, gt=0)
-    patch: int = Field(1, gt=0, description="p: each latent frame is cut into p x p patches")
+    patch: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_flat)] = Field(
+        (1, 1, 1), description="latent frames, rows and columns of a token; one number p is (1, p, p)"
+    )
     windows: tuple[Window, ...] = Field(
         ((1, 0, 0), (0, 8, 8)),
         min_length=1,
@@ -31,14 +45,51 @@ class Model(Section):
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
-    absolute_position: bool = True
-    qk_norm: bool = True
-    cross_attention: Literal["none", "per_frame", "all"] = Field(
-        "per_frame", description="blocks that attend to text: those whose window is one latent frame, or all"
+    rope_split: Literal["quarter", "third"] = Field(
+        "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
+    )
+    absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
+        "learned",
+        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), or those of space "
+        "at the start and of time before the first block that spans latent frames (Latte); true = learned",
+    )
+    position_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
+        (1.0, 1.0, 1.0), description="what the sinusoids divide the places (t, h, w) by"
+    )
+    position_span: int = Field(
+        0, ge=0, description="space_then_time: height and width count to that, however many tokens; 0 = to their number"
+    )
+    qk_norm: Annotated[Literal["none", "head", "head_affine", "width"], _named("head")] = Field(
+        "head",
+        description="of queries and keys: layer norm of each head, with scale or with shift too, or RMS norm over all "
+        "heads (Wan); true = head",
+    )
+    norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
+    norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
+    cross_attention: Literal["none", "per_frame", "all", "joint"] = Field(
+        "per_frame",
+        description="blocks that attend to text: those whose window is one latent frame, or all; joint: text tokens "
+        "take part in self-attention (CogVideoX)",
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    cross_norm: Literal["none", "bare", "affine"] = Field(
+        "bare", description="layer norm before cross-attention: none, without parameters, or with scale and shift (Wan)"
+    )
+    learned_variance: bool = Field(
+        False, description="as many output channels again, which nothing reads: Latte's checkpoints have them"
+    )
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    modulation: Literal["projected", "table"] = Field(
+        "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
+    )
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
+    time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
+    text_padding: Literal["masked", "seen"] = Field(
+        "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
+    )
+    text_embedding: Literal["mlp", "linear"] = "mlp"
+    activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
 
@@ -56,6 +107,44 @@ class Model(Section):
         """Whether any caption reaches a token."""
         return self.cross_attention != "none" or self.pooled_text
 
+    @property
+    def patch_size(self) -> int:
+        """Places of the latent in a token."""
+        return math.prod(self.patch)
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether text tokens are a stream of their own beside the video's."""
+        return self.cross_attention == "joint"
+
+    @property
+    def time_layer(self) -> int | None:
+        """The block before which sinusoids of time are added, where that is not the start."""
+        if self.absolute_position != "space_then_time":
+            return None
+        spanning = (n for n in range(self.num_layers) if self.windows[n % len(self.windows)][0] != 1)
+        return next(spanning, None)
+
+    @property
+    def out_factor(self) -> int:
+        """Output channels for each of the latent's."""
+        return 2 if self.learned_variance else 1
+
+    @property
+    def num_vectors(self) -> int:
+        """Modulation vectors of a block: six for each stream."""
+        return 12 if self.is_joint else 6
+
+    @property
+    def cond_width(self) -> int:
+        """Width of the time embedding."""
+        return self.time_width or self.width
+
+    @property
+    def shares_modulation(self) -> bool:
+        """Whether there is a modulation A_1 that all blocks start from."""
+        return self.modulation == "table" or self.adaln_rank > 0
+
     def faults(self) -> Iterator[str]:
         if self.width % self.num_heads:
             legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
@@ -67,11 +156,34 @@ class Model(Section):
                     f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
                     f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
                 )
+        if self.absolute_position == "space_then_time" and self.time_layer is None:
+            yield (
+                f"model.absolute_position=space_then_time, but none of model.windows={self.windows} spans latent "
+                "frames; add such a window, or use absolute_position=learned"
+            )
+        if self.absolute_position in ("sincos", "space_then_time") and self.width % 16:
+            yield (
+                f"model.absolute_position={self.absolute_position} needs a model.width divisible by 16, not "
+                f"{self.width}; use {self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
+            )
+        if self.time_width not in (0, self.width) and self.shares_modulation:
+            yield (
+                f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
+                "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
+            )
+        if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
+            yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
+        if self.is_joint:
+            yield from self._joint_faults()
         if any(size < 0 for window in self.windows for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
             yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
-        if self.attention_backend == "flash" and self.cross_attention != "none" and self.cross_keys != "text":
+        if (
+            self.attention_backend == "flash"
+            and self.cross_attention in ("per_frame", "all")
+            and self.cross_keys != "text"
+        ):
             yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
         if self.cross_attention == "per_frame" and all(window[0] != 1 for window in self.windows[: self.num_layers]):
             yield (
@@ -79,21 +191,22 @@ class Model(Section):
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
 
-
-# layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
-# blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
-# 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
-PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
-    "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
-    "S": (12, 384, 6, 1536, {}),
-    "B": (12, 768, 12, 3072, {}),
-    "L": (24, 1024, 16, 4096, {}),
-    "XL": (28, 1152, 16, 4608, {}),
-    "SR1": (40, 1408, 16, 6144, {"cross_attention": "all", "patch": 2}),
-    "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
-    "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
-    "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
-}
+    def _joint_faults(self) -> Iterator[str]:
+        """What text tokens in self-attention exclude."""
+        if any(any(window) for window in self.windows):
+            yield (
+                f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "
+                "windows; use windows=[[0,0,0]], or cross_attention=all"
+            )
+        if self.relative_position == "bias":
+            yield "model.cross_attention=joint takes no position bias; set model.relative_position=rope or none"
+        if self.image_attention != "frame":
+            yield (
+                "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "
+                "model.image_attention=frame"
+            )
+        if self.attention_backend == "flash" and self.text_padding == "masked":
+            yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
 
 
 def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:

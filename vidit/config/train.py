@@ -39,6 +39,9 @@ class Train(Section):
         "none", description="what the backward pass runs again: nothing, all but matrix products and attention, all"
     )
     compile: bool = Field(False, description="compile each block with inductor")
+    init_from: str | None = Field(
+        None, description="a folder of weights to begin with, written by `vidit export` or `vidit import`"
+    )
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0)

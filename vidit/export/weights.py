@@ -5,25 +5,20 @@ the model in memory. Above a size the tensors go into several files under an ind
 them. Names are those of the trained modules: `dit.blocks.0...`, and `text.`, `vae.` where those were trained.
 """
 
-import json
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from parallel.checkpoint import folder_of, open_stored, steps
-from parallel.dtensor import Box
 from parallel.save_plan import as_dtype
-from parallel.shard_file import Part, content, header, in_file_order, write
 from parallel.stored import Stored
+from vidit.export.files import DTYPES, MAX_FILE_BYTES, Kind, new_folder, write_tensors
 from vidit.train.rundir import read_config
-from vidit.whole_file import full_disk_explained, write_whole
+from vidit.whole_file import write_whole
 
 Weights = Literal["ema", "model"]
-MAX_FILE_BYTES = 5 * 10**9
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_weights(
@@ -45,30 +40,41 @@ def export_weights(
     checkpoint is damaged, RuntimeError on a full disk.
     """
     config = read_config(run_dir)
-    folder = _chosen(run_dir, step)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; give --out a new folder")
-    _, stored = open_stored(folder)
-    sources = _sources(stored, weights)
-    files = _divided(_parts(stored, sources, DTYPES[dtype]), max_file_bytes)
-    partial = out.with_name(f".{out.name}.partial")
-    with full_disk_explained(out):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, parts in files.items():
-                write(partial / name, header(parts), (_bytes(stored, sources[part.name], part) for part in parts))
-            if len(files) > 1:
-                write_whole(partial / "model.safetensors.index.json", _index(files))
-            write_whole(partial / "config.json", config.to_json() + "\n")
-            partial.replace(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    folder = chosen_checkpoint(run_dir, step)
+    checkpoint = trained_weights(folder, weights)
+    with new_folder(out) as partial:
+        write_tensors(partial, checkpoint.kinds(DTYPES[dtype]), checkpoint.get, max_file_bytes=max_file_bytes)
+        write_whole(partial / "config.json", config.to_json() + "\n")
     return sorted(out.iterdir())
 
 
-def _chosen(run_dir: Path, step: int | None) -> Path:
+class Trained(NamedTuple):
+    """Full tensors of a checkpoint under the names of the trained modules, one at a time."""
+
+    stored: Stored
+    sources: dict[str, str]
+
+    def kinds(self, dtype: torch.dtype) -> dict[str, Kind]:
+        """Shape and dtype of each, floating ones in `dtype`."""
+        facts = {name: self.stored.tensors[source] for name, source in self.sources.items()}
+        kept = {name: as_dtype(own["dtype"]) for name, own in facts.items()}
+        return {
+            name: Kind(tuple(own["shape"]), dtype if kept[name].is_floating_point else kept[name])
+            for name, own in facts.items()
+        }
+
+    def get(self, name: str) -> Tensor:
+        return self.stored.whole(self.sources[name])
+
+
+def trained_weights(folder: Path, weights: Weights) -> Trained:
+    """Of a checkpoint. CheckpointError where it is damaged."""
+    _, stored = open_stored(folder)
+    return Trained(stored, _sources(stored, weights))
+
+
+def chosen_checkpoint(run_dir: Path, step: int | None) -> Path:
+    """The checkpoint of that step, or the newest. ValueError where there is none."""
     root = run_dir / "checkpoints"
     found = steps(root)
     if not found:
@@ -83,46 +89,3 @@ def _sources(stored: Stored, weights: Weights) -> dict[str, str]:
     names = [name.removeprefix("model.") for name in stored.tensors if name.startswith("model.")]
     averaged = {name for name in names if weights == "ema" and f"ema.{name}" in stored.tensors}
     return {name: f"ema.{name}" if name in averaged else f"model.{name}" for name in names}
-
-
-def _parts(stored: Stored, sources: dict[str, str], dtype: torch.dtype) -> list[Part]:
-    found = []
-    for name, source in sources.items():
-        facts = stored.tensors[source]
-        kept = as_dtype(facts["dtype"])
-        box = Box((0,) * len(facts["shape"]), tuple(facts["shape"]))
-        found.append(Part(name, dtype if kept.is_floating_point else kept, box))
-    return found
-
-
-def _divided(parts: Sequence[Part], max_file_bytes: int) -> dict[str, list[Part]]:
-    """File name -> what it holds: as many in each as fit, in the order of the model, and at least one."""
-    groups: list[list[Part]] = [[]]
-    size = 0
-    for part in parts:
-        if groups[-1] and size + part.num_bytes > max_file_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(part)
-        size += part.num_bytes
-    if len(groups) == 1:
-        return {"model.safetensors": in_file_order(groups[0])}
-    return {
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors": in_file_order(group)
-        for number, group in enumerate(groups, start=1)
-    }
-
-
-def _bytes(stored: Stored, source: str, part: Part) -> memoryview:
-    return content(stored.whole(source).to(part.dtype))
-
-
-def _index(files: dict[str, list[Part]]) -> str:
-    total = sum(part.num_bytes for parts in files.values() for part in parts)
-    places = dict(_places(files))
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1) + "\n"
-
-
-def _places(files: dict[str, list[Part]]) -> Iterator[tuple[str, str]]:
-    for name, parts in files.items():
-        yield from ((part.name, name) for part in parts)

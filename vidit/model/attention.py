@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model, whole_window
-from vidit.dtypes import widen
 from vidit.model.linear import Linear
+from vidit.model.norm import query_key_norm
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 
@@ -42,11 +42,11 @@ class TextContext(NamedTuple):
     """Text features, and which latent frames may see each text token.
 
     `frame_BL` holds a latent frame's number, EVERY_FRAME, or PADDING: a row of T independent images carries
-    T captions side by side, each visible to its own image only.
+    T captions side by side, each visible to its own image only. None: every token sees all of it, padding too.
     """
 
     features_BLD: Tensor
-    frame_BL: Tensor
+    frame_BL: Tensor | None
 
 
 class TextKeys(NamedTuple):
@@ -231,17 +231,13 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
     return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
 
 
-class HeadNorm(nn.Module):
-    """Layer norm over the head dim, scale only, fp32 inside (QK-norm, 2302.05442; per head, so tensor parallelism
-    needs no reduction)."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(head_dim))
-
-    def forward(self, x_BSNK: Tensor) -> Tensor:
-        """Returned in at least fp32: the rotation that follows works there too, and one cast is enough."""
-        return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=1e-6)
+def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid) -> Tensor | None:
+    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them."""
+    if frame_BL is None:
+        return None
+    if grid.image_B is None:
+        return (frame_BL != PADDING)[:, None, None, :]
+    return visible(frame_BL, positions.position_S3[:, 0])[:, None]
 
 
 class RelativeBias(nn.Module):
@@ -271,22 +267,25 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
-        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
         self.rope = c.relative_position == "rope"
-        self.core = WindowCore(window, c.attention_backend, identity_images)
+        self.core: nn.Module = WindowCore(window, c.attention_backend, identity_images)
 
     def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:
+        bias = None if self.bias is None else self.bias(grid)
+        return self.out(self.core(*self.heads(x_BSD, positions), grid, bias).flatten(-2))
+
+    def heads(self, x_BSD: Tensor, positions: Positions | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, S, N, K); without positions they are not turned."""
         heads = (-1, self.head_dim)
         q = self.query_norm(self.query(x_BSD).unflatten(-1, heads))
         k = self.key_norm(self.key(x_BSD).unflatten(-1, heads))
         v = self.value(x_BSD).unflatten(-1, heads)
-        if self.rope:
+        if self.rope and positions is not None:
             q = rotate(q, positions.cos_SK, positions.sin_SK)
             k = rotate(k, positions.cos_SK, positions.sin_SK)
-        bias = None if self.bias is None else self.bias(grid)
-        return self.out(self.core(q.to(v.dtype), k.to(v.dtype), v, grid, bias).flatten(-2))
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class CrossAttention(nn.Module):
@@ -296,26 +295,19 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
-        self.query_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
-        self.key_norm = HeadNorm(self.head_dim) if c.qk_norm else nn.Identity()
+        self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.core = WindowCore(window, c.attention_backend) if c.cross_keys == "video_and_text" else None
 
     def forward(self, x_BSD: Tensor, text: TextContext, positions: Positions, grid: Grid) -> Tensor:
         heads = (-1, self.head_dim)
         q = self.query_norm(self.query(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
-        keys = TextKeys(
-            self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)).to(x_BSD.dtype),
-            self.value(text.features_BLD).unflatten(-1, heads),
-            text.frame_BL,
-        )
+        text_k = self.key_norm(self.key(text.features_BLD).unflatten(-1, heads)).to(x_BSD.dtype)
+        text_v = self.value(text.features_BLD).unflatten(-1, heads)
         if self.core is not None:
+            assert text.frame_BL is not None, "windows mask the text's padding"
             k = self.key_norm(self.key(x_BSD).unflatten(-1, heads)).to(x_BSD.dtype)
             v = self.value(x_BSD).unflatten(-1, heads)
-            out = self.core(q, k, v, grid, text=keys)
-        elif grid.image_B is None:
-            mask = (text.frame_BL != PADDING)[:, None, None, :]
-            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+            out = self.core(q, k, v, grid, text=TextKeys(text_k, text_v, text.frame_BL))
         else:
-            mask = visible(text.frame_BL, positions.position_S3[:, 0])[:, None]
-            out = attend(q, keys.key_BLNK, keys.value_BLNK, mask, "sdpa")
+            out = attend(q, text_k, text_v, text_mask(text.frame_BL, positions, grid), "sdpa")
         return self.out(out.flatten(-2))

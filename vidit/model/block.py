@@ -1,77 +1,80 @@
 """One transformer block: modulated self-attention, cross-attention to text, modulated MLP.
 
-AdaLN-Zero as in DiT (2212.09748); AdaLN-LoRA as in W.A.L.T. (2312.06662, section 3.3): one modulation A_1
-for the whole model, and in each block A_i = A_1 + W_b W_a c of rank r.
+Every family of the project is this block with other parts, chosen by the config: which modulation, which norms, which
+attention reads the text.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model
-from vidit.dtypes import widen
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
+from vidit.model.joint import JointAttention, Streams
 from vidit.model.linear import Linear
+from vidit.model.modulation import block_modulation
+from vidit.model.norm import Norm, modulate
+from vidit.model.position import TimePosition
 from vidit.model.windows import Grid
 
+Tokens = Tensor | Streams
+"""Of the video alone (B, S, D), or with the text's."""
 
-def norm(x_BSD: Tensor) -> Tensor:
-    """Layer norm without parameters, in at least fp32: the modulation carries scale and shift."""
-    return F.layer_norm(widen(x_BSD), x_BSD.shape[-1:], eps=1e-6)
-
-
-def modulate(x_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """norm(x) (1 + scale) + shift, in fp32, returned in the dtype of x."""
-    return torch.addcmul(shift_B1D, norm(x_BSD), 1 + scale_B1D).to(x_BSD.dtype)
-
-
-class Modulation(nn.Module):
-    """The six vectors of a block: conditioning (B, 7, D) -> six of (B, 1, D), all fp32.
-
-    Row 0 of the conditioning is c; rows 1-6 are A_1, the modulation that all blocks share (zeros for rank 0).
-    """
-
-    def __init__(self, width: int, rank: int):
-        super().__init__()
-        self.down = Linear(width, rank, bias=False) if rank else None
-        self.up = Linear(rank or width, 6 * width, bias=not rank)
-
-    def forward(self, cond_B7D: Tensor) -> tuple[Tensor, ...]:
-        c_BD = F.silu(cond_B7D[:, 0])
-        own = self.up(c_BD if self.down is None else self.down(c_BD))
-        return (cond_B7D[:, 1:] + own.unflatten(-1, (6, -1))).unsqueeze(2).unbind(1)
+# F.gelu's names. On a CPU the tanh approximation takes two and a half times as long.
+GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Mlp(nn.Module):
-    """D -> F -> D with an exact GELU: on a CPU the tanh approximation takes two and a half times as long."""
+    """D -> F -> D with a GELU, exact or by tanh."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, activation: str):
         super().__init__()
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
+        self.approximate = GELU[activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSD)))
+        return self.down(F.gelu(self.up(x_BSD), approximate=self.approximate))
 
 
 class Block(nn.Module):
-    """(B, S, D) -> (B, S, D).
+    """(B, S, D) -> (B, S, D), or `Streams` to `Streams` where text tokens take part in self-attention.
 
     `cross` says whether the block attends to text, `identity_images` whether images pass its attention
-    unchanged.
+    unchanged, `adds_time` whether sinusoids of time come first.
     """
 
-    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool):
+    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool, adds_time: bool):
         super().__init__()
-        self.modulation = Modulation(c.width, c.adaln_rank)
-        self.attn = SelfAttention(c, window, identity_images)
+        self.time = TimePosition(c.width, c.position_scale) if adds_time else None
+        self.modulation = block_modulation(c)
+        self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
+        self.attn = JointAttention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
+        bare = c.cross_norm == "bare"
+        self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
-        self.mlp = Mlp(c.width, c.mlp_width)
+        self.mlp = Mlp(c.width, c.mlp_width, c.activation)
 
-    def forward(self, x_BSD: Tensor, text: TextContext, cond_B7D: Tensor, positions: Positions, grid: Grid) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.modulation(cond_B7D)
-        dtype = x_BSD.dtype
-        x = x_BSD + (gate_attn * self.attn(modulate(x_BSD, shift_attn, scale_attn), positions, grid)).to(dtype)
+    def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
+        streams = as_streams(x)
+        dtype, vectors = streams[0].dtype, self.modulation(cond_BRD)
+        if self.time is not None:
+            streams[0] = streams[0] + self.time(positions, grid).to(dtype)
+        # Of each stream shift, scale and gate of the attention, then of the MLP.
+        own = [vectors[first : first + 6] for first in range(0, len(vectors), 6)]
+
+        inner = [modulate(self.attn_norm(s), v[0], v[1]).to(dtype) for s, v in zip(streams, own, strict=True)]
+        words = [text._replace(features_BLD=x_BLD) for x_BLD in inner[1:]]
+        attended = as_streams(self.attn(inner[0], positions, grid, *words))
+        streams = [s + (v[2] * out).to(dtype) for s, v, out in zip(streams, own, attended, strict=True)]
         if self.cross is not None:
-            x = x + self.cross(norm(x).to(dtype), text, positions, grid)
-        return x + (gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))).to(dtype)
+            (video,) = streams
+            asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
+            streams = [video + self.cross(asking, text, positions, grid)]
+        inner = [modulate(self.mlp_norm(s), v[3], v[4]).to(dtype) for s, v in zip(streams, own, strict=True)]
+        streams = [s + (v[5] * self.mlp(i)).to(dtype) for s, v, i in zip(streams, own, inner, strict=True)]
+        return streams[0] if len(streams) == 1 else Streams(*streams)
+
+
+def as_streams(x: Tokens) -> list[Tensor]:
+    """The video's tokens, and the text's where they are a stream of their own."""
+    return [x] if isinstance(x, Tensor) else list(x)

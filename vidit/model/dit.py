@@ -10,21 +10,24 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
-from vidit.model.block import Block
-from vidit.model.embed import AbsolutePosition, Head, PatchEmbed, TextEmbed, TimeEmbed, TokenPositions
+from vidit.model.block import Block, Tokens
+from vidit.model.embed import Head, PatchEmbed, TextEmbed, TimeEmbed
 from vidit.model.flops import crosses, window_of
+from vidit.model.joint import Streams
 from vidit.model.linear import Linear
+from vidit.model.position import TokenPositions, absolute_position
 from vidit.model.windows import Grid
 
 
 class Conditioning(nn.Module):
-    """Time and pooled text -> (B, 7, D) fp32: c, then A_1, the modulation that all blocks share (W.A.L.T., 3.3)."""
+    """Time and pooled text -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
-        self.time = TimeEmbed(c.width)
-        self.pooled = Linear(text_width, c.width) if c.pooled_text else None
-        self.shared = Linear(c.width, 6 * c.width) if c.adaln_rank else None
+        self.num_vectors = c.num_vectors
+        self.time = TimeEmbed(c.time_frequencies, c.cond_width)
+        self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
+        self.shared = Linear(c.width, c.num_vectors * c.width) if c.shares_modulation else None
 
     def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
@@ -32,32 +35,40 @@ class Conditioning(nn.Module):
             assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
             c_BD = c_BD + self.pooled(widen(pooled_BE))
         if self.shared is None:
-            shared = c_BD.new_zeros(c_BD.shape[0], 6, c_BD.shape[1])
-        else:
-            shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (6, -1))
+            return c_BD[:, None]
+        shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (self.num_vectors, -1))
         return torch.cat((c_BD[:, None], shared), dim=1)
 
 
-class Tokens(nn.Module):
-    """The place where the video tokens of a row are all there for the first time: x_BSD, unchanged."""
+class TokensMade(nn.Module):
+    """The place where the tokens of a row are all there for the first time, in the compute dtype.
 
-    def forward(self, x_BSD: Tensor, grid: Grid) -> Tensor:
-        return x_BSD
+    `joint`: the text's features are tokens too.
+    """
+
+    def __init__(self, joint: bool):
+        super().__init__()
+        self.joint = joint
+
+    def forward(self, x_BSD: Tensor, grid: Grid, features_BLD: Tensor, dtype: torch.dtype) -> Tokens:
+        video = x_BSD.to(dtype)
+        return Streams(video, features_BLD) if self.joint else video
 
 
 class Embed(nn.Module):
-    """Latent, time and text -> (tokens_BSD, text, cond_B7D), the first two in the compute dtype.
+    """Latent, time and text -> (tokens, text, cond_BRD), the first two in the compute dtype.
 
-    `tokens` passes the tokens on unchanged: the seam behind which sequence parallelism divides them.
+    `tokens` passes the tokens on: the seam behind which sequence parallelism divides them.
     """
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
         self.conditioning = Conditioning(c, text_width)
-        self.text = TextEmbed(text_width, c.width) if c.cross_attention != "none" else None
-        self.position = AbsolutePosition(grid, c.width) if c.absolute_position else None
-        self.tokens = Tokens()
+        self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
+        self.position = absolute_position(c, grid)
+        self.tokens: nn.Module = TokensMade(c.is_joint)
+        self.sees_padding = c.text_padding == "seen"
 
     def forward(
         self,
@@ -69,25 +80,27 @@ class Embed(nn.Module):
         pooled_BE: Tensor | None,
         previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
-    ) -> tuple[Tensor, TextContext, Tensor]:
+    ) -> tuple[Tokens, TextContext, Tensor]:
         tokens = self.patch(x, previous_BCTHW)
         if self.position is not None:
-            tokens = tokens + self.position(grid)
+            tokens = tokens + self.position(grid, tokens.device)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
-        text = TextContext(features, text_frame_BL)
-        return self.tokens(tokens.to(dtype), grid), text, self.conditioning(time_B, pooled_BE)
+        assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
+        text = TextContext(features, None if self.sees_padding else text_frame_BL)
+        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE)
 
 
 class DiT(nn.Module):
     """Denoiser: (x_t, time, text) -> output of the shape of x_t, fp32.
 
-    `channels` is the latent's, `grid` the largest token grid (T, H/p, W/p) it is built for, `text_width` the
+    `channels` is the latent's, `grid` the largest token grid it is built for, `text_width` the
     text encoder's. Parameters are allocated, not filled: see `vidit.model.init.initialise`.
     """
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
         self.dtype = torch.float32
+        self.config, self.channels, self.text_width = c, channels, text_width
         blocks = {}
         for layer in range(c.num_layers):
             window = window_of(c, layer)
@@ -95,11 +108,11 @@ class DiT(nn.Module):
             if c.relative_position == "bias":  # its table has the size of the window on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
-            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images)
+            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)
         self.embed = Embed(c, channels, grid, text_width)
-        self.positions = TokenPositions(c.width // c.num_heads)
+        self.positions = TokenPositions(c.width // c.num_heads, c.rope_split)
         self.blocks = nn.ModuleDict(blocks)
-        self.head: nn.Module = Head(c.width, c.patch, channels)
+        self.head: nn.Module = Head(c, channels)
 
     def forward(
         self,
@@ -114,8 +127,8 @@ class DiT(nn.Module):
         """Predict the diffusion target.
 
         Args:
-            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens
-                (B, S, D) of the stage before.
+            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
+                the stage before.
             grid: the latent in tokens, and which rows are images.
             time_B: what the path conditions on, about 0 to 1000.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
@@ -123,7 +136,7 @@ class DiT(nn.Module):
             previous_BCTHW: the self-conditioning estimate; zeros when None.
         """
         tokens, text, cond = self.embed(x, grid, time_B, text_BLE, text_frame_BL, pooled_BE, previous_BCTHW, self.dtype)
-        positions = self.positions(grid, tokens.device)
+        positions = self.positions(grid, cond.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)
         return self.head(tokens, cond, grid)

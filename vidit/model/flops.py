@@ -7,8 +7,6 @@ out, as every published MFU does.
 
 from vidit.config import Model, Window, whole_window
 
-TIME_FREQUENCIES = 256
-
 
 def crosses(c: Model, layer: int) -> bool:
     """Whether a block attends to text."""
@@ -32,6 +30,9 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
     t, h, w = whole_window(window_of(c, layer), grid)
     window = t * h * w
     total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
+    if c.is_joint:
+        both = tokens + text_tokens
+        return both * (8 * d * d + 4 * d * c.mlp_width + 4 * both * d)
     if crosses(c, layer):
         joint = c.cross_keys == "video_and_text"
         total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
@@ -42,37 +43,45 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
 def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the patch embedding and one clip."""
     tokens = grid[0] * grid[1] * grid[2]
-    return 2 * tokens * c.width * channels * c.patch**2 * (2 if c.self_conditioning else 1)
+    return 2 * tokens * c.width * channels * c.patch_size * (2 if c.self_conditioning else 1)
 
 
 def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
     """Of the text embedding and one caption."""
-    return 0 if c.cross_attention == "none" else 2 * text_tokens * (text_width + c.width) * c.width
+    if c.cross_attention == "none":
+        return 0
+    return 2 * text_tokens * (text_width + (c.width if c.text_embedding == "mlp" else 0)) * c.width
 
 
 def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the output layer and one clip."""
-    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch**2
+    return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch_size * c.out_factor
 
 
 def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
     """Parameters of the denoiser, text encoder not included; equal to what `DiT` allocates."""
-    d, head_dim, f = c.width, c.width // c.num_heads, c.mlp_width
-    patch = channels * c.patch**2
+    d, head_dim, f, cond = c.width, c.width // c.num_heads, c.mlp_width, c.cond_width
+    vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
+    patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
-    total += TIME_FREQUENCIES * d + d + d * d + d
-    total += (text_width + 1) * d if c.pooled_text else 0
-    total += (text_width + 1) * d + d * d + d if c.cross_attention != "none" else 0
-    total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position else 0
-    total += 6 * d * d + 6 * d if c.adaln_rank else 0
-    attention = 4 * d * d + 4 * d + (2 * head_dim if c.qk_norm else 0)
+    total += (c.time_frequencies + 1 + cond + 1) * cond
+    total += (text_width + 1) * cond if c.pooled_text else 0
+    if c.cross_attention != "none":
+        total += (text_width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
+    total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position == "learned" else 0
+    total += (d + 1) * vectors if c.shares_modulation else 0
+    qk = {"none": 0, "head": 2 * head_dim, "head_affine": 4 * head_dim, "width": 2 * d}[c.qk_norm]
+    attention = 4 * d * d + 4 * d + qk
+    cross = attention + (2 * d if c.cross_norm == "affine" else 0)
+    own = c.adaln_rank * (cond + vectors) if c.adaln_rank else (cond + 1) * vectors
     for layer in range(c.num_layers):
-        total += attention * (2 if crosses(c, layer) else 1) + 2 * d * f + d + f
-        total += 7 * d * c.adaln_rank if c.adaln_rank else 6 * d * d + 6 * d
+        total += attention + (cross if crosses(c, layer) else 0) + 2 * d * f + d + f + 2 * norm
+        total += vectors if c.modulation == "table" else own
         if c.relative_position == "bias":
             t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
-    return total + 2 * d * d + 2 * d + (d + 1) * patch  # head
+    total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
+    return total + (d + 1) * patch * c.out_factor + 2 * norm  # head
 
 
 def training_flops(forward: int, self_conditioning: float) -> float:

@@ -2,7 +2,7 @@
 
 The numbers do not depend on the order of construction, on other parameters or on sharding. Layers that end
 a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748); linear layers
-are Xavier uniform; tables are normal with std 0.02.
+are Xavier uniform; tables are normal with std 0.02, those of a modulation with 1 / sqrt(D) (PixArt-alpha, 2310.00426).
 """
 
 import math
@@ -36,7 +36,8 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
         return torch.zeros(shape)
     generator = keys.generator(seed, "init", name)
     if TABLE.search(name):
-        return torch.from_numpy(generator.standard_normal(shape, np.float32)) * 0.02
+        std = shape[-1] ** -0.5 if name.endswith("modulation.table") else 0.02
+        return torch.from_numpy(generator.standard_normal(shape, np.float32)) * std
     if len(shape) < 2:
         raise ValueError(f"no rule of initialisation fits parameter {name} of shape {shape}; add one in init.py")
     receptive = math.prod(shape[2:])

@@ -12,6 +12,7 @@ from vidit.config import Model, Window
 from vidit.model.flops import crosses, window_of
 
 Kind = Literal["column", "row", "per_head", "replicate"]
+QK_NORMS = ("query_norm", "key_norm")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class Plan:
         that holds them.
     vectors: modules whose outputs are one vector a row, which acts on every video token.
     before: modules that are done when the tokens are cut.
+    beside: modules with parameters that work on tokens between the regions.
+    means: modules whose output is a mean over heads.
+    placed: modules in blocks whose outputs follow the positions, one entry a token -> in which dim of which output.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -42,20 +46,25 @@ class Plan:
     positions: dict[str, int]
     vectors: tuple[str, ...]
     before: tuple[str, ...]
+    beside: tuple[str, ...]
+    means: tuple[str, ...]
+    placed: dict[str, dict[int, int]]
     blocks: str = "blocks.*"
 
 
 def sharding_plan(c: Model) -> Plan:
     """The plan of a model with this config."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
-    parameters = _outside(c) | _attention("attn", c.qk_norm)
-    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0,), "blocks.*.mlp": (0,)}
+    wide_norms = [f"blocks.*.{name}.{norm}" for name in ("attn", *["cross"] * cross) for norm in QK_NORMS]
+    parameters = _outside(c) | _attention("attn", c)
+    # The tokens, and beside them the text's: features of cross-attention, or a stream.
+    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0, 3) if c.is_joint else (0,), "blocks.*.mlp": (0,)}
     cores = ["blocks.*.attn.core"]
     if c.relative_position == "bias":
         parameters["blocks.*.attn.bias.table"] = "column"
     if cross:
-        parameters |= _attention("cross", c.qk_norm)
-        regions["blocks.*.cross"] = (0, 1)  # the tokens, and the text's features
+        parameters |= _attention("cross", c)
+        regions["blocks.*.cross"] = (0, 1)
         if c.cross_keys == "video_and_text":
             cores.append("blocks.*.cross.core")
     parameters |= {"blocks.*.mlp.up.*": "column", "blocks.*.mlp.down.*": "row"}
@@ -70,24 +79,37 @@ def sharding_plan(c: Model) -> Plan:
         positions={"positions": 3},
         vectors=("blocks.*.modulation", "head.modulation"),
         before=("embed",),
+        beside=tuple(_affine_norms(c)),
+        means=tuple(f"{norm}.mean" for norm in wide_norms) if c.qk_norm == "width" else (),
+        placed={} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}},
     )
 
 
 def _outside(c: Model) -> dict[str, Kind]:
     """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
+    table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
     patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
-    patterns += ["embed.position.*"] * c.absolute_position
-    patterns += ["embed.conditioning.shared.*"] * (c.adaln_rank > 0)
-    patterns += ["blocks.*.modulation.*.*"]
+    patterns += ["embed.position.*"] * (c.absolute_position == "learned")
+    patterns += ["embed.conditioning.shared.*"] * c.shares_modulation
+    patterns += ["blocks.*.modulation.table" if table else "blocks.*.modulation.*.*"]
+    patterns += [f"{norm}.*" for norm in _affine_norms(c) if norm.startswith("blocks")]
     return dict.fromkeys(patterns, "replicate")
 
 
-def _attention(name: str, qk_norm: bool) -> dict[str, Kind]:
+def _affine_norms(c: Model) -> list[str]:
+    """Norms of tokens with scale and shift."""
+    cross = any(crosses(c, layer) for layer in range(c.num_layers))
+    own = ["blocks.*.attn_norm", "blocks.*.mlp_norm", "head.final_norm", "head.norm"] * c.norm_affine
+    return own + ["blocks.*.cross_norm"] * (cross and c.cross_norm == "affine")
+
+
+def _attention(name: str, c: Model) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {f"blocks.*.{name}.{part}.*": "column" for part in ("query", "key", "value")}
     kinds[f"blocks.*.{name}.out.*"] = "row"
-    if qk_norm:
-        kinds[f"blocks.*.{name}.query_norm.weight"] = "per_head"
-        kinds[f"blocks.*.{name}.key_norm.weight"] = "per_head"
+    if c.qk_norm != "none":
+        kind: Kind = "column" if c.qk_norm == "width" else "per_head"
+        own = ("weight", "bias") if c.qk_norm == "head_affine" else ("weight",)
+        kinds |= {f"blocks.*.{name}.{norm}.{parameter}": kind for norm in QK_NORMS for parameter in own}
     return kinds

@@ -1,8 +1,10 @@
-"""Rotary position embedding over (time, height, width) (RoFormer, 2104.09864; 3D split as CogVideoX).
+"""Rotary position embedding over (time, height, width) (RoFormer, 2104.09864).
 
 Attention sees only differences of positions, so the same angles serve windows of any place and size: the
 embedding is window-relative by construction.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,17 +14,23 @@ from vidit.dtypes import widen
 THETA = 10_000.0
 
 
-def axis_pairs(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's K/2 rotated pairs time, height and width have: 1/4, 3/8, 3/8, the rest to time."""
+Split = Literal["quarter", "third"]
+
+
+def axis_pairs(head_dim: int, split: Split = "quarter") -> tuple[int, int, int]:
+    """How many of a head's K/2 rotated pairs time, height and width have, what does not divide being time's.
+
+    `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314).
+    """
     pairs = head_dim // 2
-    space = pairs * 3 // 8
+    space = pairs // 3 if split == "third" else pairs * 3 // 8
     return pairs - 2 * space, space, space
 
 
-def rope_angles(position_S3: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+def rope_angles(position_S3: Tensor, head_dim: int, split: Split = "quarter") -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (S, K/2) fp32, time first, then height and width."""
     angles = []
-    for axis, pairs in enumerate(axis_pairs(head_dim)):
+    for axis, pairs in enumerate(axis_pairs(head_dim, split)):
         steps = torch.arange(pairs, device=position_S3.device, dtype=torch.float32)
         angles.append(position_S3[:, axis, None].float() * THETA ** (-steps / pairs))
     angle_SK = torch.cat(angles, dim=-1)

@@ -4,15 +4,18 @@ A rank's DiT has the blocks of its stages under their own numbers, so every para
 stages need (`SHARED`: conditioning and text, recomputed by each of them, which is cheaper than sending and
 simpler than returning its gradient), but patches and positions only with the first stage and the head only with the
 last. Where they are missing their input passes through, so the tokens of the stage before take the latent's place.
+In a joint model the text's tokens travel too, in front of the video's, so its embedding is the first stage's.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from vidit.model.dit import DiT, Tokens
+from vidit.model.dit import DiT
+from vidit.model.joint import Streams
 from vidit.model.plan import Plan
 
 SHARED = ("embed.conditioning", "embed.text")
@@ -48,7 +51,7 @@ def view_of_stage(dit: DiT, layers: range, num_layers: int) -> DiT:
 
 def shared_parameters(dit: DiT) -> list[nn.Parameter]:
     """The parameters that every stage holds, in the same order on each."""
-    modules = (dit.embed.conditioning, dit.embed.text)
+    modules = (dit.embed.conditioning, None if dit.config.is_joint else dit.embed.text)
     return [p for module in modules if module is not None for p in module.parameters()]
 
 
@@ -64,6 +67,9 @@ def plan_of_stages(plan: Plan, dit: DiT) -> Plan:
         gather=_fitting(plan.gather, modules),
         cores=tuple(_fitting(dict.fromkeys(plan.cores), modules)),
         vectors=tuple(_fitting(dict.fromkeys(plan.vectors), modules)),
+        beside=tuple(_fitting(dict.fromkeys(plan.beside), modules)),
+        means=tuple(_fitting(dict.fromkeys(plan.means), modules)),
+        placed=_fitting(plan.placed, modules),
     )
 
 
@@ -77,6 +83,18 @@ def holds_last(layers: Sequence[range], num_layers: int) -> bool:
     return any(own.stop == num_layers for own in layers)
 
 
+def entering(dit: DiT, x: Tensor, num_text: int) -> Tensor | Streams:
+    """What a stage is given, as its DiT takes it; `num_text` tokens of it are the text's, in a joint model."""
+    if not (dit.config.is_joint and isinstance(dit.embed.patch, Passed)):
+        return x
+    return Streams(x[:, num_text:], x[:, :num_text])
+
+
+def leaving(out: Tensor | Streams) -> Tensor:
+    """What a stage hands on, as one tensor."""
+    return out if isinstance(out, Tensor) else torch.cat((out.text_BLD, out.video_BSD), dim=1)
+
+
 def _limit(dit: DiT, kept: set[str], first: bool, last: bool) -> None:
     for layer in list(dit.blocks):
         if layer not in kept:
@@ -84,7 +102,9 @@ def _limit(dit: DiT, kept: set[str], first: bool, last: bool) -> None:
     if not first:
         dit.embed.patch = Passed()
         dit.embed.position = None
-        dit.embed.tokens = Tokens()  # without the hooks that divide them
+        dit.embed.tokens = Passed()  # without the hooks that divide them
+        if dit.config.is_joint:
+            dit.embed.text = None
     if not last:
         dit.head = Passed()
 

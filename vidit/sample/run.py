@@ -14,7 +14,7 @@ from parallel import checkpoint
 from vidit.config import ConfigError, RunConfig, refuse
 from vidit.data.encode import encode_mp4, write_gif
 from vidit.overrides import apply_overrides, field_names
-from vidit.resolve import faults
+from vidit.resolve import faults, grid_of
 from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.parallelize import build_dit
@@ -84,15 +84,10 @@ def requested(trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
     """Sizes above the model's absolute position tables, which have the size of the training clips."""
-    if not trained.model.absolute_position:
+    if trained.model.absolute_position != "learned":
         return
-    t, s = trained.vae.temporal_stride, trained.vae.spatial_stride * trained.model.patch
-    axes = (
-        ("num_frames", 1 + (config.data.num_frames - 1) // t, 1 + (trained.data.num_frames - 1) // t),
-        ("height", config.data.height // s, trained.data.height // s),
-        ("width", config.data.width // s, trained.data.width // s),
-    )
-    for name, asked, most in axes:
+    asked_grid, most_grid = (grid_of(c, c.data.num_frames, c.data.height, c.data.width) for c in (config, trained))
+    for name, asked, most in zip(("num_frames", "height", "width"), asked_grid, most_grid, strict=True):
         if asked > most:
             size = getattr(trained.data, name)
             yield (

@@ -13,7 +13,7 @@ from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
 from vidit.config import Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
-from vidit.resolve import faults, grid_of, resolve
+from vidit.resolve import faults, grid_of, latent_frames, resolve
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -42,7 +42,7 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
     if p.sharded_norms == "auto" and config.train.task == "dit" and layout.tensor > 1:
-        changes["sharded_norms"] = not (layout.sequence > 1 and kind == "window")
+        changes["sharded_norms"] = not (m.is_joint or (layout.sequence > 1 and kind == "window"))
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     refuse([*layout_faults(fixed, ranks_per_node)])
     return fixed
@@ -91,7 +91,7 @@ def _grids(config: RunConfig) -> list[Window]:
 def _context_faults(config: RunConfig) -> Iterator[str]:
     p = config.parallel
     if p.vae_context == "time":
-        for frames in dict.fromkeys(grid[0] for grid in _grids(config)):
+        for frames in dict.fromkeys(latent_frames(config, shape.num_frames) for shape in _shapes(config)):
             yield from context_faults(frames, p.sequence)
     elif p.vae_context == "rows":
         for rows in dict.fromkeys(shape.height // config.vae.spatial_stride for shape in _shapes(config)):
@@ -148,6 +148,11 @@ def _whatever_the_ranks(config: RunConfig) -> Iterator[str]:
     yield from Layout(tensor=p.tensor).head_faults(m.num_heads)
     yield from Layout(tensor=p.tensor).width_faults("model.mlp_width", m.mlp_width)
     yield from stage_faults(m.num_layers, p.schedule, p.pipeline, p.stages_per_rank)
+    if m.is_joint and p.sharded_norms is True:
+        yield (
+            "parallel.sharded_norms=true cuts the video's tokens and not the text's beside them (model.cross_attention="
+            "joint); leave it out"
+        )
     yield from _torch_faults(config)
 
 
@@ -172,6 +177,11 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         yield (
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
+        )
+    if m.is_joint and kind != "ulysses":
+        yield (
+            f"parallel.sequence_kind={kind} has no way to let text tokens ask (model.cross_attention=joint); use "
+            f"ulysses, with a parallel.sequence that divides {m.num_heads // layout.tensor} heads"
         )
     if kind == "window" and p.sharded_norms is True:
         yield (

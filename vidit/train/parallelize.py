@@ -18,11 +18,11 @@ from parallel.zero import apply_zero
 from vidit.config import RunConfig
 from vidit.model.block import Block
 from vidit.model.dit import DiT
-from vidit.model.init import initial_value
 from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
+from vidit.train.initial import initial_values
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
 from vidit.vae.autoencoder import CausalVae
@@ -41,12 +41,13 @@ def build_dit(
     with torch.device("meta"):
         dit = DiT(config.model, config.vae.latent_channels, resolve(config).largest_grid, text.width)
     dit.dtype = dtype
-    if mesh is not None:
-        _divide(dit, config, mesh)
     model = nn.ModuleDict({"dit": dit})
     if text.trainable:
         model["text"] = text
-    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"])
+    names = list(model.state_dict())
+    if mesh is not None:
+        _divide(dit, config, mesh)
+    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"], names)
 
 
 def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
@@ -55,8 +56,10 @@ def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh:
         vae = CausalVae(config.vae)
     vae.dtype = dtype
     vae.encoder.requires_grad_(not config.vae_train.freeze_encoder)
+    model = nn.ModuleDict({"vae": vae})
+    names = list(model.state_dict())
     divide_vae(vae, config, mesh)
-    return _finish(nn.ModuleDict({"vae": vae}), config, device, dtype, mesh, ["vae.encoder", "vae.decoder"])
+    return _finish(model, config, device, dtype, mesh, ["vae.encoder", "vae.decoder"], names)
 
 
 def build_discriminator(
@@ -67,14 +70,8 @@ def build_discriminator(
         judge = Discriminator(config.vae_train)
     judge.dtype = dtype
     whole = config.parallel.model_copy(update={"zero": 0, "cpu_offload": False})
-    return _finish(
-        nn.ModuleDict({JUDGE.rstrip("."): judge}),
-        config.model_copy(update={"parallel": whole}),
-        device,
-        dtype,
-        mesh,
-        [],
-    )
+    config, model = config.model_copy(update={"parallel": whole}), nn.ModuleDict({JUDGE.rstrip("."): judge})
+    return _finish(model, config, device, dtype, mesh, [], list(model.state_dict()))
 
 
 def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
@@ -93,13 +90,22 @@ def _divide(dit: DiT, config: RunConfig, mesh: Mesh) -> None:
         keep_stages(dit, [layers for layers, rank in zip(stages_of(config), ranks, strict=True) if rank == own])
         plan = plan_of_stages(plan, dit)
     if layout.tensor > 1:
-        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads)
+        apply_tensor(dit, plan.parameters, plan.regions, mesh.tensor, config.model.num_heads, plan.means)
     if layout.sequence > 1:
         apply_sequence(dit, plan, mesh, kind_of(config))
     if layout.tensor > 1 and p.sharded_norms is True:
-        cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions}
+        cut = {name: dims for name, dims in plan.split.items() if name not in plan.positions} | plan.placed
         apply_sharded_norms(
-            dit, cut, plan.vectors, plan.regions, plan.gather, plan.counted, plan.before, mesh.tensor, layout.sequence
+            dit,
+            cut,
+            plan.vectors,
+            plan.regions,
+            plan.gather,
+            plan.counted,
+            plan.before,
+            mesh.tensor,
+            layout.sequence,
+            plan.beside,
         )
 
 
@@ -110,8 +116,12 @@ def _finish(
     dtype: torch.dtype,
     mesh: Mesh | None,
     units: list[str],
+    names: list[str],
 ) -> nn.ModuleDict:
-    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values."""
+    """What is done to any model: recompute, compile, ZeRO over `units`; then memory and values.
+
+    `names` are of all its tensors, before it was cut.
+    """
     c, p = config.train, config.parallel
     if dtype == torch.float64:
         model.double()
@@ -127,8 +137,9 @@ def _finish(
             reduce_dtype=torch.bfloat16 if p.reduce_dtype == "bf16" else None,
         )  # fmt: skip
     model.to_empty(device="cpu" if p.cpu_offload else device)
+    value = initial_values(config, names)
     for name, parameter in model.named_parameters():
-        fill(parameter, initial_value(name, tuple(parameter.shape), c.seed))
+        fill(parameter, value(name, tuple(parameter.shape)))
     for module in model.modules():
         if isinstance(module, CausalVae):
             module.latent_mean.zero_()

@@ -20,7 +20,7 @@ from vidit.data.loader import Batch
 from vidit.dtypes import wide
 from vidit.model.dit import DiT
 from vidit.model.linear import Linear
-from vidit.model.stage import shared_parameters, view_of_stage
+from vidit.model.stage import entering, leaving, shared_parameters, view_of_stage
 from vidit.model.windows import Grid
 from vidit.text.encoder import TextTokens
 from vidit.train.passes import Around, nothing_around
@@ -92,7 +92,7 @@ class PipelinePasses:
         ends = pipeline.is_first or pipeline.is_last
         videos = [step.video(batch, own) if ends else None for batch, own in zip(batches, inputs, strict=True)]
         entering = [self._entering(own, video) for own, video in zip(inputs, videos, strict=True)]
-        shapes = self._shapes(len(inputs[0].rows), step.latent_shape)
+        shapes = self._shapes(len(inputs[0].rows), step.latent_shape, self._num_text(batches[0]))
         rows: dict[int, Tensor] = {}
 
         def loss(output: Tensor, number: int) -> Tensor:
@@ -153,10 +153,16 @@ class PipelinePasses:
                 estimates[i] = self.step.estimate(output, inputs[i], video)
         return estimates
 
-    def _shapes(self, rows: int, latent: tuple[int, ...]) -> Shapes:
+    def _num_text(self, batch: Batch) -> int:
+        """Text tokens of a row: of a row of images every caption's."""
+        assert batch.tokens is not None
+        return batch.tokens.mask_BL.shape[1] * (1 if batch.images is None else self.step.images_per_row)
+
+    def _shapes(self, rows: int, latent: tuple[int, ...], num_text: int) -> Shapes:
         c, dtype = self.step.config.model, self.dit.dtype
-        grid = (latent[1], latent[2] // c.patch, latent[3] // c.patch)
-        tokens = [self.own_tokens(grid, layers[-1]) for layers in self.stages[:-1]]
+        grid = self.step.grid(latent, None).shape
+        beside = num_text if c.is_joint else 0
+        tokens = [self.own_tokens(grid, layers[-1]) + beside for layers in self.stages[:-1]]
         return Shapes(
             Shape((rows, *latent), self.step.dtype),
             tuple(Shape((rows, number, c.width), dtype) for number in tokens),
@@ -183,7 +189,8 @@ class _Stage(nn.Module):
         previous: Tensor | None = None,
     ) -> Tensor:
         own = self.step.text(self.beside, tokens, num_clips) if text is None else text
-        out: Tensor = self.dit(x, grid, time_B, own.features_BLE, own.frame_BL, own.pooled_BE, previous)
+        entered = entering(self.dit, x, own.features_BLE.shape[1])
+        out = leaving(self.dit(entered, grid, time_B, own.features_BLE, own.frame_BL, own.pooled_BE, previous))
         return out.contiguous()  # as a stage must promise of what it hands on
 
 
@@ -206,6 +213,6 @@ class _PipelinedDit(nn.Module):
     ) -> Tensor:
         text = TextInputs(text_BLE, text_frame_BL, pooled_BE)
         micro_batch = {"grid": grid, "time_B": time_B, "text": text, "previous": previous_BCTHW}
-        shapes = self.passes._shapes(x.shape[0], tuple(x.shape[1:]))
+        shapes = self.passes._shapes(x.shape[0], tuple(x.shape[1:]), text_BLE.shape[1])
         (output,) = self.passes.pipeline.forward([x], [micro_batch], shapes)
         return output

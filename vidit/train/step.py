@@ -206,8 +206,8 @@ class DitStep:
 
     def grid(self, latent_shape: Sequence[int], image_B: Tensor | None) -> Grid:
         """Latents of a shape (..., T, H, W) in tokens."""
-        (frames, height, width), patch = latent_shape[-3:], self.config.model.patch
-        return Grid(frames, height // patch, width // patch, image_B)
+        t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.model.patch, strict=True))
+        return Grid(t, h, w, image_B)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""

@@ -11,7 +11,6 @@ from vidit.model.attention import (
     EVERY_FRAME,
     PADDING,
     CrossAttention,
-    HeadNorm,
     Positions,
     RelativeBias,
     SelfAttention,
@@ -21,8 +20,9 @@ from vidit.model.attention import (
     attend,
     visible,
 )
-from vidit.model.embed import TokenPositions
 from vidit.model.init import initialise
+from vidit.model.norm import HeadNorm
+from vidit.model.position import TokenPositions
 from vidit.model.rope import THETA, axis_pairs, rope_angles, rotate
 from vidit.model.windows import Grid, partition
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from operator import mul
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidit import keys
-from vidit.config import PRESETS, Model
+from vidit.config import FAMILIES, PRESETS, Model
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT, text_frames
 from vidit.model.embed import Head, PatchEmbed
@@ -28,6 +29,8 @@ TINY = {
     "windows": ((1, 0, 0), (0, 2, 4)),
     "attention_backend": "sdpa",
 }
+JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
+JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -39,8 +42,18 @@ VARIATIONS = {
     "rank 0": {"adaln_rank": 0},
     "rank 5": {"adaln_rank": 5},
     "patch": {"patch": 2},
+    "patch of frames": {"patch": (2, 1, 3)},
     "full": {"windows": ((0, 0, 0),), "cross_attention": "all"},
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2), (0, 0, 0)), "num_layers": 5},
+    "table": {"modulation": "table"},
+    "norms": {"qk_norm": "width", "cross_norm": "affine", "activation": "gelu_tanh"},
+    "no norm before text": {"cross_norm": "none"},
+    "joint": {**JOINT, "adaln_rank": 3},
+    "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
+    "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
+    "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
+    "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
+    **FAMILIES,
 }
 
 
@@ -57,12 +70,12 @@ def build(grid=GRID, seed=0, filled=True, **changes):
     return model
 
 
-def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
+def inputs(rows=2, grid=GRID, patch=(1, 1, 1), tokens=5, seed=0):
     g = torch.Generator().manual_seed(seed)
     frame = torch.full((rows, tokens), EVERY_FRAME)
     frame[0, -2:] = PADDING
     return {
-        "x_BCTHW": torch.randn(rows, CHANNELS, grid[0], grid[1] * patch, grid[2] * patch, generator=g),
+        "x_BCTHW": torch.randn(rows, CHANNELS, *map(mul, grid, patch), generator=g),
         "time_B": torch.rand(rows, generator=g) * 1000,
         "text_BLE": torch.randn(rows, tokens, TEXT, generator=g),
         "text_frame_BL": frame,
@@ -73,7 +86,7 @@ def inputs(rows=2, grid=GRID, patch=1, tokens=5, seed=0):
 def denoise(model, x_BCTHW, *rest, image_B=None, **more):
     """The output for a latent, on the grid that it has."""
     frames, *space = x_BCTHW.shape[2:]
-    grid = Grid(frames, *(n // model.head.patch for n in space), image_B)
+    grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B)
     return model(x_BCTHW, grid, *rest, **more)
 
 
@@ -156,6 +169,10 @@ class TestFlops:
             {"windows": ((1, 0, 0), (0, 4, 4)), "relative_position": "none"},
             {"windows": ((1, 0, 0), (0, 4, 4)), "cross_attention": "all", "self_conditioning": 0.0},
             {"windows": ((1, 0, 0), (0, 1, 1)), "cross_attention": "all", "cross_keys": "text", "patch": 2},
+            JOINT,
+            FAMILIES["wan"],
+            {**FAMILIES["cogvideox"], "time_width": 0},
+            {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
@@ -165,7 +182,7 @@ class TestFlops:
         grid, text, tokens = (2, 8, 8), 24, 128
         model = DiT(c, 4, grid, text)
         initialise(model, 0)
-        x = torch.randn(rows, 4, grid[0], grid[1] * c.patch, grid[2] * c.patch)
+        x = torch.randn(rows, 4, *map(mul, grid, c.patch))
         frame = torch.full((rows, tokens), EVERY_FRAME)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             denoise(model, x, torch.rand(rows), torch.randn(rows, tokens, text), frame)
@@ -271,6 +288,16 @@ class TestRows:
         text[0, -2:] = 9.0
         assert torch.equal(denoise(model, **batch), denoise(model, **{**batch, "text_BLE": text}))
 
+    @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+    def test_padding_is_seen_where_the_config_says_so(self, family):
+        for padding in ("masked", "seen"):
+            model, batch = build(**{**family, "patch": 1, "text_padding": padding}), inputs()
+            text = batch["text_BLE"].clone()
+            text[0, -2:] = 9.0
+            moved = denoise(model, **{**batch, "text_BLE": text}) - denoise(model, **batch)
+            assert bool(moved[0].any()) == (padding == "seen")
+            assert not moved[1].any()
+
     def test_text_frames(self):
         assert text_frames(torch.tensor([[True, False]])).tolist() == [[EVERY_FRAME, PADDING]]
 
@@ -315,6 +342,14 @@ class TestImages:
         for k in range(3):
             alone = denoise(model, **self.only(batch, k))
             torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+            video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("family", [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B], ids=["wan", "latte", "joint"])
+    def test_in_every_family_it_is_a_video_of_one_frame(self, family):
+        model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
+        out = denoise(model, **batch)
+        for k in range(3):
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
             torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
@@ -399,7 +434,7 @@ class TestGrids:
     def test_patches_are_local(self):
         """Without attention across places, a pixel of a patch moves its own patch alone: order of the folding."""
         model = build(patch=2, windows=((1, 1, 1),), grid=(2, 3, 5), cross_attention="none")
-        batch = inputs(1, grid=(2, 3, 5), patch=2)
+        batch = inputs(1, grid=(2, 3, 5), patch=(1, 2, 2))
         other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
         other["x_BCTHW"][0, 1, 1, 2, 7] += 1  # patch row 1, patch column 3
         moved = (denoise(model, **other) - denoise(model, **batch)).abs().amax((0, 1)) > 0
@@ -412,7 +447,7 @@ class TestPatches:
     """The order of a patch's numbers is part of every stored weight: row, column, channel."""
 
     def test_feature_order(self):
-        patch = PatchEmbed(3, 2, 12)
+        patch = PatchEmbed(3, (1, 2, 2), 12)
         with torch.no_grad():
             patch.project.weight.copy_(torch.eye(12))
             patch.project.bias.zero_()
@@ -425,7 +460,7 @@ class TestPatches:
         torch.testing.assert_close(patch(x), torch.stack(expected, 1))
 
     def test_the_head_puts_them_back(self):
-        patch, head = PatchEmbed(3, 2, 12), Head(12, 2, 3)
+        patch, head = PatchEmbed(3, (1, 2, 2), 12), Head(Model(width=12, num_heads=2, patch=2), 3)
         initialise(head, 0)
         with torch.no_grad():
             patch.project.weight.copy_(torch.eye(12))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidit.config import Model
+from vidit.config import FAMILIES, Model
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 
@@ -22,6 +22,9 @@ VARIATIONS = {
     "text keys": {"cross_attention": "all", "cross_keys": "text"},
     "pooled": {"pooled_text": True},
     "rank 0": {"adaln_rank": 0},
+    **FAMILIES,
+    "table": {"modulation": "table"},
+    "norms": {"qk_norm": "width", "cross_norm": "affine"},
     "one block without text": {"num_layers": 1, "windows": ((0, 0, 0),), "cross_attention": "none"},
 }
 
@@ -62,7 +65,7 @@ def test_seams_are_there(pair: tuple[Model, DiT]) -> None:
 def test_every_core_is_named(pair: tuple[Model, DiT]) -> None:
     """A core that stays as it is under sequence parallelism would attend to its rank's tokens alone."""
     config, model = pair
-    cores = [name for name, m in model.named_modules() if type(m).__name__ == "WindowCore"]
+    cores = [name for name, m in model.named_modules() if type(m).__name__ in ("WindowCore", "JointCore")]
     found = [name for pattern in sharding_plan(config).cores for name in matching(pattern, cores)]
     assert sorted(found) == sorted(cores)
 

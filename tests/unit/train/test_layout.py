@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 
-from vidit.config import ConfigError, Data, Model, Parallel, RunConfig, Train, Vae
+from vidit.config import FAMILIES, ConfigError, Data, Model, Parallel, RunConfig, Train, Vae
 from vidit.train.layout import layout_of, own_tokens, stages_of, with_layout
+
+MODEL = {"windows": ((1, 0, 0), (0, 8, 8)), "cross_keys": "text"}
 
 
 def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
     """24 layers of 16 heads on 5x16x16 tokens, W.A.L.T.'s windows in turn."""
     train = {"global_batch": 64, "micro_batch": 1, "device": "cpu", **sections.pop("train", {})}
-    model = {"windows": ((1, 0, 0), (0, 8, 8)), "cross_keys": "text", **sections.pop("model", {})}
+    own = sections.pop("model", {})
+    model = own if own.get("cross_attention") == "joint" else {**MODEL, **own}
     return RunConfig(
         name="a", vae=Vae(weights="x"), data=Data(train="x"), model=Model(**model), train=Train(**train),
         parallel=Parallel(**parallel), **sections,
@@ -55,6 +58,27 @@ def test_a_ring_has_kernels_of_its_own() -> None:
     with pytest.raises(ConfigError, match=r"sequence_kind=ring has kernels of its own.*use auto"):
         with_layout(config({"sequence": 2, "sequence_kind": "ring"}, model=model), 2)
     assert with_layout(config({"sequence": 2, "sequence_kind": "ulysses"}, model=model), 2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "part"),
+    [
+        ({"sequence": 2, "sequence_kind": "ring"}, "sequence_kind=ring has no way to let text tokens ask"),
+        ({"sequence": 2, "sequence_kind": "ulysses_ring"}, "sequence_kind=ulysses_ring has no way"),
+        ({"sequence": 3}, "divides 48 heads"),
+        ({"tensor": 2, "sharded_norms": True}, "sharded_norms=true cuts the video's tokens and not the text's"),
+    ],
+)
+def test_text_tokens_of_a_joint_model(parallel: dict[str, Any], part: str) -> None:
+    model = {**FAMILIES["cogvideox"], "width": 768, "num_heads": 48 if "divides" in part else 16, "patch": 1}
+    del model["time_width"]
+    ranks = parallel.get("tensor", 1) * parallel.get("sequence", 1)
+    given = {**parallel, "sequence_kind": "ring"} if "divides" in part else parallel
+    with pytest.raises(ConfigError) as caught:
+        with_layout(config(given, model=model, train={"global_batch": 60}), ranks)
+    assert any(part in line for line in caught.value.faults), caught.value.faults
+    chosen = with_layout(config({"tensor": 2, "sequence": 2}, model=model), 4).parallel
+    assert (chosen.sequence_kind, chosen.sharded_norms) == ("ulysses", False)
 
 
 def test_what_torch_does_not_run_together() -> None:

@@ -1,0 +1,107 @@
+"""Is a step of ours as fast as one of diffusers' class with the same weights?
+
+    python -m benchmarks.diffusers_step [--repeats 15]
+
+For a small Wan, CogVideoX and Latte: forward and backward of the same latents, text and weights, fp32 on one thread,
+ours and theirs in turn, medians and quartiles of milliseconds of the processor, which other work on the machine
+disturbs less than the clock. Outputs are compared first. Needs the extra `export`.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from statistics import quantiles
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from torch import Tensor, nn
+
+from benchmarks.record import write_result
+from vidit.export.diffusers import from_diffusers
+from vidit.model.attention import EVERY_FRAME
+from vidit.model.windows import Grid
+
+ROWS, TEXT, TOKENS, CHANNELS = 1, 128, 64, 16
+LATENT = (6, 16, 24)
+SIZES: dict[str, dict[str, Any]] = {
+    "WanTransformer3DModel": {
+        "num_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64, "ffn_dim": 1536, "text_dim": TEXT,
+        "in_channels": CHANNELS, "out_channels": CHANNELS,
+    },
+    "CogVideoXTransformer3DModel": {
+        "num_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64, "text_embed_dim": TEXT,
+        "in_channels": CHANNELS, "out_channels": CHANNELS, "use_rotary_positional_embeddings": True,
+    },
+    "LatteTransformer3DModel": {
+        "num_layers": 2, "num_attention_heads": 6, "attention_head_dim": 64, "caption_channels": TEXT,
+        "in_channels": CHANNELS, "out_channels": CHANNELS, "cross_attention_dim": 384, "sample_size": 32,
+        "patch_size": 2, "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False, "norm_eps": 1e-6, "video_length": LATENT[0],
+    },
+}  # fmt: skip
+
+
+def pair(cls: str) -> tuple[nn.Module, nn.Module, Callable[[], Tensor], Callable[[], Tensor]]:
+    """Ours, theirs, and a forward pass of each on the same inputs."""
+    torch.manual_seed(0)
+    theirs: Any = getattr(diffusers, cls)(**SIZES[cls])
+    ours = from_diffusers(theirs)
+    x, text = torch.randn(ROWS, CHANNELS, *LATENT), torch.randn(ROWS, TOKENS, TEXT)
+    when, seen = torch.full((ROWS,), 500.0), torch.full((ROWS, TOKENS), EVERY_FRAME)
+    grid = Grid(LATENT[0], LATENT[1] // 2, LATENT[2] // 2)
+    more: dict[str, Any] = {}
+    frames_first = cls.startswith("CogVideoX")
+    if frames_first:
+        plane = (grid.height, grid.width)
+        more["image_rotary_emb"] = get_3d_rotary_pos_embed(64, ((0, 0), plane), plane, grid.frames)
+
+    def call_theirs() -> Tensor:
+        given = x.transpose(1, 2) if frames_first else x
+        out: Tensor = theirs(given, timestep=when, encoder_hidden_states=text, return_dict=False, **more)[0]
+        return out.transpose(1, 2) if frames_first else out
+
+    def call_ours() -> Tensor:
+        out: Tensor = ours(x, grid, when, text, seen)
+        return out
+
+    return ours, theirs, call_ours, call_theirs
+
+
+def timed(module: nn.Module, call: Callable[[], Tensor]) -> float:
+    """Milliseconds of the processor for a forward and backward pass."""
+    module.zero_grad(set_to_none=True)
+    began = time.process_time()
+    call().square().mean().backward()
+    return (time.process_time() - began) * 1000
+
+
+def measure(cls: str, repeats: int) -> dict[str, Any]:
+    ours, theirs, call_ours, call_theirs = pair(cls)
+    with torch.no_grad():
+        expected = call_theirs()
+        error = float((call_ours() - expected).abs().max() / expected.abs().max())
+    timed(ours, call_ours), timed(theirs, call_theirs)
+    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        times["ours"].append(timed(ours, call_ours))
+        times["theirs"].append(timed(theirs, call_theirs))
+    quarters = {name: [round(q, 1) for q in quantiles(own, n=4)] for name, own in times.items()}
+    return {"class": cls, "error": error, **quarters, "ratio": round(quarters["theirs"][1] / quarters["ours"][1], 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = [measure(cls, arguments.repeats) for cls in SIZES]
+    for row in rows:
+        shown = [f"{name} {row[name][1]} ms ({row[name][0]}-{row[name][2]})" for name in ("ours", "theirs")]
+        print(f"{row['class']}: {', '.join(shown)}, {row['ratio']} x; outputs differ by {row['error']:.1e}")
+    write_result("diffusers-step", {"rows": rows, "repeats": arguments.repeats})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""From our denoiser to a class of diffusers and back, tensor by tensor, bit for bit.
+
+`imported` and `exported` give names, shapes and a way to get one tensor, so a model of any size passes one at a time;
+`from_diffusers` and `to_diffusers` have it whole in memory. Only `to_diffusers` imports the library.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vidit.config import Model
+from vidit.export.diffusers.cogvideox import COGVIDEOX
+from vidit.export.diffusers.family import Family, Geometry
+from vidit.export.diffusers.latte import LATTE
+from vidit.export.diffusers.wan import WAN
+from vidit.model.dit import DiT
+from vidit.train.weights_folder import Weights, open_weights, require_keys
+
+FAMILIES = (WAN, COGVIDEOX, LATTE)
+
+
+def from_diffusers(source: str | Path | nn.Module) -> DiT:
+    """The denoiser that a module of diffusers, or a folder with its config.json and safetensors files, holds; fp32.
+
+    Raises ValueError where the class or its geometry is not known here, and where keys are missing or unknown.
+    """
+    geometry, tensors = imported(source)
+    dit = on_meta(geometry)
+    dit.load_state_dict({name: tensors.get(name).float() for name in tensors.shapes}, assign=True)
+    return dit
+
+
+def to_diffusers(model: DiT, latent: tuple[int, int, int] | None = None, text_tokens: int | None = None) -> nn.Module:
+    """The module of diffusers with the weights of `model`; `latent` (T, H, W) and `text_tokens` as in `Geometry`.
+
+    Raises ValueError where the model's geometry has no class there.
+    """
+    import diffusers
+
+    state = {name: p.detach() for name, p in model.state_dict().items()}
+    shapes = {name: tuple(p.shape) for name, p in state.items()}
+    geometry = Geometry(model.config, model.channels, model.text_width, latent, text_tokens)
+    config, tensors = exported(geometry, Weights(shapes, state.__getitem__))
+    module: nn.Module = getattr(diffusers, config["_class_name"])(**{k: v for k, v in config.items() if k[0] != "_"})
+    module.load_state_dict({name: tensors.get(name) for name in tensors.shapes})
+    return module
+
+
+def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
+    """Geometry and tensors, under our names, of a module or a folder of theirs."""
+    config, given = _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
+    family = _family_of_class(config.get("_class_name"))
+    geometry = family.geometry(config)
+    places = family.places(wanted := _shapes(on_meta(geometry)))
+    require_keys({name for place in places.values() for name in place.names}, set(given.shapes), family.cls)
+
+    def get(name: str) -> Tensor:
+        found = places[name].form.ours([given.get(theirs) for theirs in places[name].names], geometry.model)
+        if tuple(found.shape) != wanted[name]:
+            raise ValueError(
+                f"{' and '.join(places[name].names)} become {tuple(found.shape)}, but {name} is {wanted[name]} by the "
+                "config.json beside them; take both from one checkpoint"
+            )
+        return found.contiguous()
+
+    return geometry, Weights(wanted, get)
+
+
+def exported(geometry: Geometry, given: Weights) -> tuple[dict[str, Any], Weights]:
+    """Their config.json and the tensors under their names; `given` are ours."""
+    family = family_of(geometry.model)
+    require_keys(set(_shapes(on_meta(geometry))), set(given.shapes), "the model")
+    places, sources, shapes = family.places(given.shapes), {}, {}
+    for name, place in places.items():
+        parts = place.form.theirs(torch.empty(given.shapes[name], device="meta"), geometry.model)
+        for number, (theirs, part) in enumerate(zip(place.names, parts, strict=True)):
+            sources[theirs], shapes[theirs] = (name, number), tuple(part.shape)
+
+    def get(theirs: str) -> Tensor:
+        name, number = sources[theirs]
+        return places[name].form.theirs(given.get(name), geometry.model)[number].contiguous()
+
+    return {"_class_name": family.cls, **family.fixed, **family.write(geometry)}, Weights(shapes, get)
+
+
+def family_of(c: Model) -> Family:
+    """The family whose class expresses a model. ValueError that says what keeps it from the nearest one."""
+    by_distance = sorted(FAMILIES, key=lambda family: len(list(family.differences(c))))
+    if faults := list(by_distance[0].differences(c)):
+        known = " ".join(family.name for family in FAMILIES)
+        raise ValueError(
+            f"no class of diffusers expresses this model; of {known} the nearest fails by {'; '.join(faults)}"
+        )
+    return by_distance[0]
+
+
+def on_meta(geometry: Geometry) -> DiT:
+    with torch.device("meta"):
+        return DiT(geometry.model, geometry.channels, (1, 1, 1), geometry.text_width)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _family_of_class(cls: object) -> Family:
+    for family in FAMILIES:
+        if family.cls == cls:
+            return family
+    raise ValueError(f"class {cls} is not known here; use one of {' '.join(family.cls for family in FAMILIES)}")
+
+
+def _of_module(module: nn.Module) -> tuple[Mapping[str, Any], Weights]:
+    state = module.state_dict()
+    config = {**getattr(module, "config", {}), "_class_name": type(module).__name__}
+    return config, Weights(_shapes(module), lambda name: state[name].detach())
+
+
+def _of_folder(folder: Path) -> tuple[Mapping[str, Any], Weights]:
+    """A folder as `save_pretrained` writes it, or a pipeline's, which has it as `transformer`."""
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} is no model of diffusers: config.json cannot be read: {error}") from error
+    return config, open_weights(folder)
