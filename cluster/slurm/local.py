@@ -66,13 +66,14 @@ class Keeper:
         }  # fmt: skip
         self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.controller: subprocess.Popen[bytes] | None = None
         self.over = False
 
     def run(self, watch: bool) -> None:
         """Start everything, say so in `ready`, wait for SIGTERM or (`watch`) for the end of standard input; end it."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
-        signal.signal(signal.SIGHUP, lambda *_: self._start_nodes())
+        signal.signal(signal.SIGHUP, self._revive)
         try:
             self._start()
             (self.root / "ready").write_text(str(os.getpid()))
@@ -85,8 +86,9 @@ class Keeper:
             raise
         finally:
             end(lambda: processes.find(self.root))
-            for child in (*self.daemons, *self.nodes.values()):
-                child.wait()
+            for child in (*self.daemons, self.controller, *self.nodes.values()):
+                if child:
+                    child.wait()
 
     def _stop(self, *_: object) -> None:
         self.over = True
@@ -107,9 +109,15 @@ class Keeper:
         (root / "slurm.conf").write_text(slurm_conf(root, self.shape, free_ports(1 + self.shape.nodes)))
         (root / "gres.conf").write_text(gres_conf(self.shape))
         (root / "state").mkdir()
-        self._daemon("slurmctld", "-D", "-c", "-i")
+        self.controller = self._spawn(("slurmctld", "-D", "-c", "-i"), self.environment)
         self._start_nodes()
         self._wait("the nodes", self._all_idle)
+
+    def _revive(self, *_: object) -> None:
+        """Start again what was killed; a controller goes on from the state that it saved."""
+        if self.controller and self.controller.poll() is not None:
+            self.controller = self._spawn(("slurmctld", "-D"), self.environment)
+        self._start_nodes()
 
     def _daemon(self, *argv: str) -> None:
         self.daemons.append(self._spawn(argv, self.environment))
@@ -131,7 +139,7 @@ class Keeper:
     def _wait(self, what: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + UP_S
         while not condition():
-            if any(daemon.poll() is not None for daemon in self.daemons):
+            if any(daemon and daemon.poll() is not None for daemon in (*self.daemons, self.controller)):
                 raise RuntimeError(f"a daemon has ended while {what} was waited for; see {self.root}/*.out and *.log")
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{what} not up after {UP_S:g} s; see {self.root}/*.log")
@@ -192,8 +200,14 @@ class LocalSlurm:
         """As if its power went: slurmd and everything that it runs, at once."""
         end(lambda: processes.find(self.root, name))
 
+    def kill_controller(self) -> None:
+        """End slurmctld, at once."""
+        end(
+            lambda: [one for one in processes.find(self.root) if Path(f"/proc/{one}/comm").read_text() == "slurmctld\n"]
+        )
+
     def revive(self) -> None:
-        """Start the nodes again that were killed."""
+        """Start what was killed again."""
         self.keeper.send_signal(signal.SIGHUP)
 
 

@@ -27,7 +27,7 @@ from vidit.train.step import DitStep, Losses
 class Case:
     """`scaled`: step -> by what the last rank's loss is multiplied there. `poisoned`: after the update of that step
     the last rank holds a weight that is not finite. `unmade`: updates that the reference leaves out. `slow_s`: what the
-    last rank takes longer for each micro-batch.
+    last rank takes longer for each micro-batch. `clock_s`: by what its clock is off.
     """
 
     config: RunConfig
@@ -35,6 +35,7 @@ class Case:
     poisoned: int = 0
     unmade: tuple[int, ...] = ()
     slow_s: float = 0.0
+    clock_s: float = 0.0
 
 
 def start(case: Case) -> str:
@@ -51,6 +52,9 @@ def start(case: Case) -> str:
             leave_out(case.unmade, stack)
         if faulty and case.slow_s:
             stack.enter_context(patch.object(MicroBatches, "__getitem__", slow_reading(case.slow_s)))
+        if faulty and case.clock_s:
+            now = time.time
+            stack.enter_context(patch("time.time", lambda: now() + case.clock_s))
         run(case.config)
     return said.getvalue()
 

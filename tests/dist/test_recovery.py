@@ -162,6 +162,16 @@ def test_a_slow_rank_is_named(pool: Pool, build: Build, tmp_path: Path) -> None:
     assert all(row["own_s"] > 0.3 for row in rows)
 
 
+@pytest.mark.parametrize("clock_s", [-3600.0, 3600.0])
+def test_a_clock_that_is_off_changes_nothing(pool: Pool, build: Build, tmp_path: Path, clock_s: float) -> None:
+    """Stopped and resumed on the way: nothing that ranks decide on is a time of day."""
+    found, whole = tmp_path / "found", build(tmp_path / "whole")
+    pool.run(2, start, Case(whole))
+    for steps in (5, 8):
+        pool.run(2, start, Case(build(found, steps=steps), clock_s=clock_s))
+    assert_follows(build(found), whole, without=set(), steps=8)
+
+
 def test_a_damaged_checkpoint_and_what_crashes_left(pool: Pool, build: Build, tmp_path: Path) -> None:
     """Two ranks go on from the checkpoint before, and are the run whose checkpoint was whole."""
     found, whole = build(tmp_path / "found"), build(tmp_path / "whole", steps=12)
