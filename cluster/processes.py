@@ -19,6 +19,14 @@ def environment_of(process: int) -> dict[str, str]:
     return dict(item.split("=", 1) for item in raw.decode(errors="replace").split("\0") if "=" in item)
 
 
+def command_of(process: int) -> str:
+    """The program that it runs; empty where it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def is_alive(process: int) -> bool:
     """Whether it runs; a zombie does not."""
     try:

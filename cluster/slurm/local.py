@@ -28,7 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.processes import GONE_S, end, is_alive
+from cluster.processes import GONE_S, command_of, end, is_alive
 from cluster.slurm import processes
 from cluster.slurm.conf import Shape, free_ports, gres_conf, slurm_conf
 
@@ -202,9 +202,7 @@ class LocalSlurm:
 
     def kill_controller(self) -> None:
         """End slurmctld, at once."""
-        end(
-            lambda: [one for one in processes.find(self.root) if Path(f"/proc/{one}/comm").read_text() == "slurmctld\n"]
-        )
+        end(lambda: [one for one in processes.find(self.root) if command_of(one).endswith("slurmctld")])
 
     def revive(self) -> None:
         """Start what was killed again."""

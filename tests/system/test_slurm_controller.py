@@ -1,4 +1,4 @@
-"""The controller of SLURM dies under a running job and comes back: the job trains on meanwhile and ends as if nothing was."""
+"""The controller of SLURM dies under a running job and comes back: the job trains on, and ends as if nothing was."""
 
 from __future__ import annotations
 
