@@ -57,7 +57,10 @@ TABLE = {
     "vidit.model": Rule(CONFIG),
     "vidit.diffusion": Rule(CONFIG),
     "vidit.vae": Rule(CONFIG),
-    "vidit.vae.stored": Rule(("vidit.config", "vidit.resolve"), ("pydantic",)),  # `vidit config` reads the folder
+    # `vidit config` reads the folder
+    "vidit.vae.stored": Rule(("vidit.config", "vidit.resolve", "vidit.vae.catalog", "vidit.vae.place"), ("pydantic",)),
+    "vidit.vae.catalog": Rule(("vidit.config",), ()),
+    "vidit.vae.place": Rule(("vidit.config", "vidit.vae.catalog"), ("huggingface_hub",)),
     "vidit.text": Rule(CONFIG),
     "vidit.data.selection": Rule((), ()),  # `vidit config` checks the rules of data.select
     "vidit.data": Rule(

@@ -23,12 +23,15 @@ class Rule(NamedTuple):
 # An option is judged by the first rule that finds it idle.
 RULES = (
     Rule(
-        ("text", "model", "diffusion", "sample", "vae.weights", "data.cache_latents", "data.caption_dropout",
+        ("text", "model", "diffusion", "sample", "vae.weights", "vae.revision", "vae.kind",
+         "data.cache_latents", "data.caption_dropout",
          "train.init_from",
          "train.num_time_bands", "train.sample_every", "parallel.sequence_kind", "parallel.ulysses",
          "parallel.sharded_norms", "parallel.schedule", "parallel.stages_per_rank"),
         lambda c: c.train.task == "dit", "train.task=dit",
     ),
+    Rule(("vae.kind", "vae.revision"), lambda c: bool(c.vae.weights), "vae.weights"),
+    Rule(("vae.strides",), lambda c: c.vae.is_borrowed, "a folder of diffusers as vae.weights"),
     Rule(("vae.half_weights", "vae.l1_weight", "vae.l2_weight", "vae.kl_weight"),
          lambda c: c.train.task == "vae" or bool(c.vae.weights), "train.task=vae"),
     Rule(("vae_train",), lambda c: c.train.task == "vae", "train.task=vae"),
@@ -47,6 +50,10 @@ RULES = (
     Rule(("vae.norm_groups",), lambda c: c.vae.norm == "group", "vae.norm=group"),
     Rule(("vae.max_frames", "vae.tile"), lambda c: c.train.task == "dit" and c.parallel.vae_context == "none",
          "train.task=dit and parallel.vae_context=none"),
+    Rule(("vae.max_frames",), lambda c: c.vae.kind in ("causal", "AutoencoderKL"),
+         "a VAE that can be told: the video classes of diffusers code in batches of frames of their own"),
+    Rule(("vae.tile_overlap", "parallel.vae_context"), lambda c: not c.vae.is_borrowed,
+         "a VAE of this project: a class of diffusers is coded whole, or in its own tiles (vae.tile)"),
     Rule(("vae.tile_overlap",), lambda c: c.vae.tile > 0, "vae.tile"),
     Rule(("text",), lambda c: c.model.reads_text, "a model that reads captions (model.cross_attention or pooled_text)"),
     Rule(("text.path", "text.revision"), lambda c: c.text.kind != "bytes", "a pretrained text.kind (t5, umt5, clip)"),

@@ -102,6 +102,11 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
                 "parallel.vae_context=time, or vae.norm=rms"
             )
         yield from _size_faults(c)
+        if not c.vae.first_frame_alone and c.data.image_rows and c.data.cache_latents:
+            yield (
+                f"data.image_rows={c.data.image_rows} with data.cache_latents=true takes a clip's first latent frame for "
+                f"an image, and that of {c.vae.kind} has seen other frames; leave one out"
+            )
     yield from c.train.faults()
     if c.train.task == "vae":
         yield from _recipe_faults(c)
@@ -143,7 +148,7 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
 def _size_faults(c: RunConfig) -> Iterator[str]:
     """What the strides of the VAE and the patch do not divide."""
     pt, ph, pw = c.model.patch if c.train.task == "dit" else (1, 1, 1)
-    t = c.vae.temporal_stride
+    t, unit = c.vae.temporal_stride, c.vae.frames_unit
     shapes = {"data": c.data} | {f"data.buckets.{i}": bucket for i, bucket in enumerate(c.data.buckets)}
     for place, shape in shapes.items():
         for name, size, patch in (("height", shape.height, ph), ("width", shape.width, pw)):
@@ -154,12 +159,14 @@ def _size_faults(c: RunConfig) -> Iterator[str]:
                     f"{place}.{name}={size} is not divisible by {stride} (VAE stride {c.vae.spatial_stride} x patch "
                     f"{patch}); use one of {' '.join(map(str, near))}"
                 )
-        if (shape.num_frames - 1) % t:
-            low = 1 + (shape.num_frames - 1) // t * t
-            yield (
-                f"{place}.num_frames={shape.num_frames} is not 1 + a multiple of the VAE's temporal stride {t}; "
-                f"use {low} or {low + t}"
+        if (shape.num_frames - 1) % unit:
+            low = 1 + (shape.num_frames - 1) // unit * unit
+            rule = (
+                f"the VAE's temporal stride {t}"
+                if unit == t
+                else f"the {unit} frames that {c.vae.kind} decodes at once"
             )
+            yield f"{place}.num_frames={shape.num_frames} is not 1 + a multiple of {rule}; use {low} or {low + unit}"
         elif latent_frames(c, shape.num_frames) % pt:
             near = [1 + (pt * n - 1) * t for n in (latent_frames(c, shape.num_frames) // pt + up for up in (0, 1)) if n]
             yield (

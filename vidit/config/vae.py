@@ -7,11 +7,20 @@ from pydantic import Field
 
 from vidit.config.section import NotNegative, Positive, Section
 
+Kind = Literal[
+    "causal", "AutoencoderKL", "AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo", "AutoencoderKLWan"
+]  # fmt: skip
+
 
 class Vae(Section):
-    """A causal 3D VAE (MAGVIT-v2 style, as W.A.L.T. uses it)."""
+    """A causal 3D VAE (MAGVIT-v2 style, as W.A.L.T. uses it), or a frozen one that diffusers wrote."""
 
-    weights: str | None = Field(None, description="folder with config.json and model.safetensors")
+    weights: str | None = Field(
+        None, description="folder of a trained VAE, of a VAE or a pipeline of diffusers, or a hub name"
+    )
+    revision: str | None = Field(None, description="commit of a hub name, 40 digits")
+    kind: Kind = Field("causal", description="causal: this project's; others: a class of diffusers; the folder says")
+    strides: tuple[Positive, Positive] = Field((1, 1), description="time and space, of a class of diffusers")
     latent_channels: int = Field(8, gt=0)
     patch: int = Field(1, gt=0, description="p: blocks of p x p pixels are channels of the first convolution")
     patch_frames: int = Field(1, gt=0, description="k: blocks of k frames are, too")
@@ -47,14 +56,35 @@ class Vae(Section):
         return 3 * self.patch_frames * self.patch**2
 
     @property
+    def is_borrowed(self) -> bool:
+        """Whether a class of diffusers codes, frozen."""
+        return self.kind != "causal"
+
+    @property
     def spatial_stride(self) -> int:
-        return int(self.patch * 2 ** sum(self.spatial_down))
+        return self.strides[1] if self.is_borrowed else int(self.patch * 2 ** sum(self.spatial_down))
 
     @property
     def temporal_stride(self) -> int:
-        return int(self.patch_frames * 2 ** sum(self.temporal_down))
+        return self.strides[0] if self.is_borrowed else int(self.patch_frames * 2 ** sum(self.temporal_down))
+
+    @property
+    def frames_unit(self) -> int:
+        """n of the frame counts 1 + a multiple of n that can be coded.
+
+        CogVideoX decodes latent frames in pairs, an odd one first; of an even number it makes too many frames.
+        """
+        return self.temporal_stride * (2 if self.kind == "AutoencoderKLCogVideoX" else 1)
+
+    @property
+    def first_frame_alone(self) -> bool:
+        """Whether the first latent frame of a clip is that of the frame as an image: no norm or layer sees others."""
+        return self.kind not in ("AutoencoderKLCogVideoX", "AutoencoderKLHunyuanVideo")
 
     def faults(self) -> Iterator[str]:
+        if self.is_borrowed:
+            yield from self._borrowed_faults()
+            return
         levels = len(self.multipliers)
         for name in ("num_res_blocks", "decoder_res_blocks"):
             if len(getattr(self, name)) != levels:
@@ -90,6 +120,15 @@ class Vae(Section):
                     f"vae: a joint folds {fine} channels to {depth}, which {coarse} do not divide; change "
                     "vae.base_channels or vae.multipliers"
                 )
+
+    def _borrowed_faults(self) -> Iterator[str]:
+        unit = 4 * self.spatial_stride
+        if self.tile % unit:
+            near = " ".join(str(n) for n in (self.tile // unit * unit, (self.tile // unit + 1) * unit) if n)
+            yield (
+                f"vae.tile={self.tile} is not divisible by {unit}: {self.kind} lets tiles overlap by a quarter, in "
+                f"whole latents of {self.spatial_stride} pixels; use one of {near}"
+            )
 
     def _part_faults(self) -> Iterator[str]:
         """Of the sizes that are coded at once."""

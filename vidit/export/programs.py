@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from vidit.export.files import DTYPES, new_folder
+from vidit.vae.autoencoder import CausalVae
 from vidit.vae.program import vae_programs
 from vidit.vae.store import load_vae
 from vidit.whole_file import write_whole
@@ -27,6 +28,10 @@ def export_vae(source: Path, out: Path, dtype: Literal["fp32", "bf16"] = "fp32")
     """
     folder = source / "vae" if (source / "vae").is_dir() else source
     vae = load_vae(folder, torch.device("cpu"), DTYPES[dtype])
+    if not isinstance(vae, CausalVae):
+        raise ValueError(
+            f"{folder} is a {vae.config.kind} of diffusers, which is no program of this project; use diffusers"
+        )
     with new_folder(out) as partial:
         for name, program in vae_programs(vae).items():
             torch.export.save(program, partial / f"{name}.pt2")

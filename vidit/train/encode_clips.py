@@ -16,7 +16,7 @@ from vidit.config import Vae
 from vidit.data.encoded import CaptionText, clip_bytes
 from vidit.text.encoder import TextEncoder, TextFeatures
 from vidit.train.step import to_pixels
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder
 from vidit.vae.coding import encode_clip
 
 Storage = Literal["fp16", "bf16", "fp32"]
@@ -37,7 +37,7 @@ class ClipEncoder:
     `limits` says how much of a clip the VAE codes at once.
     """
 
-    def __init__(self, vae: CausalVae, limits: Vae, text: TextEncoder | None, device: torch.device, storage: Storage):
+    def __init__(self, vae: Autoencoder, limits: Vae, text: TextEncoder | None, device: torch.device, storage: Storage):
         self.vae, self.limits, self.device, self.dtype, self.storage = vae, limits, device, DTYPES[storage], storage
         self.text = text if text is not None and not text.trainable else None
 

@@ -23,6 +23,7 @@ from vidit.train.encode_set import CLIPS_PER_SHARD, EncodeReport, encode_set
 from vidit.train.fingerprint import digest
 from vidit.train.precision import choose_device, choose_dtype
 from vidit.train.stop import StoppedError, StopRequest
+from vidit.vae.place import vae_folder
 from vidit.vae.store import load_vae
 from vidit.vae.stored import adopt_vae, find_vae
 from vidit.whole_file import full_disk_explained
@@ -73,7 +74,7 @@ def encode_run(
         require_same_clips([digest(split.refs), buckets], "the dataset", config.data.train)
         with together():
             dtype = choose_dtype(config.train.precision, device)
-            vae = load_vae(Path(config.vae.weights or ""), ranks.device, dtype)
+            vae = load_vae(vae_folder(config.vae), ranks.device, dtype)
             text = build_text_encoder(config.text, dtype) if config.model.reads_text else None
             encoder = ClipEncoder(
                 vae,

@@ -22,15 +22,15 @@ from vidit.data.shards import ClipRef
 from vidit.data.storage import Folder
 from vidit.data.tar import LATENT_SUFFIX
 from vidit.text.encoder import TextEncoder
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder
 
 PROBE = ("", "A red fox, 3 cats & an owl: déjà vu!")
 """Captions whose tokens tell tokenizers apart."""
 Facts = dict[str, Any]
 
 
-def vae_facts(config: RunConfig, vae: CausalVae) -> Facts:
-    return {"encoder_sha256": weights_digest(vae.encoder, torch.float32), "weights": config.vae.weights}
+def vae_facts(config: RunConfig, vae: Autoencoder) -> Facts:
+    return {"encoder_sha256": weights_digest(*vae.identity()), "weights": config.vae.weights}
 
 
 def text_facts(config: RunConfig, text: TextEncoder | None) -> Facts | None:
@@ -91,6 +91,11 @@ def _cut_faults(
         yield f"{folder} holds latents, and train.task=vae learns from pixels; give the folder that they were made of"
     if d.drawn:
         yield f"{folder} holds one cut of each clip, which {d.drawn} contradicts; leave it out"
+    if d.image_rows and not config.vae.first_frame_alone:
+        yield (
+            f"{folder} holds latents, whose first frame stands for an image, and that of {config.vae.kind} has seen "
+            f"other frames: data.image_rows={d.image_rows} needs videos; set data.image_rows=0, or give the videos"
+        )
     if d.cache_latents:
         yield f"data.cache_latents=true has no effect on {folder}, which holds latents already; leave it out"
     if facts["fps"] != d.fps:
@@ -103,7 +108,9 @@ def _cut_faults(
         )
 
 
-def require_same_encoders(config: RunConfig, refs: Sequence[ClipRef], vae: CausalVae, text: TextEncoder | None) -> None:
+def require_same_encoders(
+    config: RunConfig, refs: Sequence[ClipRef], vae: Autoencoder, text: TextEncoder | None
+) -> None:
     """ConfigError, on every rank, where clips that are latents were made with other weights than the run has."""
     encodings = encodings_of(refs)
     if not encodings:

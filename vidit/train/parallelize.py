@@ -25,7 +25,7 @@ from vidit.text.encoder import TextEncoder
 from vidit.train.initial import initial_values
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder, CausalVae
 from vidit.vae.discriminator import JUDGE, Discriminator
 from vidit.vae.layers import ResBlock
 from vidit.vae.plan import context_plan
@@ -74,7 +74,7 @@ def build_discriminator(
     return _finish(model, config, device, dtype, mesh, [], list(model.state_dict()))
 
 
-def divide_vae(vae: CausalVae, config: RunConfig, mesh: Mesh | None) -> None:
+def divide_vae(vae: Autoencoder, config: RunConfig, mesh: Mesh | None) -> None:
     """Let the sequence ranks share the frames or rows of a VAE, trained or frozen, where the config asks for it."""
     over = config.parallel.vae_context
     if mesh is not None and over != "none":

@@ -13,7 +13,6 @@ costs.jsonl        wall time and peak memory of each start
 goodput.jsonl      where the time of each start went, up to its last moments
 """
 
-import filecmp
 import json
 import platform
 import subprocess
@@ -30,6 +29,8 @@ import vidit
 from parallel import checkpoint
 from vidit.config import ConfigError, Launch, Parallel, RunConfig
 from vidit.overrides import faults_of, flat
+from vidit.vae.place import vae_folder
+from vidit.vae.stored import ORIGIN, is_same_vae, origin_of, vae_files, with_vae
 from vidit.whole_file import write_whole
 
 # Fields that may change between two starts of one run: they say where, how fast and what to look at, not what
@@ -40,7 +41,7 @@ FREE = {
     "train.activation_checkpointing", "train.on_nonfinite", "train.on_spike", "train.spike_factor",
     "train.spike_window", "train.roll_back_checkpoints", "train.max_recoveries", "train.recovery_window",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",
-    "vae.max_frames",
+    "vae.revision", "vae.max_frames",
     "data.cache_dir", "data.cache_gib", "data.stall_s", "data.patience_s",
 }  # fmt: skip
 SOURCE = Path(vidit.__file__).parent.parent
@@ -168,22 +169,19 @@ def keep_vae(config: RunConfig) -> RunConfig:
 
     Raises ConfigError where the run has a checkpoint that was trained on other weights than are given now.
     """
-    source, target = Path(config.vae.weights or ""), config.directory / "vae"
-    weights = target / "model.safetensors"
-    if weights.is_file() and newest_checkpoint(config.directory):
-        if not filecmp.cmp(source / weights.name, weights, shallow=False):
+    source, target = vae_folder(config.vae), config.directory / "vae"
+    if newest_checkpoint(config.directory) and all((target / name).is_file() for name in vae_files(target)):
+        if not is_same_vae(source, target):
             raise ConfigError(
                 [f"vae.weights={source} is another VAE than the run was started with; give vae.weights={target}"]
             )
     elif source.resolve() != target.resolve():
         target.mkdir(exist_ok=True)
-        for name in ("config.json", weights.name):
+        for name in vae_files(source):
             write_whole(target / name, (source / name).read_bytes())
-    return _with_vae(config, target)
-
-
-def _with_vae(config: RunConfig, folder: Path) -> RunConfig:
-    return config.model_copy(update={"vae": config.vae.model_copy(update={"weights": str(folder)})})
+        if config.vae.revision:
+            write_whole(target / ORIGIN, json.dumps(origin_of(config.vae)) + "\n")
+    return with_vae(config, target)
 
 
 def _commit() -> str:

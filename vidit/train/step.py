@@ -24,7 +24,7 @@ from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder
 from vidit.vae.coding import encode_clip
 
 
@@ -131,7 +131,7 @@ class DitStep:
     def __init__(
         self,
         config: RunConfig,
-        vae: CausalVae,
+        vae: Autoencoder,
         text: TextEncoder,
         device: torch.device,
         num_validation: int | None = None,

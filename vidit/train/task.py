@@ -27,11 +27,12 @@ from vidit.train.precision import choose_dtype
 from vidit.train.rundir import keep_vae, newest_checkpoint
 from vidit.train.step import DitStep, Step
 from vidit.train.vae_step import VaeStep
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder
 from vidit.vae.discriminator import JUDGE
 from vidit.vae.inflate import starting_weights
 from vidit.vae.perceptual import load_perceptual
 from vidit.vae.store import load_vae
+from vidit.vae.stored import with_vae
 
 
 @dataclass
@@ -102,7 +103,7 @@ def build_task(config: RunConfig, device: torch.device, num_validation: int | No
     if config.train.task == "vae":
         return vae_task(config, device, dtype, mesh)
     kept = from_first(lambda: str(keep_vae(config).vae.weights))
-    config = config.model_copy(update={"vae": config.vae.model_copy(update={"weights": kept})})
+    config = with_vae(config, Path(kept))
     return dit_task(config, load_vae(Path(kept), device, dtype), device, dtype, mesh, num_validation)
 
 
@@ -142,7 +143,7 @@ def _around_each(parts: Sequence[nn.ModuleDict], last: bool) -> Iterator[None]:
 
 def dit_task(
     config: RunConfig,
-    vae: CausalVae,
+    vae: Autoencoder,
     device: torch.device,
     dtype: torch.dtype,
     mesh: Mesh | None = None,

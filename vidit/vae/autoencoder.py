@@ -86,8 +86,11 @@ def posterior(parameters_BCTHW: Tensor) -> Posterior:
     return Posterior(mean, log_variance.clamp(-30, 20))
 
 
-class CausalVae(nn.Module):
-    """The autoencoder and its latent statistics. Pixels are in [-1, 1]; parameters are filled by `initialise`."""
+class Autoencoder(nn.Module):
+    """What a run needs of a VAE, whoever made it: coding, latent statistics, sizes. Pixels are in [-1, 1].
+
+    `dtype` is that it computes in; posteriors and pixels are at least fp32.
+    """
 
     latent_mean: Tensor
     latent_std: Tensor
@@ -96,19 +99,20 @@ class CausalVae(nn.Module):
         super().__init__()
         self.config = c
         self.dtype = torch.float32
-        self.encoder = Encoder(c)
-        self.decoder = Decoder(c)
         self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
         self.register_buffer("latent_std", torch.ones(c.latent_channels))
 
     def encode(self, x_BCTHW: Tensor) -> Posterior:
-        """Raw posterior of pixels (B, 3, 1 + T, H, W); ValueError for a size that the strides do not divide."""
-        self.check_size(x_BCTHW.shape)
-        return posterior(self.encoder(x_BCTHW.to(self.dtype)))
+        """Raw posterior of pixels (B, 3, frames, H, W); ValueError for a size that the strides do not divide."""
+        raise NotImplementedError
 
     def decode(self, z_BCTHW: Tensor) -> Tensor:
-        """Raw latent -> pixels, fp32 (fp64 where the VAE computes in that)."""
-        return widen(self.decoder(z_BCTHW.to(self.dtype)))
+        """Raw latent -> pixels (B, 3, frames, H, W)."""
+        raise NotImplementedError
+
+    def identity(self) -> tuple[nn.Module, torch.dtype]:
+        """What decides the latents, and a dtype in which its weights are the same wherever they are loaded."""
+        raise NotImplementedError
 
     def whiten(self, z_BCTHW: Tensor) -> Tensor:
         """Raw latent -> zero mean, unit variance in each channel."""
@@ -123,9 +127,30 @@ class CausalVae(nn.Module):
     def check_size(self, shape: torch.Size) -> None:
         """ValueError for pixels of a shape (..., frames, height, width) that the strides do not divide."""
         frames, height, width = shape[-3:]
-        s, t = self.config.spatial_stride, self.config.temporal_stride
-        if height % s or width % s or (frames - 1) % t:
+        s, t, unit = self.config.spatial_stride, self.config.temporal_stride, self.config.frames_unit
+        if height % s or width % s or (frames - 1) % unit:
             raise ValueError(
                 f"a video of {frames} frames of {height}x{width} does not fit the VAE's strides {t}x{s}x{s}: "
-                f"frames must be 1 + a multiple of {t}, height and width multiples of {s}"
+                f"frames must be 1 + a multiple of {unit}, height and width multiples of {s}"
             )
+
+
+class CausalVae(Autoencoder):
+    """The causal 3D VAE; parameters are filled by `initialise`."""
+
+    def __init__(self, c: Vae):
+        super().__init__(c)
+        self.encoder = Encoder(c)
+        self.decoder = Decoder(c)
+
+    def identity(self) -> tuple[nn.Module, torch.dtype]:
+        return self.encoder, torch.float32
+
+    def encode(self, x_BCTHW: Tensor) -> Posterior:
+        """Raw posterior of pixels (B, 3, 1 + T, H, W); ValueError for a size that the strides do not divide."""
+        self.check_size(x_BCTHW.shape)
+        return posterior(self.encoder(x_BCTHW.to(self.dtype)))
+
+    def decode(self, z_BCTHW: Tensor) -> Tensor:
+        """Raw latent -> pixels, fp32 (fp64 where the VAE computes in that)."""
+        return widen(self.decoder(z_BCTHW.to(self.dtype)))

@@ -1,23 +1,28 @@
 """A clip through a frozen VAE in parts of the size that the config allows: `vae.max_frames`, `vae.tile`.
 
 What a clip takes in memory is then that of a part, and of what every convolution remembers. The numbers are those
-of one pass, but for tiles whose overlap does not cover what they depend on.
+of one pass, but for tiles whose overlap does not cover what they depend on. A class of diffusers has parts of its own.
 """
 
 import torch
 from torch import Tensor
 
 from vidit.config import Vae
-from vidit.vae.autoencoder import CausalVae, Posterior, posterior
+from vidit.vae.autoencoder import Autoencoder, CausalVae, Posterior, posterior
+from vidit.vae.borrowed import BorrowedVae
 from vidit.vae.receptive import decoder_margin, encoder_margin
 from vidit.vae.streaming import DecodeStream, EncodeStream, Stream
 from vidit.vae.tiling import Grid, TiledStream
 
 
 @torch.no_grad()
-def encode_clip(vae: CausalVae, x_BCTHW: Tensor, limits: Vae) -> Posterior:
+def encode_clip(vae: Autoencoder, x_BCTHW: Tensor, limits: Vae) -> Posterior:
     """The posterior of pixels (B, 3, 1 + T, H, W). ValueError for sizes that do not divide."""
     vae.check_size(x_BCTHW.shape)
+    if isinstance(vae, BorrowedVae):
+        vae.limit(limits)
+        return vae.encode(x_BCTHW)
+    assert isinstance(vae, CausalVae)
     if _fits(x_BCTHW, limits, 1, 1):
         return vae.encode(x_BCTHW)
     frames = limits.max_frames // limits.temporal_stride * limits.temporal_stride
@@ -25,8 +30,12 @@ def encode_clip(vae: CausalVae, x_BCTHW: Tensor, limits: Vae) -> Posterior:
 
 
 @torch.no_grad()
-def decode_clip(vae: CausalVae, z_BCTHW: Tensor, limits: Vae) -> Tensor:
+def decode_clip(vae: Autoencoder, z_BCTHW: Tensor, limits: Vae) -> Tensor:
     """Pixels of a raw latent (B, c, T, H, W)."""
+    if isinstance(vae, BorrowedVae):
+        vae.limit(limits)
+        return vae.decode(z_BCTHW)
+    assert isinstance(vae, CausalVae)
     if _fits(z_BCTHW, limits, limits.temporal_stride, limits.spatial_stride):
         return vae.decode(z_BCTHW)
     return _in_parts(open_decoder(vae, limits), z_BCTHW, limits.max_frames // limits.temporal_stride)

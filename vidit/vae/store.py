@@ -1,4 +1,4 @@
-"""A VAE on disk: a folder with `config.json` and `model.safetensors`. Nothing is unpickled."""
+"""A VAE on disk: a folder with `config.json` and `model.safetensors`, or one of diffusers. Nothing is unpickled."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder, CausalVae
+from vidit.vae.borrowed import load_borrowed
 from vidit.vae.stored import vae_config
 from vidit.whole_file import write_whole
 
@@ -26,9 +27,12 @@ def save_vae(folder: Path, vae: CausalVae, half: bool = False, tensors: Mapping[
     write_whole(folder / "config.json", vae.config.model_dump_json(indent=1) + "\n")
 
 
-def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> CausalVae:
+def load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Autoencoder:
     """A frozen VAE that computes in `dtype`. ValueError when files are missing, damaged or do not match."""
-    vae = CausalVae(vae_config(folder))
+    config = vae_config(folder)
+    if config.is_borrowed:
+        return load_borrowed(folder, config, device, dtype)
+    vae = CausalVae(config)
     path = folder / "model.safetensors"
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}

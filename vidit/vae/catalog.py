@@ -1,0 +1,78 @@
+"""The classes of diffusers that code for a run, and the geometry that their `config.json` gives. No torch.
+
+A folder says itself what it is: `_class_name`. A VAE is used as it was trained, so nothing of a folder's geometry can
+be set by a run; what would load and be quietly wrong is refused here, before a device is touched.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from vidit.config import Vae
+from vidit.config.vae import Kind
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Facts = Mapping[str, Any]
+
+
+def borrowed_config(folder: Path, facts: Facts) -> Vae:
+    """The section of a folder whose `config.json` holds `facts`, with only what the folder decides.
+
+    ValueError for a class that is not among `kind`, a geometry that it cannot code, or weights that are not there.
+    """
+    name, known = facts.get("_class_name"), [kind for kind in get_args(Kind) if kind != "causal"]
+    if name not in known:
+        raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as vae.weights use one of {' '.join(known)}")
+    _check_weights(folder)
+    try:
+        channels, time, space, pixels = _GEOMETRY[name](facts)
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} of {name} lacks {error}; copy the file again") from error
+    for side in ("in_channels", "out_channels"):
+        if facts.get(side, pixels) != pixels:
+            raise ValueError(
+                f"{folder} codes {side}={facts[side]}, and RGB takes {pixels}; give a VAE of videos or images in colour"
+            )
+    if name == "AutoencoderKLWan" and time != 4:
+        raise ValueError(f"{folder} has a temporal stride of {time}, and AutoencoderKLWan codes 4 frames at a time")
+    return Vae(weights=str(folder), kind=name, latent_channels=channels, strides=(time, space))
+
+
+def _check_weights(folder: Path) -> None:
+    if (folder / WEIGHTS).is_file():
+        return
+    held = " ".join(sorted(path.name for path in folder.iterdir() if path.name != "config.json")) or "nothing"
+    raise ValueError(
+        f"{folder} has no {WEIGHTS}, but {held}; no other format is read, and nothing is unpickled: save it with "
+        "save_pretrained(FOLDER, max_shard_size='100GB')"
+    )
+
+
+Geometry = tuple[int, int, int, int]
+"""(latent channels, temporal stride, spatial stride, channels of the pixels that the first layer sees)."""
+
+
+def _image(c: Facts) -> Geometry:
+    return c["latent_channels"], 1, 2 ** (len(c["block_out_channels"]) - 1), 3
+
+
+def _cogvideox(c: Facts) -> Geometry:
+    time = int(c.get("temporal_compression_ratio", 4))
+    return c["latent_channels"], time, 2 ** (len(c["block_out_channels"]) - 1), 3
+
+
+def _hunyuan(c: Facts) -> Geometry:
+    return c["latent_channels"], c.get("temporal_compression_ratio", 4), c.get("spatial_compression_ratio", 8), 3
+
+
+def _wan(c: Facts) -> Geometry:
+    patch = c.get("patch_size") or 1
+    return c["z_dim"], 2 ** sum(c["temperal_downsample"]), patch * 2 ** (len(c["dim_mult"]) - 1), 3 * patch**2
+
+
+_GEOMETRY: dict[str, Callable[[Facts], Geometry]] = {
+    "AutoencoderKL": _image,
+    "AutoencoderKLCogVideoX": _cogvideox,
+    "AutoencoderKLHunyuanVideo": _hunyuan,
+    "AutoencoderKLWan": _wan,
+}
