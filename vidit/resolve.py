@@ -104,8 +104,8 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from _size_faults(c)
         if not c.vae.first_frame_alone and c.data.image_rows and c.data.cache_latents:
             yield (
-                f"data.image_rows={c.data.image_rows} with data.cache_latents=true takes a clip's first latent frame for "
-                f"an image, and that of {c.vae.kind} has seen other frames; leave one out"
+                f"data.image_rows={c.data.image_rows} with data.cache_latents=true takes a clip's first latent frame "
+                f"for an image, and that of {c.vae.kind} has seen other frames; leave one out"
             )
     yield from c.train.faults()
     if c.train.task == "vae":

@@ -24,7 +24,7 @@ from vidit.train.costs import costed
 from vidit.train.precision import choose_device
 from vidit.train.rundir import alone, newest_checkpoint, read_config
 from vidit.train.step import to_pixels
-from vidit.vae.autoencoder import CausalVae
+from vidit.vae.autoencoder import Autoencoder
 from vidit.vae.perceptual import SceneFeatures, load_perceptual
 from vidit.vae.store import load_vae
 from vidit.whole_file import full_disk_explained, write_whole
@@ -73,7 +73,7 @@ def _refs(config: RunConfig, data: str | None) -> Sequence[ClipRef]:
 
 
 @torch.no_grad()
-def pairs(config: RunConfig, vae: CausalVae, refs: Sequence[ClipRef]) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(config: RunConfig, vae: Autoencoder, refs: Sequence[ClipRef]) -> Iterator[tuple[Tensor, Tensor]]:
     """Clips and their reconstructions in batches, both (B, 3, T, H, W) in [-1, 1] on the CPU."""
     for batch in fixed_batches(config, refs, len(refs), None, 1):
         assert batch.clips.pixels is not None
@@ -83,7 +83,7 @@ def pairs(config: RunConfig, vae: CausalVae, refs: Sequence[ClipRef]) -> Iterato
 
 @torch.no_grad()
 def judged(
-    vae: CausalVae, batches: Sequence[tuple[Tensor, Tensor]], config: RunConfig, features: str | None
+    vae: Autoencoder, batches: Sequence[tuple[Tensor, Tensor]], config: RunConfig, features: str | None
 ) -> dict[str, Any]:
     """Every measure of the pairs, in the mean over clips."""
     t = config.vae_train

@@ -28,9 +28,11 @@ FRAMES_AT_ONCE = 16
 class BorrowedVae(Autoencoder):
     """A class of diffusers, on the device and in the dtype that it computes in. `model` is its instance."""
 
+    model: Any
+
     def __init__(self, c: Vae, model: nn.Module):
         super().__init__(c)
-        self.model: Any = model
+        self.model = model
         self.dtype = next(model.parameters()).dtype
         self.frames = FRAMES_AT_ONCE
         mean, std = statistics(c, self.model.config)

@@ -20,7 +20,7 @@ def borrowed_config(folder: Path, facts: Facts) -> Vae:
 
     ValueError for a class that is not among `kind`, a geometry that it cannot code, or weights that are not there.
     """
-    name, known = facts.get("_class_name"), [kind for kind in get_args(Kind) if kind != "causal"]
+    name, known = str(facts.get("_class_name")), [kind for kind in get_args(Kind) if kind != "causal"]
     if name not in known:
         raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as vae.weights use one of {' '.join(known)}")
     _check_weights(folder)
