@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import AutoencoderKLWan
 
 from vidit.cli import main, parse
 from vidit.config import Model, RunConfig
@@ -36,7 +37,7 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: the configs, the code of the pages; VIDEOS, as tables and tars too; trained
-    runs/clips and runs/tuned, the second also as a CHECKPOINT of diffusers, and a trained VAE as runs/tiny16.
+    runs/clips and runs/tuned, the second also as a CHECKPOINT of diffusers, and a trained VAE as runs/tiny16; and the VAE of a PIPELINE of diffusers.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
@@ -61,6 +62,9 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
         configure(folder / "runs" / "tuned", model=small.model_dump(), train={"steps": 1}, sample={"prompts": ()})
     )
     export_diffusers(folder / "runs" / "tuned", folder / "CHECKPOINT")
+    wan = AutoencoderKLWan(base_dim=4, num_res_blocks=1, dim_mult=[1, 1, 1, 1])
+    wan.save_pretrained(folder / "PIPELINE" / "vae")
+    (folder / "PIPELINE" / "model_index.json").write_text("{}")
     return folder
 
 

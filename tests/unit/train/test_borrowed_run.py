@@ -90,7 +90,7 @@ def test_train_encode_resume_and_sample(kind: str, build: Build, tmp_path: Path)
 
 def test_another_vae_is_refused(build: Build, tmp_path: Path) -> None:
     kind = "AutoencoderKLWan"
-    vae, other = save(kind, tmp_path / "vae"), save(kind, tmp_path / "other", seed=4)
+    vae, other = save(kind, tmp_path / "vae"), save(kind, tmp_path / "vae4", seed=4)
     encode_run(build("made", vae), tmp_path / "latents", "fp32")
     with pytest.raises(ConfigError, match=r"latents was encoded by the VAE .*vae .*the run has"):
         run(build("other", other, train=str(tmp_path / "latents")))
