@@ -87,7 +87,7 @@ def test_a_polite_stop_keeps_the_work_too(source: Path, tmp_path: Path, number: 
     out, journal = tmp_path / "out", tmp_path / ".out.partial" / "journal.jsonl"
     process = start(source, out)
     deadline = time.monotonic() + 60
-    while len(decoded(journal)) < 5:
+    while len(decoded(journal)) < 2:
         assert process.poll() is None
         assert time.monotonic() < deadline, "it does not pack"
         time.sleep(0.002)
@@ -95,4 +95,4 @@ def test_a_polite_stop_keeps_the_work_too(source: Path, tmp_path: Path, number: 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert b"keeps what was done; the same command goes on from there" in errors
-    assert len(decoded(journal)) >= 5
+    assert len(decoded(journal)) >= 2

@@ -94,7 +94,7 @@ def read_splits(config: RunConfig) -> Splits:
         cut = len(refs) - d.num_validation
         sources, validation = [refs[:cut]], refs[cut:]
     require_same_cut(config, Clips.chained(sources), validation)
-    train, held = _split(sources, config), _held(validation, config)
+    train = _split(sources, config)
     unwanted = sum((one.dropped for one in chosen), LeftOut())
     train = replace(
         train, dropped=unwanted + train.dropped, selection=tuple(line for one in chosen for line in one.lines)
@@ -102,6 +102,7 @@ def read_splits(config: RunConfig) -> Splits:
     if not train.refs:
         where = " ".join(source.path for source in d.sources)
         raise ValueError(f"no clip of {where} is usable: {len(train.dropped)} dropped, {_first(train)}")
+    held = _held(validation, config)
     train.catalog.schedule(config)
     return train, held
 
