@@ -20,9 +20,17 @@ ROOT = Path(__file__).parents[2]
 NUM = 60
 
 
+def heard() -> None:
+    """Ctrl-C reaches it, also where the tests run in the background, whose children ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "vidit.cli", "pack", source, out, "--clips-per-shard", "7", "--workers", "2"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=heard,
+    )  # fmt: skip
 
 
 def decoded(journal: Path) -> list[str]:
