@@ -52,13 +52,17 @@ Configure = Callable[..., RunConfig]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once."""
+    """Tests of one file go to one process, and all that share the pool of ranks: fixtures are made once.
+
+    Where nothing else is asked for, each process has a pool: `pytest -n 2 tests/dist`.
+    """
+    alone = [arg.rstrip("/") for arg in config.args] == ["tests/dist"]
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "tests/dist" if file.startswith("tests/dist/") else file
+            return "tests/dist" if file.startswith("tests/dist/") and not alone else file
 
     return ByFixtures(config, log)
 
