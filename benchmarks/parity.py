@@ -301,8 +301,9 @@ Made by `python -m benchmarks.parity` (raw numbers in `benchmarks/results/`): a 
 attention and those of [other families](models.md), 75 video tokens, clips and rows of images in one batch, a trained
 text encoder; the same step on ranks (gloo) and in one process. *forward* is the error of the denoiser's output,
 *gradient* the largest of any parameter, *loss* the largest in five steps of AdamW, all relative.
-AdamW divides by a gradient's own size, so in fp32 the rounding of a small
-one grows in five steps.
+AdamW divides by a gradient's own size, so in fp32 the rounding of a small one grows in five steps: with `train.eps` of
+1e-5 or 1e-3, or plain gradient descent, the rows beyond the limit are at 1e-8 to 8e-8
+(`python -m benchmarks.parity_rounding`).
 
 Largest of all eager rows: {eager}. Largest of the compiled ones: {compiled}.
 Limits: {limits}. Beyond them: {beyond}.
