@@ -289,3 +289,14 @@ def seeded(seed: int, bad: float, fates: tuple[str, ...]) -> Mischief:
 def chaos() -> Callable[[int, float, tuple[str, ...]], Mischief]:
     """(seed, probability, fates) -> a mischief that is dealt at random."""
     return seeded
+
+
+@pytest.fixture
+def torchcodec() -> None:
+    """The test is skipped where torchcodec is not installed, or finds no FFmpeg."""
+    from vidit.data.torchcodec_window import torchcodec_decoders
+
+    try:
+        torchcodec_decoders()
+    except ValueError as error:
+        pytest.skip(str(error))

@@ -4,12 +4,18 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
+from vidit import options
 from vidit.config import RunConfig
 from vidit.config_source import load_config
+from vidit.options import Parser
+
+Call = Callable[[argparse.Namespace], int]
+DATA = "look at a data set, or at what a run was given of it"
 
 
 def train(arguments: argparse.Namespace) -> int:
@@ -280,128 +286,56 @@ def import_(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """A whole number of at least `least`, for argparse."""
-
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
-        return value
-
-    number.__name__ = "whole number"  # as argparse names it for what is no number at all
-    return number
-
-
 def parser() -> argparse.ArgumentParser:
     """Every command with its arguments."""
     top = argparse.ArgumentParser(prog="vidit", description="Train video diffusion transformers.")
     top.add_argument("--traceback", action="store_true", help="show where in the code an error comes from")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, call: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(call=call)
-        return command
+    def add(name: str, call: Call, text: str, *takes: Callable[[Parser], None]) -> None:
+        _add(commands, name, call, text, takes)
 
-    def takes_config(command: argparse.ArgumentParser) -> None:
-        command.add_argument("config", help="configs.demo, configs.demo:vae or a file.py:function")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
-
-    takes_config(add("train", train, "train a run, or resume the one in its directory"))
-    takes_config(add("config", config, "print a resolved run with every derived number, as JSON"))
+    add("train", train, "train a run, or resume the one in its directory", options.takes_config)
+    text = "print a resolved run with every derived number, as JSON"
+    add("config", config, text, options.takes_config)
     with suppress(ModuleNotFoundError):  # what one device needs works without the package launch
         from launch.options import takes_job_options
 
-        p = add("submit", submit, "run it as a job: on this machine, or on a cluster")
-        takes_job_options(p)
-        takes_config(p)
-        p = add("status", status, "how the last submitted job of a run is")
-        p.add_argument("run")
-        p = add("logs", logs, "the output of the last submitted job of a run")
-        p.add_argument("run")
-        p.add_argument("--lines", type=whole(1), default=100, help="from the end of each file")
-        p.add_argument("--follow", action="store_true", help="go on until the job is over")
-        p = add("cancel", cancel, "ask the last submitted job of a run to save and leave")
-        p.add_argument("run")
-    p = add("pack", pack, "check videos and write them as shards; the same command again goes on after a kill")
-    p.add_argument("source", help="a folder of videos, a .csv .tsv .jsonl or .parquet table, a .tar or folder of tars")
-    p.add_argument("out", help="a new folder")
-    p.add_argument("--captions", help="table for a folder of videos; default SOURCE/clips.jsonl, or a file beside each")
-    p.add_argument("--file-column", help="of a table; default file")
-    p.add_argument("--caption-column", help="of a table, or field of the .json in a tar; default caption")
-    p.add_argument("--clips-per-shard", type=whole(1), default=1000)
-    p.add_argument("--min-frames", type=whole(1), default=1)
-    p.add_argument("--min-side", type=whole(1), default=16, help="pixels, as shown")
-    p.add_argument("--allow-empty-captions", action="store_true")
-    p.add_argument("--drop-duplicates", action="store_true", help="keep one of the files with the same bytes")
-    p.add_argument("--workers", type=whole(0), default=2, help="processes that decode")
-    p.add_argument("--overwrite", action="store_true", help="replace the data set in OUT")
-    p = add("encode", encode, "encode a run's clips and captions once, as a data set; the same command goes on")
-    p.add_argument("config", help="of a run that trains on the clips: its data, VAE and text encoder count")
-    p.add_argument("out", help="a new folder")
-    p.add_argument("overrides", nargs="*", metavar="section.key=value")
-    p.add_argument("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of what is stored")
-    p.add_argument("--clips-per-shard", type=whole(1), default=256)
-    p.add_argument("--overwrite", action="store_true", help="replace what OUT holds")
-    p = add("score", score, "score every clip of a data set for curation, beside its shards")
-    p.add_argument("dataset")
-    p.add_argument("--plugin", action="append", default=[], help="module:function, may be repeated")
-    p.add_argument("--duplicate-bits", type=whole(0), help="how far hashes of copies may differ; default 12 of 192")
-    p.add_argument("--workers", type=whole(0), default=2)
-    p = add("data", data_report, "look at a data set, or at what a run was given of it")
-    views = p.add_subparsers(dest="view", required=True, metavar="VIEW")
-    text = "write one page about a scored data set: histograms, what rules drop, clips around each limit"
-    p = views.add_parser("report", help=text, description=text)
-    p.add_argument("dataset")
-    p.add_argument("--select", action="append", default=[], metavar="RULE", help="may be given more than once")
-    p.add_argument("--out", required=True, help="the page, such as report.html")
-    text = "say of every clip of a run whether it was delivered, skipped with a reason, or not yet reached"
-    p = views.add_parser("audit", help=text, description=text)
-    p.add_argument("run")
-    p.set_defaults(call=data_audit)
-    p = add("scenes", scenes, "write procedural captioned clips as shards")
-    p.add_argument("out")
-    p.add_argument("--clips", type=whole(1), default=1000)
-    p.add_argument("--split", choices=("train", "held_out"), default="train")
-    p.add_argument("--seed", type=whole(0), default=0)
-    p.add_argument("--frames", type=whole(1), default=9)
-    p.add_argument(
-        "--odds", type=float, nargs=3, default=(0.7, 0.22, 0.08), metavar="N", help="of one, two and three things"
+        text = "run it as a job: on this machine, or on a cluster"
+        add("submit", submit, text, takes_job_options, options.takes_config)
+        add("status", status, "how the last submitted job of a run is", options.takes_run)
+        add("logs", logs, "the output of the last submitted job of a run", options.takes_logs)
+        add("cancel", cancel, "ask the last submitted job of a run to save and leave", options.takes_run)
+    text = "check videos and write them as shards; the same command again goes on after a kill"
+    add("pack", pack, text, options.takes_pack)
+    text = "encode a run's clips and captions once, as a data set; the same command goes on"
+    add("encode", encode, text, options.takes_encode)
+    add("score", score, "score every clip of a data set for curation, beside its shards", options.takes_score)
+    views = commands.add_parser("data", help=DATA, description=DATA).add_subparsers(
+        dest="view", required=True, metavar="VIEW"
     )
-    p.add_argument("--size", type=whole(1), default=64)
-    p.add_argument("--workers", type=whole(0), default=2)
-    p.add_argument("--overwrite", action="store_true")
-    p = add("sample", sample, "draw videos from a run, as mp4 and gif")
-    p.add_argument("run")
-    p.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the sampler, the size, the device")
-    p.add_argument("--prompt", action="append", required=True, help="may be given more than once")
-    p.add_argument("--out", help="folder; default RUN/samples")
-    p.add_argument("--seed", type=whole(0), default=0)
+    text = "write one page about a scored data set: histograms, what rules drop, clips around each limit"
+    _add(views, "report", data_report, text, [options.takes_data_report])
+    text = "say of every clip of a run whether it was delivered, skipped with a reason, or not yet reached"
+    _add(views, "audit", data_audit, text, [options.takes_run])
+    add("scenes", scenes, "write procedural captioned clips as shards", options.takes_scenes)
+    add("sample", sample, "draw videos from a run, as mp4 and gif", options.takes_sample)
     text = "draw held-out and seen scenes from a run and read them back; of a VAE, how well it reconstructs"
-    p = add("evaluate", evaluate, text)
-    p.add_argument("run")
-    p.add_argument("--clips", type=whole(1), default=64)
-    p.add_argument("--seed", type=whole(0), help="of what is drawn; default 0")
-    p.add_argument("--data", help="of a VAE: clips to reconstruct, a packed folder; default those of its validation")
-    p.add_argument("--features", help="of a VAE: weights for a Frechet distance (`python -m benchmarks.features`)")
-    p = add("report", report, "write RUN/report.html")
-    p.add_argument("run")
-    p = add("goodput", goodput, "say where the time of a run went, over all of its starts")
-    p.add_argument("run")
-    p = add("export", export, "write a run's full weights as safetensors files, or its VAE as programs")
-    p.add_argument("run", help="with --vae-program also the folder of a VAE")
-    p.add_argument("--vae-program", action="store_true", help="write encode.pt2 and decode.pt2 of torch.export")
-    p.add_argument("--out", required=True, help="a new folder")
-    p.add_argument("--weights", choices=("ema", "model"), help="ema (default): the averages, as sampling uses")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
-    p.add_argument("--step", type=whole(0), help="of the checkpoint; default the newest")
-    p.add_argument("--format", choices=("vidit", "diffusers"), help="diffusers: for from_pretrained; default vidit")
-    p = add("import", import_, "write the weights of a model of diffusers as what a run can begin with")
-    p.add_argument("source", help="a folder with config.json and safetensors files, or a pipeline's")
-    p.add_argument("--out", required=True, help="a new folder")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("evaluate", evaluate, text, options.takes_evaluate)
+    add("report", report, "write RUN/report.html", options.takes_run)
+    add("goodput", goodput, "say where the time of a run went, over all of its starts", options.takes_run)
+    text = "write a run's full weights as safetensors files, or its VAE as programs"
+    add("export", export, text, options.takes_export)
+    text = "write the weights of a model of diffusers as what a run can begin with"
+    add("import", import_, text, options.takes_import)
     return top
+
+
+def _add(commands: Any, name: str, call: Call, text: str, takes: Iterable[Callable[[Parser], None]]) -> None:
+    command = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(call=call)
+    for take in takes:
+        take(command)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

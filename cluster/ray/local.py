@@ -11,7 +11,6 @@ keeper that was killed itself leaves is ended by the next one. Other Rays of thi
 would end them all). Needs the package ray[default]; otherwise the standard library only.
 """
 
-import argparse
 import json
 import os
 import secrets
@@ -30,7 +29,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from cluster.processes import GONE_S, end, is_alive
+from cluster.keeper import command, empty, ended
+from cluster.processes import end
 from cluster.ray import daemons, processes
 from cluster.ray.daemons import HEAD, Ports, Shape, clean
 
@@ -195,10 +195,7 @@ class LocalRay:
 
 def up(root: Path, shape: Shape) -> str:
     """Start a Ray that lives until `down`; what to tell a shell that is to use it."""
-    root = root.resolve()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if any(root.iterdir()):
-        raise ValueError(f"{root} is not empty; give a new directory, or end what runs there with `down`")
+    root = empty(root)
     start(root, shape, owned=False)
     clients = json.loads((root / "clients.json").read_text())
     return "\n".join(f"export {name}={value}" for name, value in clients.items())
@@ -209,46 +206,13 @@ def down(root: Path) -> None:
     root = root.resolve()
     if not (root / "keeper").is_file():
         raise ValueError(f"{root} holds no Ray: there is no file `keeper`")
-    keeper = int((root / "keeper").read_text())
-    deadline = time.monotonic() + GONE_S
-    if is_alive(keeper):
-        os.kill(keeper, signal.SIGTERM)
-        while is_alive(keeper) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    end(lambda: processes.find(root))
-    shutil.rmtree(root)
+    ended(root, int((root / "keeper").read_text()), lambda: processes.find(root))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. 1 after an error."""
-    top = argparse.ArgumentParser(prog="python -m cluster.ray.local", description="A throwaway Ray.")
-    commands = top.add_subparsers(dest="command", required=True)
-    for name in ("up", "down", "keep"):
-        command = commands.add_parser(name)
-        command.add_argument("root", type=Path)
-        if name == "up":
-            for field, default in asdict(Shape()).items():
-                command.add_argument(f"--{field}", type=int, default=default)
-        if name == "keep":
-            command.add_argument("--shape", type=json.loads, required=True)
-            command.add_argument("--owned", action="store_true")
-    arguments = vars(top.parse_args(argv))
-    return _call(arguments.pop("command"), arguments.pop("root"), arguments)
-
-
-def _call(command: str, root: Path, more: dict[str, Any]) -> int:
-    try:
-        if command == "up":
-            print(up(root, Shape(**more)))
-        elif command == "down":
-            down(root)
-        else:
-            Keeper(root, Shape(**more["shape"])).run(watch=more["owned"])
-    except (ValueError, RuntimeError) as error:
-        print(f"ray: {error}", file=sys.stderr)
-        return 1
-    return 0
+def keep(root: Path, shape: Shape, owned: bool) -> None:
+    """Be the keeper."""
+    Keeper(root, shape).run(watch=owned)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("ray", Shape, up, down, keep, None))

@@ -11,7 +11,6 @@ its owner does, however that ends. Needs slurmctld, slurmd and munged (Debian: s
 standard library only.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -26,9 +25,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from cluster.processes import GONE_S, command_of, end, is_alive
+from cluster.keeper import command, empty, ended
+from cluster.processes import command_of, end, is_alive
 from cluster.slurm import processes
 from cluster.slurm.conf import Shape, free_ports, gres_conf, slurm_conf
 
@@ -200,21 +200,24 @@ class LocalSlurm:
         """As if its power went: slurmd and everything that it runs, at once."""
         end(lambda: processes.find(self.root, name))
 
-    def kill_controller(self) -> None:
-        """End slurmctld, at once."""
-        end(lambda: [one for one in processes.find(self.root) if command_of(one).endswith("slurmctld")])
+    def stop_controller(self) -> None:
+        """Ask slurmctld to save its state and leave, as a restart of the service does."""
+        (controller,) = (one for one in processes.find(self.root) if command_of(one).endswith("slurmctld"))
+        os.kill(controller, signal.SIGTERM)
+        deadline = time.monotonic() + UP_S
+        while is_alive(controller):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"slurmctld has not left {UP_S:g} s after SIGTERM; see {self.root}/*.log")
+            time.sleep(0.05)
 
     def revive(self) -> None:
-        """Start what was killed again."""
+        """Start again what has ended."""
         self.keeper.send_signal(signal.SIGHUP)
 
 
 def up(root: Path, shape: Shape) -> str:
     """Start a SLURM that lives until `down`; what to tell a shell that is to use it."""
-    root = root.resolve()
-    root.mkdir(parents=True, exist_ok=True)
-    if any(root.iterdir()):
-        raise ValueError(f"{root} is not empty; give a new directory, or end what runs there with `down`")
+    root = empty(root)
     start(root, shape, owned=False)
     return f"export SLURM_CONF={root}/slurm.conf"
 
@@ -224,46 +227,14 @@ def down(root: Path) -> None:
     root = root.resolve()
     if not (root / "slurm.conf").is_file():
         raise ValueError(f"{root} holds no SLURM: there is no slurm.conf")
-    end(lambda: processes.find(root))
-    deadline = time.monotonic() + GONE_S
     keeper = int((root / "ready").read_text()) if (root / "ready").is_file() else None
-    if keeper and is_alive(keeper):
-        os.kill(keeper, signal.SIGTERM)
-        while is_alive(keeper) and time.monotonic() < deadline:
-            time.sleep(0.02)
-    shutil.rmtree(root)
+    ended(root, keeper, lambda: processes.find(root))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command. 1 after an error."""
-    top = argparse.ArgumentParser(prog="python -m cluster.slurm.local", description="A throwaway SLURM.")
-    commands = top.add_subparsers(dest="command", required=True)
-    for name in ("up", "down", "keep"):
-        command = commands.add_parser(name)
-        command.add_argument("root", type=Path)
-        if name == "up":
-            for field, default in asdict(Shape()).items():
-                command.add_argument(f"--{field.replace('_', '-')}", type=int, default=default)
-        if name == "keep":
-            command.add_argument("--shape", type=json.loads, required=True)
-            command.add_argument("--owned", action="store_true")
-    arguments = vars(top.parse_args(argv))
-    return _call(arguments.pop("command"), arguments.pop("root"), arguments)
-
-
-def _call(command: str, root: Path, more: dict[str, Any]) -> int:
-    try:
-        if command == "up":
-            print(up(root, Shape(**more)))
-        elif command == "down":
-            down(root)
-        else:
-            Keeper(root, Shape(**more["shape"])).run(watch=more["owned"])
-    except (ValueError, RuntimeError) as error:
-        print(f"slurm: {error}", file=sys.stderr)
-        return 1
-    return 0
+def keep(root: Path, shape: Shape, owned: bool) -> None:
+    """Be the keeper."""
+    Keeper(root, shape).run(watch=owned)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("slurm", Shape, up, down, keep, None))

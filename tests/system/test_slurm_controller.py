@@ -1,4 +1,4 @@
-"""The controller of SLURM dies under a running job and comes back: the job trains on, and ends as if nothing was."""
+"""The controller of SLURM is away while a job runs, and comes back: the job trains on, and ends as if nothing was."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_controller_is_restarted(
         done = vidit("submit", "slurm", config, f"run_dir={run_dir}", "--site", "cpu_test", extra=slurm.environment)
         assert done.returncode == 0, done.stderr
         until(lambda: step() > 5, output)
-        slurm.kill_controller()
+        slurm.stop_controller()
         before = step()
         assert before < STEPS
         lost = vidit("status", run_dir, extra=slurm.environment)

@@ -8,16 +8,7 @@ import torch
 
 from vidit.data.encode import encode_mp4
 from vidit.data.limits import ClipError
-from vidit.data.torchcodec_window import torchcodec_decoders
 from vidit.data.video import decode_clip
-
-
-@pytest.fixture
-def torchcodec() -> None:
-    try:
-        torchcodec_decoders()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 def numbered(num: int, height: int, width: int) -> np.ndarray:

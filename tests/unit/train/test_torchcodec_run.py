@@ -9,18 +9,9 @@ import pytest
 
 from vidit.config import RunConfig
 from vidit.data import torchcodec_window
-from vidit.data.torchcodec_window import torchcodec_decoders
 from vidit.train.run import run
 
 Configure = Callable[..., RunConfig]
-
-
-@pytest.fixture
-def torchcodec() -> None:
-    try:
-        torchcodec_decoders()
-    except ValueError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.usefixtures("torchcodec")

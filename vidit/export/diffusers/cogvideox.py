@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vidit.config import FAMILIES, Model
-from vidit.export.diffusers.family import Family, Geometry, at
+from vidit.export.diffusers.family import Family, Geometry, at, require_same_channels
 from vidit.export.diffusers.forms import BY_NORM, CHANNELS_FIRST, KERNEL_OR_FLAT, PAIRS
 
 FREE = ("patch", "text_padding", "relative_position", "absolute_position", "position_scale", "time_width")
@@ -35,11 +35,7 @@ def _read(config: Mapping[str, Any]) -> Geometry:
         mlp_width=MLP_RATIO * width,
         time_frequencies=width,
     )
-    if config["out_channels"] not in (None, config["in_channels"]):
-        raise ValueError(
-            f"{config['in_channels']} channels in and {config['out_channels']} out: only text-to-video models, whose "
-            "input is the noisy latent alone, can be read"
-        )
+    require_same_channels(config)
     return Geometry(model, config["in_channels"], config["text_embed_dim"])
 
 

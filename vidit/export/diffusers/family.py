@@ -36,6 +36,15 @@ def at(*names: str, form: Form = SAME) -> Place:
     return Place(names, form)
 
 
+def require_same_channels(config: Mapping[str, Any]) -> None:
+    """ValueError for a model of theirs that is given more than the noisy latent, such as an image."""
+    if config["out_channels"] not in (None, config["in_channels"]):
+        raise ValueError(
+            f"{config['in_channels']} channels in and {config['out_channels']} out: only text-to-video models, whose "
+            "input is the noisy latent alone, can be read"
+        )
+
+
 @dataclass(frozen=True)
 class Family:
     """One class of diffusers.

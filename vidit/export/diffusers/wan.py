@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vidit.config import FAMILIES, Model
-from vidit.export.diffusers.family import Family, Geometry, at
+from vidit.export.diffusers.family import Family, Geometry, at, require_same_channels
 from vidit.export.diffusers.forms import BATCHED, KERNEL_3D, PAIRS
 
 FREE = ("patch", "text_padding", "cross_norm")
@@ -22,11 +22,7 @@ def _read(config: Mapping[str, Any]) -> Geometry:
         num_heads=config["num_attention_heads"],
         mlp_width=config["ffn_dim"],
     )
-    if config["out_channels"] not in (None, config["in_channels"]):
-        raise ValueError(
-            f"{config['in_channels']} channels in and {config['out_channels']} out: only text-to-video models, whose "
-            "input is the noisy latent alone, can be read"
-        )
+    require_same_channels(config)
     return Geometry(model, config["in_channels"], config["text_dim"])
 
 
