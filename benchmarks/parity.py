@@ -50,6 +50,7 @@ VAE = {
     "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
 SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "attention_backend": "sdpa"}
+GIVEN = ({"kind": "random", "share": 0.7},)
 PLAIN = {"patch": 1, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
     "walt": {"windows": ((1, 0, 0), (0, 2, 2)), "self_conditioning": 0.5, "pooled_text": True},
@@ -63,6 +64,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos",
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
+    "stdit3": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True},
 }  # fmt: skip
 
 
@@ -159,6 +161,7 @@ class Case:
                     "device": "cpu", "precision": self.dtype, **self.row.train,
                 },
                 "parallel": dict(self.row.parallel),
+                "diffusion": {"given": GIVEN if MODELS[self.model].get("frame_times") else ()},
             }
         )  # fmt: skip
         return with_layout(c, self.row.ranks)

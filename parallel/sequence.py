@@ -41,7 +41,8 @@ class Seams(Protocol):
     cores: patterns of the modules that mix tokens.
     windows: name -> attention window of every block of the whole model, in order, also of those that other pipeline
         stages have. A core belongs to the block that its name begins with.
-    positions: pattern among `split` -> argument of a block that holds its outputs, which have no gradient.
+    positions: pattern among `split` -> argument of a block, and of `counted` where that takes them, that holds its
+        outputs, which have no gradient.
     """
 
     @property
@@ -112,6 +113,8 @@ def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
             here[name].register_forward_pre_hook(Switch(before, window, deals, held))
     for pattern, dim in seams.gather.items():
         _make_whole(module, pattern, seams.counted, DealWhole(dim, deals, windows[-1]))
+        for found in modules(module, [seams.counted]).values():
+            found.register_forward_pre_hook(Switch(None, windows[-1], deals, held))
     for name, core in modules(module, seams.cores).items():
         found_windows = [w for block, w in seams.windows.items() if name.startswith(f"{block}.")]
         if len(found_windows) != 1:

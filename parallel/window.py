@@ -188,7 +188,8 @@ class Switch:
 
     Args:
         before: window of the block before; None for the first of the model.
-        positions: number of the argument that holds what `PositionsCut` made, and the dims that it cut.
+        positions: number of the argument, where there are so many, that holds what `PositionsCut` made, and the dims
+            that it cut.
     """
 
     def __init__(self, before: Window | None, window: Window, deals: Deals, positions: Mapping[int, Mapping[int, int]]):
@@ -201,7 +202,7 @@ class Switch:
         if move is not None:
             given[0] = moved(given[0], move, self.deals.mesh)
         own = self.deals.deal(self.window, grid).counts[self.deals.rank]
-        for argument, dims in self.positions.items():
+        for argument, dims in ((a, dims) for a, dims in self.positions.items() if a < len(given)):
             start = self._start(grid)
             given[argument] = each(given[argument], dims, lambda x, dim, start=start: x.narrow(dim, start, own))
         return tuple(given)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vidit.config import RunConfig
+from vidit.config import RunConfig, Section
 from vidit.overrides import flat
 
 
@@ -63,10 +63,12 @@ RULES = (
          "model.cross_attention=per_frame or all"),
     Rule(("model.text_embedding", "model.text_padding"), lambda c: c.model.cross_attention != "none",
          "a model.cross_attention"),
-    Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space_then_time"),
-         "model.absolute_position=sincos or space_then_time"),
-    Rule(("model.position_span",), lambda c: c.model.absolute_position == "space_then_time",
-         "model.absolute_position=space_then_time"),
+    Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space", "space_then_time"),
+         "model.absolute_position=sincos, space or space_then_time"),
+    Rule(("model.position_span",), lambda c: c.model.absolute_position in ("space", "space_then_time"),
+         "model.absolute_position=space or space_then_time"),
+    Rule(("model.frame_times",), lambda c: bool(c.diffusion.given), "diffusion.given"),
+    Rule(("diffusion.given",), lambda c: c.model.frame_times, "model.frame_times=true"),
     Rule(("model.rope_split",), lambda c: c.model.relative_position == "rope", "model.relative_position=rope"),
     Rule(("model.adaln_rank",), lambda c: c.model.modulation == "projected", "model.modulation=projected"),
     Rule(("model.image_attention",), lambda c: any(window[0] != 1 for window in c.model.windows),
@@ -137,4 +139,4 @@ def _names(options: tuple[str, ...], name: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=Section.model_dump)

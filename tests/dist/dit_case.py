@@ -82,7 +82,7 @@ def batch(case: Case) -> dict[str, Tensor | None]:
     shape = (rows, CHANNELS, *case.grid)
     return {
         "x_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
-        "time_B": torch.rand(rows, generator=g, dtype=torch.float64) * 1000,
+        "time_B": torch.rand(rows, *[frames] * case.config.frame_times, generator=g, dtype=torch.float64) * 1000,
         "text_BLE": torch.randn(rows, TOKENS, TEXT, generator=g, dtype=torch.float64),
         "text_frame_BL": frame,
         "pooled_BE": torch.randn(rows, TEXT, generator=g, dtype=torch.float64),

@@ -8,7 +8,16 @@ needs to know of a rule (`LEGAL_TARGETS`) stands here, as data.
 """
 
 from vidit.config.data import Bucket, Data, Source
-from vidit.config.diffusion import LEGAL_DENSITIES, LEGAL_TARGETS, Density, Diffusion, ForwardProcess, Target
+from vidit.config.diffusion import (
+    LEGAL_DENSITIES,
+    LEGAL_TARGETS,
+    Density,
+    Diffusion,
+    ForwardProcess,
+    Given,
+    GivenKind,
+    Target,
+)
 from vidit.config.model import Model, Window, whole_window
 from vidit.config.parallel import Launch, Parallel
 from vidit.config.presets import FAMILIES, PRESETS
@@ -33,6 +42,8 @@ __all__ = [
     "Density",
     "Diffusion",
     "ForwardProcess",
+    "Given",
+    "GivenKind",
     "Launch",
     "Model",
     "Parallel",

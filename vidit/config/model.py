@@ -45,24 +45,31 @@ class Model(Section):
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
-    rope_split: Literal["quarter", "third"] = Field(
-        "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
+    rope_split: Literal["quarter", "third", "time"] = Field(
+        "quarter",
+        description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan), height and width sharing the rest; or all "
+        "of them (STDiT3)",
     )
-    absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
+    absolute_position: Annotated[
+        Literal["none", "learned", "sincos", "space", "space_then_time"], _named("learned")
+    ] = Field(
         "learned",
-        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), or those of space "
-        "at the start and of time before the first block that spans latent frames (Latte); true = learned",
+        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), of space alone "
+        "(STDiT3), or those of space at the start and of time before the first block that spans latent frames (Latte); "
+        "true = learned",
     )
     position_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (1.0, 1.0, 1.0), description="what the sinusoids divide the places (t, h, w) by"
     )
     position_span: int = Field(
-        0, ge=0, description="space_then_time: height and width count to that, however many tokens; 0 = to their number"
+        0,
+        ge=0,
+        description="space, space_then_time: height and width count to that, however many tokens; 0 = to their number",
     )
-    qk_norm: Annotated[Literal["none", "head", "head_affine", "width"], _named("head")] = Field(
+    qk_norm: Annotated[Literal["none", "head", "head_affine", "head_rms", "width"], _named("head")] = Field(
         "head",
-        description="of queries and keys: layer norm of each head, with scale or with shift too, or RMS norm over all "
-        "heads (Wan); true = head",
+        description="of queries and keys: layer norm of each head, with scale or with shift too, RMS norm of each head "
+        "(STDiT3) or over all heads (Wan); true = head",
     )
     norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
     norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
@@ -83,6 +90,9 @@ class Model(Section):
         "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
     )
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    frame_times: bool = Field(
+        False, description="a diffusion time for each latent frame, so that given ones are clean (diffusion.given)"
+    )
     time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
     text_padding: Literal["masked", "seen"] = Field(
@@ -126,6 +136,10 @@ class Model(Section):
         return next(spanning, None)
 
     @property
+    def _spans_frames(self) -> bool:
+        return any(window[0] != 1 for window in self.windows)
+
+    @property
     def out_factor(self) -> int:
         """Output channels for each of the latent's."""
         return 2 if self.learned_variance else 1
@@ -161,7 +175,12 @@ class Model(Section):
                 f"model.absolute_position=space_then_time, but none of model.windows={self.windows} spans latent "
                 "frames; add such a window, or use absolute_position=learned"
             )
-        if self.absolute_position in ("sincos", "space_then_time") and self.width % 16:
+        if self.absolute_position == "space" and self.position_scale[0] != 1:
+            yield (
+                f"model.position_scale={list(self.position_scale)} scales time by {self.position_scale[0]:g}, which "
+                "model.absolute_position=space does not have; begin it with 1"
+            )
+        if self.absolute_position in ("sincos", "space", "space_then_time") and self.width % 16:
             yield (
                 f"model.absolute_position={self.absolute_position} needs a model.width divisible by 16, not "
                 f"{self.width}; use {self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
@@ -175,6 +194,16 @@ class Model(Section):
             yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
         if self.is_joint:
             yield from self._joint_faults()
+        if self.frame_times and self.patch[0] > 1:
+            yield (
+                f"model.frame_times=true gives a time to each latent frame, but model.patch={list(self.patch)} puts "
+                f"{self.patch[0]} of them into a token; use a patch of one frame"
+            )
+        if self.rope_split == "time" and self.relative_position == "rope" and not self._spans_frames:
+            yield (
+                f"model.rope_split=time turns by time alone, but none of model.windows={self.windows} spans latent "
+                "frames; add such a window, or use rope_split=third"
+            )
         if any(size < 0 for window in self.windows for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
@@ -200,6 +229,11 @@ class Model(Section):
             )
         if self.relative_position == "bias":
             yield "model.cross_attention=joint takes no position bias; set model.relative_position=rope or none"
+        if self.frame_times:
+            yield (
+                "model.frame_times=true modulates the tokens of each latent frame, and the text's are of none "
+                "(model.cross_attention=joint); leave it out, or use cross_attention=all"
+            )
         if self.image_attention != "frame":
             yield (
                 "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "

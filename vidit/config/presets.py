@@ -22,6 +22,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
+    "stdit3": {
+        "patch": 2, "windows": ((1, 0, 0), (0, 1, 1)), "image_attention": "frame", "relative_position": "rope",
+        "rope_split": "time", "absolute_position": "space", "qk_norm": "head_rms", "cross_attention": "all",
+        "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
 }  # fmt: skip
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
@@ -29,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
 # Wan 2.1's text-to-video models are those of 2503.20314, table 1; CogVideoX's (2408.06072) those of its checkpoints, in
 # which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames.
+# Open-Sora 1.2 is STDiT3-XL/2: 28 spatial and 28 temporal blocks in turn.
 # COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
@@ -50,4 +57,5 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
     "cogvideox-1.5-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "patch": (2, 2, 2), "time_frequencies": 3072}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
+    "open-sora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True}),
 }

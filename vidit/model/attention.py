@@ -269,7 +269,8 @@ class SelfAttention(nn.Module):
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
         self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
-        self.rope = c.relative_position == "rope"
+        # Within one frame angles of time turn queries and keys alike.
+        self.rope = c.relative_position == "rope" and not (c.rope_split == "time" and window[0] == 1)
         self.core: nn.Module = WindowCore(window, c.attention_backend, identity_images)
 
     def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:

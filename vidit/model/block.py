@@ -11,7 +11,7 @@ from vidit.config import Model
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
 from vidit.model.joint import JointAttention, Streams
 from vidit.model.linear import Linear
-from vidit.model.modulation import block_modulation
+from vidit.model.modulation import FrameVectors, block_modulation
 from vidit.model.norm import Norm, modulate
 from vidit.model.position import TimePosition
 from vidit.model.windows import Grid
@@ -47,6 +47,7 @@ class Block(nn.Module):
         super().__init__()
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
+        self.frames = FrameVectors() if c.frame_times else None
         self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
         self.attn = JointAttention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
         bare = c.cross_norm == "bare"
@@ -57,6 +58,8 @@ class Block(nn.Module):
     def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
         streams = as_streams(x)
         dtype, vectors = streams[0].dtype, self.modulation(cond_BRD)
+        if self.frames is not None:
+            vectors = self.frames(vectors, positions, grid)
         if self.time is not None:
             streams[0] = streams[0] + self.time(positions, grid).to(dtype)
         # Of each stream shift, scale and gate of the attention, then of the MLP.

@@ -69,6 +69,7 @@ class Embed(nn.Module):
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)
         self.sees_padding = c.text_padding == "seen"
+        self.frame_times = c.frame_times
 
     def forward(
         self,
@@ -87,7 +88,15 @@ class Embed(nn.Module):
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
         text = TextContext(features, None if self.sees_padding else text_frame_BL)
+        if self.frame_times:
+            time_B, pooled_BE = by_frames(time_B, pooled_BE, grid.frames)
         return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE)
+
+
+def by_frames(time: Tensor, pooled_BE: Tensor | None, frames: int) -> tuple[Tensor, Tensor | None]:
+    """A row of conditioning for each latent frame: times (B,) or (B, T) -> (B T,), pooled captions (B T, E)."""
+    each = time if time.ndim > 1 else time[:, None].expand(-1, frames)
+    return each.flatten(), None if pooled_BE is None else pooled_BE.repeat_interleave(frames, 0)
 
 
 class DiT(nn.Module):
@@ -130,7 +139,7 @@ class DiT(nn.Module):
             x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
                 the stage before.
             grid: the latent in tokens, and which rows are images.
-            time_B: what the path conditions on, about 0 to 1000.
+            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
             previous_BCTHW: the self-conditioning estimate; zeros when None.
@@ -139,7 +148,7 @@ class DiT(nn.Module):
         positions = self.positions(grid, cond.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)
-        return self.head(tokens, cond, grid)
+        return self.head(tokens, cond, grid, positions)
 
 
 def text_frames(mask_BL: Tensor) -> Tensor:

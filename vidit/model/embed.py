@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
+from vidit.model.attention import Positions
 from vidit.model.block import GELU, Tokens, as_streams
 from vidit.model.linear import Linear
-from vidit.model.modulation import output_modulation
+from vidit.model.modulation import FrameVectors, output_modulation
 from vidit.model.norm import Norm, modulate
 from vidit.model.windows import Grid
 
@@ -80,11 +81,15 @@ class Head(nn.Module):
         self.final_norm = Norm(c.width, affine=True, eps=c.norm_eps) if c.norm_affine else nn.Identity()
         self.norm = Norm(c.width, c.norm_affine, c.norm_eps)
         self.modulation = output_modulation(c)
+        self.frames = FrameVectors() if c.frame_times else None
         self.project = Linear(c.width, c.patch_size * channels * c.out_factor)
 
-    def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid) -> Tensor:
+    def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid, positions: Positions | None = None) -> Tensor:
         x_BSD, *_ = as_streams(tokens)
-        shift, scale = self.modulation(cond_BRD)
+        vectors = self.modulation(cond_BRD)
+        if self.frames is not None:
+            vectors = self.frames(vectors, positions, grid)
+        shift, scale = vectors
         normed = self.norm(self.final_norm(x_BSD))
         x = widen(self.project(modulate(normed, shift, scale).to(x_BSD.dtype)))
         x = x.reshape(x.shape[0], *grid.shape, *self.patch, -1)[..., : self.channels]

@@ -70,7 +70,8 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
         total += (text_width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
     total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position == "learned" else 0
     total += (d + 1) * vectors if c.shares_modulation else 0
-    qk = {"none": 0, "head": 2 * head_dim, "head_affine": 4 * head_dim, "width": 2 * d}[c.qk_norm]
+    scale = 2 * head_dim
+    qk = {"none": 0, "head": scale, "head_affine": 2 * scale, "head_rms": scale, "width": 2 * d}[c.qk_norm]
     attention = 4 * d * d + 4 * d + qk
     cross = attention + (2 * d if c.cross_norm == "affine" else 0)
     own = c.adaln_rank * (cond + vectors) if c.adaln_rank else (cond + 1) * vectors

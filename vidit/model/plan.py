@@ -26,13 +26,13 @@ class Plan:
     counted: module around `gather` that is called with the grid, which tells how many tokens are real.
     cores: modules that mix video tokens.
     windows: attention window of every block, in order; a pipeline stage knows from it what came before.
-    positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block
-        that holds them.
+    positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block,
+        and of `counted`, that holds them.
     vectors: modules whose outputs are one vector a row, which acts on every video token.
-    before: modules that are done when the tokens are cut.
+    before: modules that work on what is whole: they are done when the tokens are cut, or know nothing of tokens.
     beside: modules with parameters that work on tokens between the regions.
     means: modules whose output is a mean over heads.
-    placed: modules in blocks whose outputs follow the positions, one entry a token -> in which dim of which output.
+    placed: modules whose outputs follow the positions, one entry a token -> in which dim of which output.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -68,6 +68,7 @@ def sharding_plan(c: Model) -> Plan:
         if c.cross_keys == "video_and_text":
             cores.append("blocks.*.cross.core")
     parameters |= {"blocks.*.mlp.up.*": "column", "blocks.*.mlp.down.*": "row"}
+    modulations = ("blocks.*.modulation", "head.modulation")
     return Plan(
         parameters=parameters,
         regions=regions,
@@ -77,12 +78,20 @@ def sharding_plan(c: Model) -> Plan:
         cores=tuple(cores),
         windows={f"blocks.{layer}": window_of(c, layer) for layer in range(c.num_layers)},
         positions={"positions": 3},
-        vectors=("blocks.*.modulation", "head.modulation"),
-        before=("embed",),
+        vectors=() if c.frame_times else modulations,
+        before=("embed", *modulations) if c.frame_times else ("embed",),
         beside=tuple(_affine_norms(c)),
         means=tuple(f"{norm}.mean" for norm in wide_norms) if c.qk_norm == "width" else (),
-        placed={} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}},
+        placed=_placed(c),
     )
+
+
+def _placed(c: Model) -> dict[str, dict[int, int]]:
+    """Sinusoids of time, and the vectors of frames."""
+    placed = {} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}}
+    if c.frame_times:
+        placed |= {"blocks.*.frames": dict.fromkeys(range(c.num_vectors), 1), "head.frames": {0: 1, 1: 1}}
+    return placed
 
 
 def _outside(c: Model) -> dict[str, Kind]:

@@ -14,15 +14,17 @@ from vidit.dtypes import widen
 THETA = 10_000.0
 
 
-Split = Literal["quarter", "third"]
+Split = Literal["quarter", "third", "time"]
 
 
 def axis_pairs(head_dim: int, split: Split = "quarter") -> tuple[int, int, int]:
     """How many of a head's K/2 rotated pairs time, height and width have, what does not divide being time's.
 
-    `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314).
+    `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314); `time`: all (STDiT3).
     """
     pairs = head_dim // 2
+    if split == "time":
+        return pairs, 0, 0
     space = pairs // 3 if split == "third" else pairs * 3 // 8
     return pairs - 2 * space, space, space
 

@@ -19,6 +19,7 @@ from vidit.data.encoded import StoredText
 from vidit.data.loader import Batch
 from vidit.data.rows import Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
+from vidit.diffusion.given import given_frames
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.windows import Grid
@@ -65,6 +66,7 @@ class TextInputs:
 class Inputs:
     """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
 
+    `given_BT` marks the latent frames that are given, None where none is: they are clean, at time 0 and without loss.
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
@@ -76,6 +78,12 @@ class Inputs:
     image_B: Tensor | None
     chosen_B: Tensor | None
     estimated: bool
+    given_BT: Tensor | None = None
+
+    @property
+    def times(self) -> Tensor:
+        """What the network is told: the times of the rows (B,), or of their frames (B, T) where some are given."""
+        return self.t_B if self.given_BT is None else self.t_B[:, None].masked_fill(self.given_BT, 0.0)
 
 
 @dataclass
@@ -151,7 +159,7 @@ class DitStep:
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, previous), inputs, video)
+        return self.loss(self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, previous), inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
@@ -168,7 +176,18 @@ class DitStep:
             chosen_B = self._chosen(purpose, rows, share)
             # Ranks that gather weights must go together.
             estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
-        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated)
+        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated, self.given(batch, purpose))
+
+    def given(self, batch: Batch, purpose: str) -> Tensor | None:
+        """Which latent frames of each row are given (B, T), in training; None where none may be."""
+        kinds = self.config.diffusion.given
+        if not kinds or purpose != "train":
+            return None
+        frames = grid_of(self.config, *batch.size)[0] if batch.size else self.images_per_row
+        seed, clips = self.config.train.seed, batch.rows[: len(batch.clips.keys)]
+        rows = [given_frames(kinds, frames, keys.generator(seed, "given", row)) for row in clips]
+        rows += [[False] * frames] * (len(batch.rows) - len(clips))
+        return torch.tensor(rows, device=self.device)
 
     def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
         return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
@@ -183,11 +202,14 @@ class DitStep:
         x = self.latents(batch).to(self.dtype)
         seed, purpose = self.config.train.seed, f"{inputs.purpose}/noise"
         noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device, self.dtype)
-        return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
+        x_t = self.objective.path.add_noise(x, noise, inputs.t_B)
+        if inputs.given_BT is not None:
+            x_t = torch.where(inputs.given_BT[:, None, :, None, None], x, x_t)
+        return Video(x, noise, x_t)
 
     def loss(self, output: Tensor, inputs: Inputs, video: Video) -> Losses:
         """Of each row, from the network's output for the batch."""
-        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B)
+        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B, inputs.given_BT)
         return Losses(rows_B, inputs.quantile_B, {})
 
     def denoise(
@@ -199,7 +221,7 @@ class DitStep:
         image_B: Tensor | None,
         previous: Tensor | None,
     ) -> Tensor:
-        """The network's output at x_t."""
+        """The network's output at x_t; `t_B` is (B, T) where frames have times of their own."""
         time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
@@ -275,7 +297,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)
+            first = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, None)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()
@@ -283,6 +305,8 @@ class DitStep:
         """x_hat of the output of a first pass, zeros for rows that are not chosen: what the second is given."""
         assert inputs.chosen_B is not None
         estimate = self.objective.denoised(first, video.x_t, inputs.t_B).to(self.dtype)
+        if inputs.given_BT is not None:
+            estimate = torch.where(inputs.given_BT[:, None, :, None, None], video.x_BCTHW, estimate)
         return estimate * inputs.chosen_B.to(self.device, estimate.dtype)[:, None, None, None, None]
 
 

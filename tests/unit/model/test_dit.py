@@ -31,6 +31,8 @@ TINY = {
 }
 JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
 JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
+# In which an image of a row is a clip of one frame.
+CLIPS = ("wan", "latte", "stdit3")
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -52,6 +54,8 @@ VARIATIONS = {
     "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
     "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
     "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
+    "times of frames": {"frame_times": True, "pooled_text": True},
+    "times of frames, table": {**FAMILIES["stdit3"], "frame_times": True},
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -173,6 +177,7 @@ class TestFlops:
             FAMILIES["wan"],
             {**FAMILIES["cogvideox"], "time_width": 0},
             {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
+            {**FAMILIES["stdit3"], "frame_times": True, "learned_variance": True},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
@@ -313,6 +318,55 @@ class TestRows:
         assert missing == []
 
 
+class TestTimesOfFrames:
+    """A time for each latent frame: a row of frames at their own times, and the same as one where they are equal."""
+
+    @pytest.mark.parametrize("changes", [{}, {"adaln_rank": 0}, {**FAMILIES["stdit3"], "patch": 1}])
+    def test_equal_ones_are_the_time_of_the_row(self, changes):
+        model = build(pooled_text=True, frame_times=True, **changes)
+        plain = build(pooled_text=True, **changes)
+        assert list(model.state_dict()) == list(plain.state_dict())
+        batch = inputs()
+        each = {**batch, "time_B": batch["time_B"][:, None].expand(-1, 3)}
+        expected = denoise(plain, **batch)
+        torch.testing.assert_close(denoise(model, **batch), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(denoise(model, **each), expected, rtol=1e-5, atol=1e-6)
+
+    def test_each_modulates_its_own_frame(self):
+        """Where frames do not see each other, each is a clip of one frame at its time."""
+        model = build(windows=((1, 0, 0),), frame_times=True, absolute_position=False)
+        batch, times = inputs(), torch.tensor([[0.0, 500.0, 900.0], [20.0, 0.0, 7.0]])
+        out = denoise(model, **{**batch, "time_B": times})
+        for k in range(3):
+            one = {**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1], "time_B": times[:, k]}
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **one), rtol=1e-4, atol=1e-5)
+        assert (out - denoise(model, **{**batch, "time_B": times.flip(1)})).abs().max() > 1e-3
+
+
+class TestRotationByTime:
+    """RoPE of temporal blocks alone (STDiT3): spatial ones are not turned, and would not change if they were."""
+
+    def test_of_a_frame_it_is_nothing(self):
+        changes = {**FAMILIES["stdit3"], "patch": 1, "windows": ((1, 0, 0),), "absolute_position": False}
+        turned = build(**{**changes, "windows": ((1, 0, 0), (0, 1, 1))})
+        assert [block.attn.rope for block in turned.blocks.values()] == [False, True] * 2
+        plain = build(**{**changes, "relative_position": "none"})
+        for block in plain.blocks.values():
+            block.attn.rope = True
+        expected = build(**{**changes, "relative_position": "none"})
+        torch.testing.assert_close(denoise(plain, **inputs()), denoise(expected, **inputs()), rtol=1e-4, atol=1e-4)
+
+    def test_places_through_time_matter_by_their_differences(self):
+        changes = {**FAMILIES["stdit3"], "patch": 1, "windows": ((0, 1, 1),)}
+        model, plain = build(**changes), build(**{**changes, "relative_position": "none"})
+        batch = inputs()
+        assert (denoise(model, **batch) - denoise(plain, **batch)).abs().max() > 1e-3
+        mirrored = {**batch, "x_BCTHW": batch["x_BCTHW"].flip(2)}
+        # Without places in time a clip played backwards gives the answer backwards.
+        torch.testing.assert_close(denoise(plain, **mirrored).flip(2), denoise(plain, **batch), rtol=1e-4, atol=1e-5)
+        assert (denoise(model, **mirrored).flip(2) - denoise(model, **batch)).abs().max() > 1e-3
+
+
 class TestImages:
     """A row of T independent images: each is alone in the world, at time 0, with its own caption."""
 
@@ -345,7 +399,7 @@ class TestImages:
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
             torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("family", [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B], ids=["wan", "latte", "joint"])
+    @pytest.mark.parametrize("family", [*(FAMILIES[name] for name in CLIPS), JOINT_2B], ids=[*CLIPS, "joint"])
     def test_in_every_family_it_is_a_video_of_one_frame(self, family):
         model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
         out = denoise(model, **batch)

@@ -23,6 +23,7 @@ VARIATIONS = {
     "pooled": {"pooled_text": True},
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
+    "times of frames": {"frame_times": True},
     "table": {"modulation": "table"},
     "norms": {"qk_norm": "width", "cross_norm": "affine"},
     "one block without text": {"num_layers": 1, "windows": ((0, 0, 0),), "cross_attention": "none"},

@@ -162,6 +162,49 @@ def test_self_conditioning_is_keyed_by_row(configure: Configure) -> None:
     assert chosen(whole, 1) != picked
 
 
+GIVEN = {"given": ({"kind": "random", "share": 0.8},)}
+
+
+def test_given_frames_are_clean_and_at_time_zero(configure: Configure) -> None:
+    """Of some clips some latent frames: what the network sees there is the clip itself, and their noise never acts."""
+    rig = Rig(configure(model={"frame_times": True, "self_conditioning": 0.5}, diffusion=GIVEN))
+    found = 0
+    for number in range(4):
+        batch = rig.batch(number)
+        inputs = rig.step.inputs(batch, "train")
+        video, given = rig.step.video(batch, inputs), inputs.given_BT
+        assert given is not None
+        frames = given[:, None, :, None, None].expand_as(video.x_t)
+        assert torch.equal(video.x_t[frames], video.x_BCTHW[frames])
+        assert bool(((video.x_t != video.x_BCTHW) | frames).flatten(1).float().mean(1).gt(0.99).all())
+        assert torch.equal(inputs.times, torch.where(given, 0.0, inputs.t_B[:, None]))
+        estimate = rig.step.estimate(torch.randn_like(video.x_t), inputs, video)
+        assert inputs.chosen_B is not None
+        kept = frames & inputs.chosen_B[:, None, None, None, None]
+        assert torch.equal(estimate[kept], video.x_BCTHW[kept])
+        assert not bool(given.all(1).any())
+        found += int(given.sum())
+        assert rig.step.inputs(batch, "validation").given_BT is None
+    assert found > 4
+
+
+def test_given_frames_belong_to_the_row(configure: Configure) -> None:
+    def losses(size: int) -> list[Tensor]:
+        c = configure(model={"frame_times": True}, diffusion=GIVEN, train={"micro_batch": size})
+        rows, _, gradients = Rig(c).run(range(c.train.global_batch // size))
+        return [rows, *gradients]
+
+    assert_close(losses(4), losses(1))
+
+
+def test_rows_of_images_are_given_nothing(configure: Configure) -> None:
+    c = configure(model={"frame_times": True}, diffusion=GIVEN, data={"image_rows": 2}, train={"micro_batch": 4})
+    rig = Rig(c)
+    given = [rig.step.inputs(rig.batch(n), "train").given_BT for n in range(2)]
+    assert all(g is not None and g.shape[0] == 4 and not g[2:].any() for g in given)
+    assert any(g is not None and bool(g[:2].any()) for g in given)
+
+
 def test_strata_cover_every_slot_of_every_step(configure: Configure) -> None:
     rig = Rig(configure(train={"global_batch": 8, "micro_batch": 2}))
     orders = []
