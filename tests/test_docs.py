@@ -8,12 +8,13 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import AutoencoderKLWan
 
 from vidit.cli import main, parse
-from vidit.config import Model, RunConfig
+from vidit.config import Model, RunConfig, Section
 from vidit.data.encode import encode_mp4
 from vidit.data.scenes import caption, render, sample_scene
 from vidit.export.diffusers.store import export_diffusers
@@ -121,3 +122,16 @@ def test_every_paths_row_of_the_run_directory_is_written_by_the_code() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "run_directory.md").read_text(), re.MULTILINE)
     for name in re.findall(r"`([\w./-]+)`", " ".join(rows)):
         assert name.rstrip("/").split("/")[0] in source, name
+
+
+def test_fragments_of_models() -> None:
+    """The Python of the page on models, beside the file of its commands: sections without a fault."""
+    text = (ROOT / "docs" / "models.md").read_text()
+    _, *fragments = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert fragments
+    for fragment in fragments:
+        names: dict[str, Any] = {}
+        exec(fragment, names)
+        made = [value for value in names.values() if isinstance(value, Section)]
+        assert made
+        assert [fault for section in made for fault in section.faults()] == []
