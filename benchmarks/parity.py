@@ -50,6 +50,7 @@ VAE = {
     "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
 SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "attention_backend": "sdpa"}
+SKIPS = (("single", 3), ("group", 3))
 GIVEN = ({"kind": "random", "share": 0.7},)
 PLAIN = {"patch": 1, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
@@ -64,6 +65,9 @@ MODELS: dict[str, dict[str, Any]] = {
         **FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos",
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
+    # An image has 15 tokens: groups of 3, so that they are whole in a row of images.
+    "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS},
+    "skiparse": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "full_ends": 0},
     "stdit3": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True},
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import gather, split
-from parallel.dealing import Window
+from parallel.dealing import AnyWindow
 from parallel.kinds import SequenceKind
 from parallel.mesh import Mesh
 from parallel.names import PlanError, modules
@@ -54,7 +54,7 @@ class Seams(Protocol):
     @property
     def cores(self) -> Sequence[str]: ...
     @property
-    def windows(self) -> Mapping[str, Window]: ...
+    def windows(self) -> Mapping[str, AnyWindow]: ...
     @property
     def positions(self) -> Mapping[str, int]: ...
 

@@ -119,6 +119,7 @@ MODELS: dict[str, Case] = {
         PAIR, "zero_bubble", model={**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "self_conditioning": 0.6},
         given=({"kind": "random", "share": 0.7},),
     ),
+    "opensora_plan": Case(PAIR, model={**FAMILIES["opensora_plan"], **PLAIN}, images=False),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

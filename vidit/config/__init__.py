@@ -18,7 +18,7 @@ from vidit.config.diffusion import (
     GivenKind,
     Target,
 )
-from vidit.config.model import Model, Window, whole_window
+from vidit.config.model import AnyWindow, Model, Skip, Window, whole_window
 from vidit.config.parallel import Launch, Parallel
 from vidit.config.presets import FAMILIES, PRESETS
 from vidit.config.run import RunConfig
@@ -36,6 +36,7 @@ __all__ = [
     "PRESETS",
     "RESERVED_TEXT_ROWS",
     "VAE_PRESETS",
+    "AnyWindow",
     "Bucket",
     "ConfigError",
     "Data",
@@ -51,6 +52,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "Section",
+    "Skip",
     "Source",
     "Target",
     "Text",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
@@ -10,9 +10,14 @@ from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
 
 Window = tuple[int, int, int]
+Skip = tuple[Literal["single", "group"], Positive]
+AnyWindow = Window | Skip
+"""Three numbers, or a pair that skips."""
 
 # RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
 MIN_ROPE_HEAD_DIM = 6
+# Every token of a clip is to attend to all of it.
+MIN_SKIP = 2
 
 
 def _named(yes: str) -> BeforeValidator:
@@ -35,11 +40,13 @@ class Model(Section):
     patch: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_flat)] = Field(
         (1, 1, 1), description="latent frames, rows and columns of a token; one number p is (1, p, p)"
     )
-    windows: tuple[Window, ...] = Field(
+    windows: tuple[AnyWindow, ...] = Field(
         ((1, 0, 0), (0, 8, 8)),
         min_length=1,
-        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis",
+        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis; or "
+        "(single, k), (group, k): every k-th token of the clip, or group of k (Skiparse, Open-Sora-Plan)",
     )
+    full_ends: int = Field(0, ge=0, description="blocks at either end that attend to all tokens instead")
     image_attention: Literal["identity", "frame"] = Field(
         "identity",
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
@@ -122,6 +129,12 @@ class Model(Section):
         """Places of the latent in a token."""
         return math.prod(self.patch)
 
+    def window(self, layer: int) -> AnyWindow:
+        """The attention window of a block, as configured."""
+        if min(layer, self.num_layers - 1 - layer) < self.full_ends:
+            return 0, 0, 0
+        return self.windows[layer % len(self.windows)]
+
     @property
     def is_joint(self) -> bool:
         """Whether text tokens are a stream of their own beside the video's."""
@@ -132,12 +145,12 @@ class Model(Section):
         """The block before which sinusoids of time are added, where that is not the start."""
         if self.absolute_position != "space_then_time":
             return None
-        spanning = (n for n in range(self.num_layers) if self.windows[n % len(self.windows)][0] != 1)
+        spanning = (n for n in range(self.num_layers) if self.window(n)[0] != 1)
         return next(spanning, None)
 
     @property
     def _spans_frames(self) -> bool:
-        return any(window[0] != 1 for window in self.windows)
+        return self.full_ends > 0 or any(window[0] != 1 for window in self.windows)
 
     @property
     def out_factor(self) -> int:
@@ -204,8 +217,9 @@ class Model(Section):
                 f"model.rope_split=time turns by time alone, but none of model.windows={self.windows} spans latent "
                 "frames; add such a window, or use rope_split=third"
             )
-        if any(size < 0 for window in self.windows for size in window):
+        if any(size < 0 for window in self.windows if len(window) == 3 for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
+        yield from self._skip_faults()
         if self.attention_backend == "flash" and self.relative_position == "bias":
             yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
         if (
@@ -220,9 +234,26 @@ class Model(Section):
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
 
+    def _skip_faults(self) -> Iterator[str]:
+        """What windows through the whole clip exclude."""
+        skips = [window for window in self.windows if len(window) == 2]
+        if any(k < MIN_SKIP for _, k in skips):
+            yield f"model.windows={self.windows} skips by 1, which is to attend to all; use (0, 0, 0), or k above 1"
+        if skips and self.relative_position == "bias":
+            yield (
+                "model.relative_position=bias has an entry for each offset in a window, and tokens of one that skips "
+                f"lie anywhere (model.windows={self.windows}); use rope or none"
+            )
+        if 2 * self.full_ends >= self.num_layers or (self.full_ends and set(self.windows) == {(0, 0, 0)}):
+            yield (
+                f"model.full_ends={self.full_ends} with model.num_layers={self.num_layers} and model.windows="
+                f"{self.windows}: all blocks attend to all tokens; use windows=[[0,0,0]] and full_ends=0, or full_ends "
+                f"of at most {(self.num_layers - 1) // 2} beside other windows"
+            )
+
     def _joint_faults(self) -> Iterator[str]:
         """What text tokens in self-attention exclude."""
-        if any(any(window) for window in self.windows):
+        if self.full_ends or any(any(window) for window in self.windows):
             yield (
                 f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "
                 "windows; use windows=[[0,0,0]], or cross_attention=all"
@@ -243,7 +274,13 @@ class Model(Section):
             yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
 
 
-def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:
-    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid."""
+@overload
+def whole_window(window: Window, grid: Window) -> Window: ...
+@overload
+def whole_window(window: AnyWindow, grid: Window) -> AnyWindow: ...
+def whole_window(window: AnyWindow, grid: Window) -> AnyWindow:
+    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid; one that skips stays."""
+    if len(window) == 2:
+        return window
     t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid, strict=True))
     return t, h, w

@@ -7,7 +7,7 @@ attention reads the text.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import AnyWindow, Model
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
 from vidit.model.joint import JointAttention, Streams
 from vidit.model.linear import Linear
@@ -43,7 +43,7 @@ class Block(nn.Module):
     unchanged, `adds_time` whether sinusoids of time come first.
     """
 
-    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool, adds_time: bool):
+    def __init__(self, c: Model, window: AnyWindow, cross: bool, identity_images: bool, adds_time: bool):
         super().__init__()
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)

@@ -114,7 +114,7 @@ class DiT(nn.Module):
         for layer in range(c.num_layers):
             window = window_of(c, layer)
             identity_images = window[0] != 1 and c.image_attention == "identity"
-            if c.relative_position == "bias":  # its table has the size of the window on the largest grid
+            if c.relative_position == "bias" and len(window) == 3:  # the table has the size it has on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
             blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)

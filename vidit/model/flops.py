@@ -5,7 +5,7 @@ papers.md section 0 and anchors.md section 8; training is three times the forwar
 out, as every published MFU does.
 """
 
-from vidit.config import Model, Window, whole_window
+from vidit.config import AnyWindow, Model, Window, whole_window
 
 
 def crosses(c: Model, layer: int) -> bool:
@@ -13,9 +13,18 @@ def crosses(c: Model, layer: int) -> bool:
     return c.cross_attention == "all" or (c.cross_attention == "per_frame" and window_of(c, layer)[0] == 1)
 
 
-def window_of(c: Model, layer: int) -> Window:
+def window_of(c: Model, layer: int) -> AnyWindow:
     """The attention window of a block, as configured."""
-    return c.windows[layer % len(c.windows)]
+    return c.window(layer)
+
+
+def window_tokens(window: AnyWindow, grid: Window) -> int:
+    """Tokens of a window on a grid, those past its end included."""
+    if len(window) == 2:
+        k = window[1]
+        return -(-grid[0] * grid[1] * grid[2] // (k * k)) * k
+    t, h, w = whole_window(window, grid)
+    return t * h * w
 
 
 def forward_flops(c: Model, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
@@ -27,8 +36,7 @@ def forward_flops(c: Model, grid: tuple[int, int, int], channels: int, text_widt
 def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: int) -> int:
     """Of one block and one clip, as `forward_flops` counts."""
     tokens, d = grid[0] * grid[1] * grid[2], c.width
-    t, h, w = whole_window(window_of(c, layer), grid)
-    window = t * h * w
+    window = window_tokens(window_of(c, layer), grid)
     total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
     if c.is_joint:
         both = tokens + text_tokens
@@ -78,8 +86,9 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
     for layer in range(c.num_layers):
         total += attention + (cross if crosses(c, layer) else 0) + 2 * d * f + d + f + 2 * norm
         total += vectors if c.modulation == "table" else own
-        if c.relative_position == "bias":
-            t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
+        window = window_of(c, layer)
+        if c.relative_position == "bias" and len(window) == 3:
+            t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
     total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
     return total + (d + 1) * patch * c.out_factor + 2 * norm  # head

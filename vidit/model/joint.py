@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import AnyWindow, Model
 from vidit.model.attention import EVERY_FRAME, PADDING, Positions, SelfAttention, TextContext, attend
 from vidit.model.windows import Grid
 
@@ -75,7 +75,7 @@ def sees(frame_BL: Tensor | None, grid: Grid) -> Tensor | None:
 class JointAttention(SelfAttention):
     """(B, S, D) and text (B, L, D) -> the same; rotation turns video tokens alone."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int]):
+    def __init__(self, c: Model, window: AnyWindow):
         super().__init__(c, window, identity_images=False)
         self.core = JointCore(c.attention_backend)
 

@@ -35,22 +35,30 @@ def modulate(normed_BSD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor
 
 
 class HeadNorm(nn.Module):
-    """Norm over the head dim: (B, S, N, K), fp32 inside; layer norm, scale only or `affine`, or RMS norm with scale.
+    """Layer norm over the head dim, scale only or `affine`: (B, S, N, K), fp32 inside.
 
     Returned in at least fp32: the rotation that follows works there too, and one cast is enough.
     """
 
-    def __init__(self, head_dim: int, affine: bool = False, rms: bool = False):
+    def __init__(self, head_dim: int, affine: bool = False):
         super().__init__()
-        self.rms = rms
         self.weight = nn.Parameter(torch.empty(head_dim))
         self.bias = nn.Parameter(torch.empty(head_dim)) if affine else None
 
     def forward(self, x_BSNK: Tensor) -> Tensor:
-        if self.rms:
-            return F.rms_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), EPS)
         bias = None if self.bias is None else widen(self.bias)
         return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), bias, eps=EPS)
+
+
+class HeadRms(nn.Module):
+    """RMS norm over the head dim, scale only: (B, S, N, K), in at least fp32."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x_BSNK: Tensor) -> Tensor:
+        return F.rms_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=EPS)
 
 
 class MeanSquare(nn.Module):
@@ -80,4 +88,6 @@ def query_key_norm(c: Model) -> nn.Module:
         return nn.Identity()
     if c.qk_norm == "width":
         return WidthNorm(c.width)
-    return HeadNorm(c.width // c.num_heads, affine=c.qk_norm == "head_affine", rms=c.qk_norm == "head_rms")
+    if c.qk_norm == "head_rms":
+        return HeadRms(c.width // c.num_heads)
+    return HeadNorm(c.width // c.num_heads, affine=c.qk_norm == "head_affine")

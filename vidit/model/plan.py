@@ -8,7 +8,7 @@ and every pattern at least one name, so a new parameter without a rule is an err
 from dataclasses import dataclass
 from typing import Literal
 
-from vidit.config import Model, Window
+from vidit.config import AnyWindow, Model
 from vidit.model.flops import crosses, window_of
 
 Kind = Literal["column", "row", "per_head", "replicate"]
@@ -42,7 +42,7 @@ class Plan:
     gather: dict[str, int]
     counted: str
     cores: tuple[str, ...]
-    windows: dict[str, Window]
+    windows: dict[str, AnyWindow]
     positions: dict[str, int]
     vectors: tuple[str, ...]
     before: tuple[str, ...]

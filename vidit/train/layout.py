@@ -11,7 +11,7 @@ from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_d
 from parallel.layout import Layout
 from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
-from vidit.config import Bucket, Launch, RunConfig, Window, refuse
+from vidit.config import AnyWindow, Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
 from vidit.resolve import faults, grid_of, latent_frames, resolve
 
@@ -74,7 +74,7 @@ def own_tokens(config: RunConfig, grid: Window, layer: int, sequence_rank: int) 
     return tokens
 
 
-def _windows(config: RunConfig) -> list[Window]:
+def _windows(config: RunConfig) -> list[AnyWindow]:
     return [window_of(config.model, layer) for layer in range(config.model.num_layers)]
 
 

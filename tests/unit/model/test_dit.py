@@ -56,6 +56,7 @@ VARIATIONS = {
     "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
     "times of frames": {"frame_times": True, "pooled_text": True},
     "times of frames, table": {**FAMILIES["stdit3"], "frame_times": True},
+    "skips": {"windows": (("single", 2), ("group", 3)), "relative_position": "rope", "cross_attention": "all"},
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -178,6 +179,7 @@ class TestFlops:
             {**FAMILIES["cogvideox"], "time_width": 0},
             {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
             {**FAMILIES["stdit3"], "frame_times": True, "learned_variance": True},
+            {**FAMILIES["opensora_plan"], "num_layers": 5},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
