@@ -68,6 +68,7 @@ MODELS: dict[str, dict[str, Any]] = {
     # An image has 15 tokens: groups of 3, so that they are whole in a row of images.
     "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS},
     "skiparse": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "full_ends": 0},
+    "gentron": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
     "stdit3": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True},
 }  # fmt: skip
 

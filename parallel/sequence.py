@@ -115,11 +115,19 @@ def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
         _make_whole(module, pattern, seams.counted, DealWhole(dim, deals, windows[-1]))
         for found in modules(module, [seams.counted]).values():
             found.register_forward_pre_hook(Switch(None, windows[-1], deals, held))
+    cut_by: dict[Any, Any] = {}
     for name, core in modules(module, seams.cores).items():
         found_windows = [w for block, w in seams.windows.items() if name.startswith(f"{block}.")]
         if len(found_windows) != 1:
             raise PlanError(
                 f"core {name} lies in {len(found_windows)} of {len(windows)} blocks with a window; it must lie in 1"
+            )
+        block = next(block for block in seams.windows if name.startswith(f"{block}."))
+        own: Any = getattr(core, "window", None)
+        if cut_by.setdefault(block, own) != own:
+            raise PlanError(
+                f"{block} mixes tokens in windows of {cut_by[block]} and of {own}, and 1 rank holds 1 kind of them "
+                "whole; use parallel.sequence_kind=ulysses, ring or ulysses_ring"
             )
         _replace(module, name, DealtCore(core, found_windows[0], deals))
 

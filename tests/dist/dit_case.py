@@ -87,6 +87,7 @@ def batch(case: Case) -> dict[str, Tensor | None]:
         "text_frame_BL": frame,
         "pooled_BE": torch.randn(rows, TEXT, generator=g, dtype=torch.float64),
         "image_B": image_B,
+        "still_B": torch.tensor([True, False, False, False]) if case.config.motion_free else None,
         "previous_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
         "target": torch.randn(shape, generator=g, dtype=torch.float64),
     }
@@ -103,7 +104,7 @@ def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B")), **inputs)
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B"), inputs.pop("still_B")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 

@@ -120,6 +120,7 @@ MODELS: dict[str, Case] = {
         given=({"kind": "random", "share": 0.7},),
     ),
     "opensora_plan": Case(PAIR, model={**FAMILIES["opensora_plan"], **PLAIN}, images=False),
+    "gentron": Case(PAIR, model={**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5, "self_conditioning": 0.6}),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

@@ -62,6 +62,13 @@ CASES = [
     ("model.position_scale=[1,2,2]", [], ["model.absolute_position=sincos"]),
     ("model.position_span=4", [], ["model.absolute_position=space_then_time"]),
     ("model.position_span=4", [], ["model.absolute_position=space"]),
+    ("model.motion_free=0.5", [], ["model.temporal_attention=true"]),
+    ("sample.motion_guidance=1.2", [], ["model.temporal_attention=true", "model.motion_free=0.5"]),
+    (
+        "sample.motion_guidance=1.3",
+        ["model.temporal_attention=true"],
+        ["model.temporal_attention=true", "model.motion_free=0.5"],
+    ),
     ("model.frame_times=true", [], ['diffusion.given=[{"kind":"random","share":0.5}]']),
     ('diffusion.given=[{"kind":"random","share":0.5}]', [], ["model.frame_times=true"]),
     ("model.rope_split=third", [], ["model.relative_position=rope"]),

@@ -47,6 +47,14 @@ class Model(Section):
         "(single, k), (group, k): every k-th token of the clip, or group of k (Skiparse, Open-Sora-Plan)",
     )
     full_ends: int = Field(0, ge=0, description="blocks at either end that attend to all tokens instead")
+    temporal_attention: bool = Field(
+        False,
+        description="behind the attention to text another one, of each place through time, whose output starts at zero "
+        "(GenTron)",
+    )
+    motion_free: float = Field(
+        0.0, ge=0, le=1, description="share of the training clips in which that sees its own frame alone (GenTron)"
+    )
     image_attention: Literal["identity", "frame"] = Field(
         "identity",
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
@@ -150,7 +158,7 @@ class Model(Section):
 
     @property
     def _spans_frames(self) -> bool:
-        return self.full_ends > 0 or any(window[0] != 1 for window in self.windows)
+        return self.full_ends > 0 or self.temporal_attention or any(window[0] != 1 for window in self.windows)
 
     @property
     def out_factor(self) -> int:
@@ -207,6 +215,8 @@ class Model(Section):
             yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
         if self.is_joint:
             yield from self._joint_faults()
+        if self.temporal_attention and self.relative_position == "bias":
+            yield "model.temporal_attention=true takes no position bias; set model.relative_position=rope or none"
         if self.frame_times and self.patch[0] > 1:
             yield (
                 f"model.frame_times=true gives a time to each latent frame, but model.patch={list(self.patch)} puts "
@@ -215,7 +225,7 @@ class Model(Section):
         if self.rope_split == "time" and self.relative_position == "rope" and not self._spans_frames:
             yield (
                 f"model.rope_split=time turns by time alone, but none of model.windows={self.windows} spans latent "
-                "frames; add such a window, or use rope_split=third"
+                "frames; add such a window or temporal_attention, or use rope_split=third"
             )
         if any(size < 0 for window in self.windows if len(window) == 3 for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
@@ -253,6 +263,11 @@ class Model(Section):
 
     def _joint_faults(self) -> Iterator[str]:
         """What text tokens in self-attention exclude."""
+        if self.temporal_attention:
+            yield (
+                "model.temporal_attention=true is of the video's tokens alone, not of the text's beside them (model."
+                "cross_attention=joint); leave it out, or use cross_attention=all"
+            )
         if self.full_ends or any(any(window) for window in self.windows):
             yield (
                 f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "

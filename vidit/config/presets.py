@@ -28,6 +28,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
+    "gentron": {
+        "patch": 2, "windows": ((1, 0, 0),), "temporal_attention": True, "relative_position": "rope",
+        "rope_split": "time", "absolute_position": "space", "qk_norm": "none", "cross_attention": "all",
+        "cross_keys": "text", "pooled_text": True, "adaln_rank": 0, "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
     "opensora_plan": {
         "patch": 2, "windows": (("single", 4), ("group", 4)), "full_ends": 1, "image_attention": "frame",
         "relative_position": "rope", "rope_split": "third", "absolute_position": False, "qk_norm": "none",
@@ -41,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
 # Wan 2.1's text-to-video models are those of 2503.20314, table 1; CogVideoX's (2408.06072) those of its checkpoints, in
 # which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames.
+# GenTron's (2312.04557) XL/2 and G/2 have unpublished heads, taken to be 16, and places in time, here a rotation.
 # Open-Sora 1.2 is STDiT3-XL/2: 28 spatial and 28 temporal blocks in turn; Open-Sora-Plan 1.3 (2412.00131) is its 2.7B.
 # COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
@@ -63,6 +70,8 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
     "cogvideox-1.5-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "patch": (2, 2, 2), "time_frequencies": 3072}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
+    "gentron-XL": (28, 1152, 16, 4608, FAMILIES["gentron"]),
+    "gentron-G": (48, 1664, 16, 6656, FAMILIES["gentron"]),
     "opensora-plan-1.3": (32, 2304, 24, 9216, {**FAMILIES["opensora_plan"], "full_ends": 2}),
     "opensora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True}),
 }

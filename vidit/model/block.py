@@ -1,7 +1,7 @@
 """One transformer block: modulated self-attention, cross-attention to text, modulated MLP.
 
 Every family of the project is this block with other parts, chosen by the config: which modulation, which norms, which
-attention reads the text.
+attention reads the text, whether another one follows it through time (GenTron).
 """
 
 import torch.nn.functional as F
@@ -53,6 +53,8 @@ class Block(nn.Module):
         bare = c.cross_norm == "bare"
         self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
+        self.temporal_norm = Norm(c.width, c.norm_affine, c.norm_eps) if c.temporal_attention else None
+        self.temporal = SelfAttention(c, (0, 1, 1), identity_images=False) if c.temporal_attention else None
         self.mlp = Mlp(c.width, c.mlp_width, c.activation)
 
     def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
@@ -73,6 +75,9 @@ class Block(nn.Module):
             (video,) = streams
             asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
             streams = [video + self.cross(asking, text, positions, grid)]
+        if self.temporal is not None and self.temporal_norm is not None:
+            (video,) = streams
+            streams = [video + self.temporal(self.temporal_norm(video).to(dtype), positions, grid.through_time)]
         inner = [modulate(self.mlp_norm(s), v[3], v[4]).to(dtype) for s, v in zip(streams, own, strict=True)]
         streams = [s + (v[5] * self.mlp(i)).to(dtype) for s, v, i in zip(streams, own, inner, strict=True)]
         return streams[0] if len(streams) == 1 else Streams(*streams)

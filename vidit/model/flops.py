@@ -41,6 +41,8 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
     if c.is_joint:
         both = tokens + text_tokens
         return both * (8 * d * d + 4 * d * c.mlp_width + 4 * both * d)
+    if c.temporal_attention:
+        total += tokens * (8 * d * d + 4 * grid[0] * d)
     if crosses(c, layer):
         joint = c.cross_keys == "video_and_text"
         total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
@@ -83,6 +85,7 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
     attention = 4 * d * d + 4 * d + qk
     cross = attention + (2 * d if c.cross_norm == "affine" else 0)
     own = c.adaln_rank * (cond + vectors) if c.adaln_rank else (cond + 1) * vectors
+    total += c.num_layers * (attention + norm) * c.temporal_attention
     for layer in range(c.num_layers):
         total += attention + (cross if crosses(c, layer) else 0) + 2 * d * f + d + f + 2 * norm
         total += vectors if c.modulation == "table" else own

@@ -55,13 +55,18 @@ class Plan:
 def sharding_plan(c: Model) -> Plan:
     """The plan of a model with this config."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
-    wide_norms = [f"blocks.*.{name}.{norm}" for name in ("attn", *["cross"] * cross) for norm in QK_NORMS]
+    attending = ("attn", *["cross"] * cross, *["temporal"] * c.temporal_attention)
+    wide_norms = [f"blocks.*.{name}.{norm}" for name in attending for norm in QK_NORMS]
     parameters = _outside(c) | _attention("attn", c)
     # The tokens, and beside them the text's: features of cross-attention, or a stream.
     regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0, 3) if c.is_joint else (0,), "blocks.*.mlp": (0,)}
     cores = ["blocks.*.attn.core"]
     if c.relative_position == "bias":
         parameters["blocks.*.attn.bias.table"] = "column"
+    if c.temporal_attention:
+        parameters |= _attention("temporal", c)
+        regions["blocks.*.temporal"] = (0,)
+        cores.append("blocks.*.temporal.core")
     if cross:
         parameters |= _attention("cross", c)
         regions["blocks.*.cross"] = (0, 1)
@@ -111,6 +116,7 @@ def _affine_norms(c: Model) -> list[str]:
     """Norms of tokens with scale and shift."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
     own = ["blocks.*.attn_norm", "blocks.*.mlp_norm", "head.final_norm", "head.norm"] * c.norm_affine
+    own += ["blocks.*.temporal_norm"] * (c.norm_affine and c.temporal_attention)
     return own + ["blocks.*.cross_norm"] * (cross and c.cross_norm == "affine")
 
 

@@ -8,7 +8,7 @@ Skiparse (Open-Sora-Plan, 2412.00131) numbers the tokens of a clip and takes eve
 of k (`group`): one axis of a (n, k, k) grid of these numbers, so the same cutting serves (`folded`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,17 +22,26 @@ class Grid:
     """The token grid of a whole clip (never of one rank's share), as the attention core needs it.
 
     `image_B` marks rows that hold T independent images instead of a clip of T latent frames; None says that
-    there are none, which keeps the cheap paths open.
+    there are none, which keeps the cheap paths open. `still_B` marks clips without motion, whose temporal attention
+    sees its own frame alone.
     """
 
     frames: int
     height: int
     width: int
     image_B: Tensor | None = None
+    still_B: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
+
+    @property
+    def through_time(self) -> "Grid":
+        """As temporal attention sees it, to which clips without motion are rows of images."""
+        if self.still_B is None:
+            return self
+        return replace(self, image_B=self.still_B if self.image_B is None else self.image_B | self.still_B)
 
     @property
     def num_tokens(self) -> int:

@@ -40,7 +40,15 @@ def draw(
         noise = keys.normal(shape, seed, "sample", numbers).to(step.device, step.dtype)
         condition = _conditions(step, text, chunk)
         empty = _conditions(step, text, [""] * len(chunk))
-        denoise = guided(_Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
+        still = None
+        if s.motion_guidance != 1:
+            at_rest = torch.ones(len(chunk), dtype=torch.bool, device=step.device)
+            condition, empty = ({**part, "still": ~at_rest} for part in (condition, empty))
+            still = {**empty, "still": at_rest}
+        denoise = guided(
+            _Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale, still=still,
+            motion=s.motion_guidance,
+        )  # fmt: skip
         latent = sample(s.sampler, denoise, path, noise, times)
         pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -64,7 +72,7 @@ class _Denoiser:
     def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
         t_B = t_B.to(self.step.device)
-        output = self.step.denoise(self.model, x, t_B, text, None, self.previous)
+        output = self.step.denoise(self.model, x, t_B, text, None, self.previous, condition.get("still"))
         x_hat = self.step.objective.denoised(output, x, t_B)
         if self.step.config.model.self_conditioning:
             self.previous = x_hat.to(self.step.dtype)

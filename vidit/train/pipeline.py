@@ -125,7 +125,7 @@ class PipelinePasses:
         assert batch.tokens is not None
         tokens = batch.tokens.to(step.device)
         return {
-            "grid": step.grid(step.latent_shape, inputs.image_B),
+            "grid": step.grid(step.latent_shape, inputs.image_B, inputs.still_B),
             "time_B": step.objective.path.time_embedding_input(inputs.times),
             # A frozen encoder runs once for all stages and passes of this rank, a trained one within each.
             "text": step.text(self.model, tokens, num_clips, batch.text) if step.frozen_text is not None else None,

@@ -67,6 +67,7 @@ class Inputs:
     """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
 
     `given_BT` marks the latent frames that are given, None where none is: they are clean, at time 0 and without loss.
+    `still_B` marks the clips that the model sees without motion, None in a model that never does.
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
@@ -79,6 +80,7 @@ class Inputs:
     chosen_B: Tensor | None
     estimated: bool
     given_BT: Tensor | None = None
+    still_B: Tensor | None = None
 
     @property
     def times(self) -> Tensor:
@@ -159,7 +161,8 @@ class DitStep:
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        return self.loss(self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, previous), inputs, video)
+        output = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, previous, inputs.still_B)
+        return self.loss(output, inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
@@ -173,10 +176,15 @@ class DitStep:
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
         if share := self.config.model.self_conditioning:
-            chosen_B = self._chosen(purpose, rows, share)
+            chosen_B = self._chosen(f"{purpose}/self_condition", rows, share)
             # Ranks that gather weights must go together.
-            estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
-        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated, self.given(batch, purpose))
+            others = self._chosen(f"{purpose}/self_condition", batch.round_rows, share)
+            estimated = purpose != "train" or bool(others.any())
+        still_B = None
+        if (share := self.config.model.motion_free) and purpose == "train":
+            still_B = self._chosen("motion_free", rows, share).to(self.device)
+        given_BT = self.given(batch, purpose)
+        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated, given_BT, still_B)
 
     def given(self, batch: Batch, purpose: str) -> Tensor | None:
         """Which latent frames of each row are given (B, T), in training; None where none may be."""
@@ -190,7 +198,7 @@ class DitStep:
         return torch.tensor(rows, device=self.device)
 
     def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
-        return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
+        return keys.uniform(self.config.train.seed, purpose, list(rows)) < share
 
     def _shift(self, num_frames: int, height: int, width: int) -> float:
         """Of the timestep density, for clips of that many frames and pixels."""
@@ -220,16 +228,17 @@ class DitStep:
         text: TextInputs,
         image_B: Tensor | None,
         previous: Tensor | None,
+        still_B: Tensor | None = None,
     ) -> Tensor:
         """The network's output at x_t; `t_B` is (B, T) where frames have times of their own."""
-        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B)
+        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B, still_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
 
-    def grid(self, latent_shape: Sequence[int], image_B: Tensor | None) -> Grid:
+    def grid(self, latent_shape: Sequence[int], image_B: Tensor | None, still_B: Tensor | None = None) -> Grid:
         """Latents of a shape (..., T, H, W) in tokens."""
         t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.model.patch, strict=True))
-        return Grid(t, h, w, image_B)
+        return Grid(t, h, w, image_B, still_B)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
@@ -297,7 +306,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, None)
+            first = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, None, inputs.still_B)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()

@@ -32,7 +32,7 @@ TINY = {
 JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
 JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
 # In which an image of a row is a clip of one frame.
-CLIPS = ("wan", "latte", "stdit3")
+CLIPS = ("wan", "latte", "stdit3", "gentron")
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -57,6 +57,12 @@ VARIATIONS = {
     "times of frames": {"frame_times": True, "pooled_text": True},
     "times of frames, table": {**FAMILIES["stdit3"], "frame_times": True},
     "skips": {"windows": (("single", 2), ("group", 3)), "relative_position": "rope", "cross_attention": "all"},
+    "through time": {
+        "temporal_attention": True,
+        "relative_position": "rope",
+        "qk_norm": "width",
+        "norm_affine": True,
+    },
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -180,6 +186,7 @@ class TestFlops:
             {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
             {**FAMILIES["stdit3"], "frame_times": True, "learned_variance": True},
             {**FAMILIES["opensora_plan"], "num_layers": 5},
+            {**FAMILIES["gentron"], "pooled_text": False},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
@@ -369,6 +376,69 @@ class TestRotationByTime:
         assert (denoise(model, **mirrored).flip(2) - denoise(model, **batch)).abs().max() > 1e-3
 
 
+class TestThroughTime:
+    """GenTron: attention of places through time, which adds nothing at first, and nothing of others without motion."""
+
+    def test_a_model_of_images_becomes_one_of_videos(self):
+        """Its weights, and a zero: every frame is as the model of images makes it, bit for bit."""
+        of_images = {**FAMILIES["gentron"], "patch": 1, "temporal_attention": False, "relative_position": "none"}
+        images, videos = build(**of_images), build(filled=False, **{**FAMILIES["gentron"], "patch": 1})
+        missing, unexpected = videos.load_state_dict(images.state_dict(), strict=False)
+        assert unexpected == []
+        assert {re.sub(r"\d+", "*", name) for name in missing} == {
+            f"blocks.*.temporal.{part}.{leaf}"
+            for part in ("query", "key", "value", "out")
+            for leaf in ("weight", "bias")
+        }
+        batch = inputs()
+        out = denoise(videos, **batch)
+        assert torch.equal(out, denoise(images, **batch))
+        for k in range(3):
+            alone = denoise(images, **{**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1]})
+            torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+
+    def test_it_learns_from_there(self):
+        """The zero has a gradient, so what lies before it gets one in the next step."""
+        model = build(filled=False, **{**FAMILIES["gentron"], "patch": 1})
+        with torch.no_grad():
+            model.head.project.weight.normal_(std=0.1)
+        denoise(model, **inputs()).square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if ".temporal." in n}
+        assert all(bool(grad.any()) == (".out." in name) for name, grad in grads.items())
+
+    def test_order(self):
+        """Through time comes between the text and the MLP, and adds what it finds to the stream of tokens."""
+        model, seen = build(**{**FAMILIES["gentron"], "patch": 1}), []
+        for name in ("attn", "cross", "temporal", "mlp"):
+            part = model.blocks["0"].get_submodule(name)
+            part.register_forward_hook(lambda *_, name=name: seen.append(name))
+        denoise(model, **inputs())
+        assert seen == ["attn", "cross", "temporal", "mlp"]
+
+    @pytest.mark.parametrize("images", [False, True])
+    def test_without_motion_frames_do_not_see_each_other(self, images):
+        model, batch = build(**{**FAMILIES["gentron"], "patch": 1}), inputs(3)
+        other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
+        other["x_BCTHW"][:, :, 1:] *= -2
+        marks = {"still_B": torch.tensor([True, False, False]), "image_B": torch.tensor([False, False, images])}
+
+        def first_frame(rows):
+            return model(rows["x_BCTHW"], Grid(*GRID, **marks), **{k: v for k, v in rows.items() if k != "x_BCTHW"})[
+                :, :, 0
+            ]
+
+        moved = (first_frame(other) - first_frame(batch)).abs().amax((1, 2, 3))
+        assert (moved > 1e-5).tolist() == [False, True, not images]
+
+    def test_a_clip_without_motion_is_its_frames(self):
+        model, batch = build(**{**FAMILIES["gentron"], "patch": 1}), inputs()
+        rest = {k: v for k, v in batch.items() if k != "x_BCTHW"}
+        out = model(batch["x_BCTHW"], Grid(*GRID, still_B=torch.tensor([True, True])), **rest)
+        for k in range(3):
+            alone = denoise(model, **{**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1]})
+            torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 class TestImages:
     """A row of T independent images: each is alone in the world, at time 0, with its own caption."""
 
@@ -403,7 +473,8 @@ class TestImages:
 
     @pytest.mark.parametrize("family", [*(FAMILIES[name] for name in CLIPS), JOINT_2B], ids=[*CLIPS, "joint"])
     def test_in_every_family_it_is_a_video_of_one_frame(self, family):
-        model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
+        plain = {"patch": 1, "text_padding": "masked", "pooled_text": False}
+        model, batch = build(**{**family, **plain}), self.batch()
         out = denoise(model, **batch)
         for k in range(3):
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}

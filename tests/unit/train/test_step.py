@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vidit import keys
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
+from vidit.model.windows import Grid
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train.ema import Ema
 from vidit.train.encode_clips import ClipEncoder
@@ -203,6 +205,24 @@ def test_rows_of_images_are_given_nothing(configure: Configure) -> None:
     given = [rig.step.inputs(rig.batch(n), "train").given_BT for n in range(2)]
     assert all(g is not None and g.shape[0] == 4 and not g[2:].any() for g in given)
     assert any(g is not None and bool(g[:2].any()) for g in given)
+
+
+def test_a_share_of_clips_is_without_motion(configure: Configure) -> None:
+    """Keyed by their rows, in training alone; the first pass of self-conditioning sees them so too."""
+    still = {"temporal_attention": True, "relative_position": "rope", "motion_free": 0.5, "self_conditioning": 1.0}
+    rig = Rig(configure(model=still))
+    batch = rig.batch(0)
+    marks = rig.step.inputs(batch, "train").still_B
+    assert marks is not None
+    assert torch.equal(marks, keys.uniform(rig.config.train.seed, "motion_free", batch.rows) < 0.5)
+    assert rig.step.inputs(batch, "validation").still_B is None
+    grids: list[Grid] = []
+    hook = rig.model["dit"].register_forward_pre_hook(lambda _, args: grids.append(args[1]))
+    rig.step(rig.model, batch, "train")
+    hook.remove()
+    assert len(grids) == 2
+    assert all(grid.still_B is not None and torch.equal(grid.still_B, marks) for grid in grids)
+    assert sum(int(m.sum()) for n in range(4) if (m := rig.step.inputs(rig.batch(n), "train").still_B) is not None) > 0
 
 
 def test_strata_cover_every_slot_of_every_step(configure: Configure) -> None:
