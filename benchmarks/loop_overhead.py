@@ -47,7 +47,7 @@ def bare_seconds(task: Task, batch: Batch, steps: int) -> list[float]:
     for _ in range(steps):
         start = time.perf_counter()
         text = step.text(model, batch.tokens, len(batch.clips.keys))
-        output = step.denoise(model, x_t, t_B, text, None, None)
+        output = step.denoise(model, x_t, t_B, text, step.grid(batch), None)
         step.objective.loss(output, x, noise, t_B).mean().backward()
         seconds.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
