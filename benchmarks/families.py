@@ -35,7 +35,14 @@ ROOT = Path(__file__).parents[1]
 LAYERS, WIDTH, HEADS, UNIT = 4, 96, 4, 8
 CLIPS, SIDE = 192, 48
 # 108 tokens of a clip of 3 x 6 x 6; in Skiparse each sees about a quarter, as one of the paper's does.
-SHAPE: dict[str, Any] = {"num_layers": LAYERS, "width": WIDTH, "num_heads": HEADS, "patch": 1, "text_padding": "masked"}
+SHAPE: dict[str, Any] = {
+    "num_layers": LAYERS,
+    "width": WIDTH,
+    "num_heads": HEADS,
+    "patch": 1,
+    "text_padding": "masked",
+    "time_width": 0,
+}
 FRAMES = {"given": ({"kind": "random", "share": 0.25},)}
 MODELS: dict[str, dict[str, Any]] = {
     "walt": {"windows": ((1, 0, 0), (0, 3, 3)), "self_conditioning": 0.0},

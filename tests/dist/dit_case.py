@@ -104,7 +104,7 @@ def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B"), inputs.pop("still_B")), **inputs)
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B"), still_B=inputs.pop("still_B")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 

@@ -73,5 +73,5 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "gentron-XL": (28, 1152, 16, 4608, FAMILIES["gentron"]),
     "gentron-G": (48, 1664, 16, 6656, FAMILIES["gentron"]),
     "opensora-plan-1.3": (32, 2304, 24, 9216, {**FAMILIES["opensora_plan"], "full_ends": 2}),
-    "opensora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True}),
+    "opensora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True, "frame_rate": True}),
 }

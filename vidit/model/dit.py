@@ -20,20 +20,27 @@ from vidit.model.windows import Grid
 
 
 class Conditioning(nn.Module):
-    """Time and pooled text -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
+    """Time, pooled text and frame rate -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if any.
+
+    The frame rate is embedded like the time and added (Open-Sora 1.2).
+    """
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
         self.num_vectors = c.num_vectors
         self.time = TimeEmbed(c.time_frequencies, c.cond_width)
         self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
+        self.frame_rate = TimeEmbed(c.time_frequencies, c.cond_width) if c.frame_rate else None
         self.shared = Linear(c.width, c.num_vectors * c.width) if c.shares_modulation else None
 
-    def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
+    def forward(self, time_B: Tensor, pooled_BE: Tensor | None, fps_B: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
         if self.pooled is not None:
             assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
             c_BD = c_BD + self.pooled(widen(pooled_BE))
+        if self.frame_rate is not None:
+            assert fps_B is not None, "model.frame_rate is set, but the grid has no frames a second"
+            c_BD = c_BD + self.frame_rate(fps_B)
         if self.shared is None:
             return c_BD[:, None]
         shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (self.num_vectors, -1))
@@ -88,15 +95,11 @@ class Embed(nn.Module):
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
         text = TextContext(features, None if self.sees_padding else text_frame_BL)
+        fps_B = grid.fps_B
         if self.frame_times:
-            time_B, pooled_BE = by_frames(time_B, pooled_BE, grid.frames)
-        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE)
-
-
-def by_frames(time: Tensor, pooled_BE: Tensor | None, frames: int) -> tuple[Tensor, Tensor | None]:
-    """A row of conditioning for each latent frame: times (B,) or (B, T) -> (B T,), pooled captions (B T, E)."""
-    each = time if time.ndim > 1 else time[:, None].expand(-1, frames)
-    return each.flatten(), None if pooled_BE is None else pooled_BE.repeat_interleave(frames, 0)
+            time_B = (time_B if time_B.ndim > 1 else time_B[:, None].expand(-1, grid.frames)).flatten()
+            pooled_BE, fps_B = (None if x is None else x.repeat_interleave(grid.frames, 0) for x in (pooled_BE, fps_B))
+        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE, fps_B)
 
 
 class DiT(nn.Module):
@@ -138,7 +141,7 @@ class DiT(nn.Module):
         Args:
             x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
                 the stage before.
-            grid: the latent in tokens, and which rows are images.
+            grid: the latent in tokens, which rows are images, and how fast the others run.
             time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.

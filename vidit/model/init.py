@@ -1,9 +1,10 @@
 """Initial values, one generator for each parameter, keyed by its full name.
 
 The numbers do not depend on the order of construction, on other parameters or on sharding. Layers that end
-a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748), as does what attention
-through time adds to a model of images (GenTron, 2312.04557); linear layers
-are Xavier uniform; tables are normal with std 0.02, those of a modulation with 1 / sqrt(D) (PixArt-alpha, 2310.00426).
+a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748), as do the embedding of
+the frame rate and the output of attention through time (GenTron, 2312.04557), which may be added to a trained model;
+linear layers are Xavier uniform; tables are normal with std 0.02, those of a modulation with 1 / sqrt(D) (PixArt-alpha,
+2310.00426).
 """
 
 import math
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from vidit import keys
 
 ZERO = re.compile(
-    r"(\.|^)(modulation\.up|modulation|shared|head\.project|temporal\.out)\.(weight|bias)$|attn\.bias\.table$"
+    r"(\.|^)(modulation\.up|modulation|shared|frame_rate\.out|head\.project|temporal\.out)\.(weight|bias)$|"
+    r"attn\.bias\.table$"
 )
 NORM = re.compile(r"norm\w*\.weight$")
 TABLE = re.compile(r"(position\.(time|space)|table|embedding|position)(\.weight)?$")

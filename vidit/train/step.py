@@ -5,7 +5,7 @@ depend on ranks, accumulation, workers or on what was resumed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -64,10 +64,9 @@ class TextInputs:
 
 @dataclass
 class Inputs:
-    """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
+    """What is known of a batch before a look at its clips: times (B,), their quantiles (B,), the latents in tokens.
 
     `given_BT` marks the latent frames that are given, None where none is: they are clean, at time 0 and without loss.
-    `still_B` marks the clips that the model sees without motion, None in a model that never does.
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
@@ -76,11 +75,10 @@ class Inputs:
     purpose: str
     quantile_B: Tensor
     t_B: Tensor
-    image_B: Tensor | None
+    grid: Grid
     chosen_B: Tensor | None
     estimated: bool
     given_BT: Tensor | None = None
-    still_B: Tensor | None = None
 
     @property
     def times(self) -> Tensor:
@@ -155,23 +153,21 @@ class DitStep:
         self.shift = self._shift(d.num_frames, d.height, d.width)
         self.images_per_row, self.numbers_per_step = r.latent_frames, numbers_per_step(config)
         self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
+        self.tokens = grid_of(config, d.num_frames, d.height, d.width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
         inputs = self.inputs(batch, purpose)
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        output = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, previous, inputs.still_B)
-        return self.loss(output, inputs, video)
+        return self.loss(self.denoise(model, video.x_t, inputs.times, text, inputs.grid, previous), inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
 
     def inputs(self, batch: Batch, purpose: str) -> Inputs:
-        """What the numbers of a batch's rows decide, without a look at its clips."""
-        rows, image_B, chosen_B, estimated = batch.rows, None, None, False
-        if batch.images is not None:
-            image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
+        """What is known of a batch before a look at its clips."""
+        rows, chosen_B, estimated = batch.rows, None, False
         quantile_B = self.quantiles(rows, purpose, batch.step_rows)
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
@@ -180,18 +176,17 @@ class DitStep:
             # Ranks that gather weights must go together.
             others = self._chosen(f"{purpose}/self_condition", batch.round_rows, share)
             estimated = purpose != "train" or bool(others.any())
-        still_B = None
+        grid = self.grid(batch)
         if (share := self.config.model.motion_free) and purpose == "train":
-            still_B = self._chosen("motion_free", rows, share).to(self.device)
-        given_BT = self.given(batch, purpose)
-        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated, given_BT, still_B)
+            grid = replace(grid, still_B=self._chosen("motion_free", rows, share).to(self.device))
+        given_BT = self.given(batch, purpose, grid.frames)
+        return Inputs(rows, purpose, quantile_B, t_B, grid, chosen_B, estimated, given_BT)
 
-    def given(self, batch: Batch, purpose: str) -> Tensor | None:
+    def given(self, batch: Batch, purpose: str, frames: int) -> Tensor | None:
         """Which latent frames of each row are given (B, T), in training; None where none may be."""
         kinds = self.config.diffusion.given
         if not kinds or purpose != "train":
             return None
-        frames = grid_of(self.config, *batch.size)[0] if batch.size else self.images_per_row
         seed, clips = self.config.train.seed, batch.rows[: len(batch.clips.keys)]
         rows = [given_frames(kinds, frames, keys.generator(seed, "given", row)) for row in clips]
         rows += [[False] * frames] * (len(batch.rows) - len(clips))
@@ -226,19 +221,27 @@ class DitStep:
         x_t: Tensor,
         t_B: Tensor,
         text: TextInputs,
-        image_B: Tensor | None,
+        grid: Grid,
         previous: Tensor | None,
-        still_B: Tensor | None = None,
     ) -> Tensor:
         """The network's output at x_t; `t_B` is (B, T) where frames have times of their own."""
-        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B, still_B)
+        time_B = self.objective.path.time_embedding_input(t_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
 
-    def grid(self, latent_shape: Sequence[int], image_B: Tensor | None, still_B: Tensor | None = None) -> Grid:
-        """Latents of a shape (..., T, H, W) in tokens."""
-        t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.model.patch, strict=True))
-        return Grid(t, h, w, image_B, still_B)
+    def grid(self, batch: Batch) -> Grid:
+        """The latents of a batch in tokens, which of its rows are images, and how fast the others run."""
+        num_images, image_B = len(batch.rows) - len(batch.clips.keys), None
+        if batch.images is not None:
+            image_B = torch.arange(len(batch.rows), device=self.device) >= len(batch.clips.keys)
+        tokens = self.tokens if batch.size is None else grid_of(self.config, *batch.size)
+        return Grid(*tokens, image_B, self.frame_rates([*batch.clips.fps, *[0.0] * num_images]))
+
+    def frame_rates(self, fps: Sequence[float]) -> Tensor | None:
+        """Frames a second of rows as the model takes them; None where it takes none."""
+        if not self.config.model.frame_rate:
+            return None
+        return torch.tensor(fps, device=self.device, dtype=self.dtype)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
@@ -306,7 +309,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.times, text, inputs.image_B, None, inputs.still_B)
+            first = self.denoise(model, video.x_t, inputs.times, text, inputs.grid, None)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()
