@@ -23,10 +23,17 @@ from vidit.vae.coding import decode_clip
 
 @torch.no_grad()
 def draw(
-    config: RunConfig, step: DitStep, model: nn.ModuleDict, text: TextEncoder, prompts: Sequence[str], seed: int
+    config: RunConfig,
+    step: DitStep,
+    model: nn.ModuleDict,
+    text: TextEncoder,
+    prompts: Sequence[str],
+    seed: int,
+    first: Tensor | None = None,
 ) -> list[Tensor]:
     """One video (T, H, W, 3) uint8 on the CPU for each prompt, of the size and frame rate that `config.data` gives.
 
+    `first` are the latent frames (1, C, f, H, W) with which each begins (`vidit/sample/given.py`).
     Raises ConfigError for a size that the VAE's strides and the patch do not divide.
     """
     d, s = config.data, config.sample
@@ -47,10 +54,10 @@ def draw(
             condition, empty = ({**part, "still": ~at_rest} for part in (condition, empty))
             still = {**empty, "still": at_rest}
         denoise = guided(
-            _Denoiser(config, step, model), condition, empty, s.guidance, rescale=s.guidance_rescale, still=still,
-            motion=s.motion_guidance,
+            _Denoiser(config, step, model, first), condition, empty, s.guidance, rescale=s.guidance_rescale,
+            still=still, motion=s.motion_guidance,
         )  # fmt: skip
-        latent = sample(s.sampler, denoise, path, noise, times)
+        latent = begun(sample(s.sampler, denoise, path, noise, times), first)
         pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
@@ -63,11 +70,19 @@ def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[st
     return {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
 
 
-class _Denoiser:
-    """x_hat for the samplers; with self-conditioning, each call is given the estimate of the one before."""
+def begun(x: Tensor, first: Tensor | None) -> Tensor:
+    """Latents (B, C, T, H, W) with the given frames (1, C, f, H, W) in front."""
+    return x if first is None else torch.cat((first.to(x).expand(len(x), -1, -1, -1, -1), x[:, :, first.shape[2] :]), 2)
 
-    def __init__(self, config: RunConfig, step: DitStep, model: nn.ModuleDict):
-        d = config.data
+
+class _Denoiser:
+    """x_hat for the samplers; with self-conditioning, each call is given the estimate of the one before.
+
+    Frames that are given are clean, at time 0, as in training.
+    """
+
+    def __init__(self, config: RunConfig, step: DitStep, model: nn.ModuleDict, first: Tensor | None = None):
+        d, self.first = config.data, first
         self.step, self.model = step, model
         self.tokens, self.fps = grid_of(config, d.num_frames, d.height, d.width), d.shown_fps
         self.previous: Tensor | None = None
@@ -76,8 +91,12 @@ class _Denoiser:
         text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
         t_B = t_B.to(self.step.device)
         grid = Grid(*self.tokens, fps_B=self.step.frame_rates([self.fps] * len(x)), still_B=condition.get("still"))
-        output = self.step.denoise(self.model, x, t_B, text, grid, self.previous)
-        x_hat = self.step.objective.denoised(output, x, t_B)
+        x, told = begun(x, self.first), t_B
+        if self.first is not None:
+            told = t_B[:, None].repeat(1, x.shape[2])
+            told[:, : self.first.shape[2]] = 0
+        output = self.step.denoise(self.model, x, told, text, grid, self.previous)
+        x_hat = begun(self.step.objective.denoised(output, x, t_B), self.first)
         if self.step.config.model.self_conditioning:
             self.previous = x_hat.to(self.step.dtype)
         return x_hat
