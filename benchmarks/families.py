@@ -5,8 +5,8 @@
 Trains a small model of every family on the same procedural scenes with the same optimizer, noise, timesteps and order
 of clips, one after the other in one process of one thread. All have as many layers, the same width and heads; what a
 family spends on its kinds of attention and modulation it has less in its MLPs, so that parameters are equal. Says the
-loss of validation (averaged weights, each family's own), the time of a step, median and least, and how long the files of
-vidit/model are. 300 steps tell that a family learns, not which is best. Writes a JSON file and a table to
+loss of validation (averaged weights, each family's own), the time of a step, median and least, and how long the files
+of vidit/model are. 300 steps tell that a family learns, not which is best. Writes a JSON file and a table to
 benchmarks/results/.
 """
 
@@ -121,7 +121,7 @@ def table(answer: Mapping[str, Any]) -> str:
         f"`python -m benchmarks.families`, one thread, load of the machine at the start {answer['load']:.1f} on "
         f"{answer['cores']} cores, so of the times the fastest step says most. Losses are means over 10 and 30 "
         "steps; the validation's is of averaged weights.\n",
-        "| family | parameters | MLP | forward GFLOP a clip | first loss | last loss | validation | s a step | fastest |",
+        "| family | parameters | MLP | GFLOP forward | first loss | last loss | validation | s a step | fastest |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, r in answer["families"].items():
