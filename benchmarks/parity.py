@@ -66,7 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
     # An image has 15 tokens: groups of 3, so that they are whole in a row of images.
-    "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS},
+    "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "given_channels": True},
     "skiparse": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "full_ends": 0},
     "gentron": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
     "stdit3": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True},
@@ -166,7 +166,7 @@ class Case:
                     "device": "cpu", "precision": self.dtype, **self.row.train,
                 },
                 "parallel": dict(self.row.parallel),
-                "diffusion": {"given": GIVEN if MODELS[self.model].get("frame_times") else ()},
+                "diffusion": {"given": GIVEN if {"frame_times", "given_channels"} & MODELS[self.model].keys() else ()},
             }
         )  # fmt: skip
         return with_layout(c, self.row.ranks)

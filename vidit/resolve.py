@@ -127,6 +127,11 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
                 "(model.cross_attention=joint, relative_position=rope); use a bucket of num_frames=1 instead"
             )
         yield from _skip_faults(c)
+        if c.model.frame_times and c.diffusion.given and c.diffusion.path != "flow":
+            yield (
+                f"model.frame_times=true shows given frames clean at time 0, which path {c.diffusion.path} does not "
+                "condition on; use diffusion.path=flow, or model.given_channels=true"
+            )
         if c.model.patch[0] > 1 and c.data.image_rows:
             yield (
                 f"model.patch={list(c.model.patch)} puts latent frames together, but of data.image_rows="

@@ -47,6 +47,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "cross_attention": "all",
     },
     "gentron still": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
+    "channels of frames": {"given_channels": True},
     "times of frames": {"frame_times": True, "pooled_text": True},
     "stdit3 frames": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "pooled_text": True},
     **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox")},

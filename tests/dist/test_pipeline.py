@@ -121,6 +121,7 @@ MODELS: dict[str, Case] = {
     ),
     "opensora_plan": Case(PAIR, model={**FAMILIES["opensora_plan"], **PLAIN}, images=False),
     "gentron": Case(PAIR, model={**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5, "self_conditioning": 0.6}),
+    "frames given beside": Case(PAIR, model={"given_channels": True}, given=({"kind": "random", "share": 0.7},)),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

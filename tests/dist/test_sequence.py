@@ -127,7 +127,7 @@ def two_stages(case: Case) -> dit_case.Result:
     for name, p in stages.named_parameters():
         fill(p, value(name.partition(".")[2], tuple(p.shape)))
     rows = dit_case.batch(case)
-    inputs = {name: x for name, x in rows.items() if name not in ("target", "x_BCTHW", "image_B", "still_B")}
+    inputs = {name: x for name, x in rows.items() if name not in ("target", "x_BCTHW", "image_B", "still_B", "given_BCTHW")}
     tokens = stages[0](rows["x_BCTHW"], Grid(*case.grid, rows["image_B"]), **inputs)
     stages[1].register_forward_pre_hook(lambda module, args: (tokens, *args[1:]))
     total, out = loss(stages[1], rows)

@@ -69,6 +69,7 @@ CASES = [
         ["model.temporal_attention=true"],
         ["model.temporal_attention=true", "model.motion_free=0.5"],
     ),
+    ("model.given_channels=true", [], ['diffusion.given=[{"kind":"random","share":0.5}]']),
     ("model.frame_times=true", [], ['diffusion.given=[{"kind":"random","share":0.5}]']),
     ('diffusion.given=[{"kind":"random","share":0.5}]', [], ["model.frame_times=true"]),
     ("model.rope_split=third", [], ["model.relative_position=rope"]),

@@ -30,7 +30,7 @@ GivenKind = Literal[
 
 
 class Given(Section):
-    """A share of the training clips of which some latent frames are given: clean, at time 0, without loss."""
+    """A share of the training clips of which some latent frames are given."""
 
     kind: GivenKind = Field(
         description="image: one frame, quarter: up to a quarter of them, at the head, the tail, both, or anywhere; "
@@ -63,7 +63,8 @@ class Diffusion(Section):
     min_snr_gamma: float = Field(5.0, gt=0)
 
     given: tuple[Given, ...] = Field(
-        (), description="latent frames that are given to some clips in training (Open-Sora 1.2); needs frame_times"
+        (),
+        description="latent frames that are given to some clips in training, as frame_times or given_channels say",
     )
 
     def faults(self) -> Iterator[str]:
@@ -93,11 +94,6 @@ class Diffusion(Section):
         kinds = [given.kind for given in self.given]
         for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1}):
             yield f"diffusion.given names {kind} {kinds.count(kind)} times; give it once, with the sum of the shares"
-        if self.given and self.path != "flow":
-            yield (
-                f"diffusion.given shows clean frames at time 0, which path {self.path} does not condition on; use "
-                "path=flow"
-            )
 
     def target_faults(self) -> Iterator[str]:
         if self.target not in LEGAL_TARGETS[self.path]:

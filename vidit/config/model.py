@@ -111,6 +111,11 @@ class Model(Section):
     frame_times: bool = Field(
         False, description="a diffusion time for each latent frame, so that given ones are clean (diffusion.given)"
     )
+    given_channels: bool = Field(
+        False,
+        description="given latent frames and their mask beside the noisy latent, by weights that start at zero "
+        "(Open-Sora-Plan; diffusion.given)",
+    )
     time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
     text_padding: Literal["masked", "seen"] = Field(

@@ -70,7 +70,7 @@ class Embed(nn.Module):
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
-        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
+        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0, c.given_channels)
         self.conditioning = Conditioning(c, text_width)
         self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
         self.position = absolute_position(c, grid)
@@ -89,7 +89,7 @@ class Embed(nn.Module):
         previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tokens, TextContext, Tensor]:
-        tokens = self.patch(x, previous_BCTHW)
+        tokens = self.patch(x, previous_BCTHW, grid.given_BCTHW)
         if self.position is not None:
             tokens = tokens + self.position(grid, tokens.device)
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))

@@ -53,7 +53,8 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
 def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the patch embedding and one clip."""
     tokens = grid[0] * grid[1] * grid[2]
-    return 2 * tokens * c.width * channels * c.patch_size * (2 if c.self_conditioning else 1)
+    seen = channels * (2 if c.self_conditioning else 1) + (channels + 1) * c.given_channels
+    return 2 * tokens * c.width * seen * c.patch_size
 
 
 def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
@@ -74,6 +75,7 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
+    total += (channels + 1) * c.patch_size * d * c.given_channels
     total += (c.time_frequencies + 1 + cond + 1) * cond * (2 if c.frame_rate else 1)
     total += (text_width + 1) * cond if c.pooled_text else 0
     if c.cross_attention != "none":

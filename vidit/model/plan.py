@@ -103,6 +103,7 @@ def _outside(c: Model) -> dict[str, Kind]:
     """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
     table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
+    patterns += ["embed.patch.given.*"] * c.given_channels
     patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
     patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")

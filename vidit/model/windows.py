@@ -24,7 +24,7 @@ class Grid:
     `image_B` marks rows that hold T independent images instead of a clip of T latent frames; None says that
     there are none, which keeps the cheap paths open. `fps_B` are the frames a second of each clip, 0 of images, where
     `model.frame_rate` asks for them. `still_B` marks clips without motion, whose temporal attention sees its own frame
-    alone.
+    alone. `given_BCTHW` are the given latent frames, zeros elsewhere, and behind them a channel of ones where they are.
     """
 
     frames: int
@@ -33,6 +33,7 @@ class Grid:
     image_B: Tensor | None = None
     fps_B: Tensor | None = None
     still_B: Tensor | None = None
+    given_BCTHW: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

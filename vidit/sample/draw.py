@@ -5,6 +5,7 @@ micro-batch.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from einops import rearrange
@@ -17,7 +18,7 @@ from vidit.diffusion.samplers import sample
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder
-from vidit.train.step import DitStep, TextInputs, row_text
+from vidit.train.step import DitStep, TextInputs, beside, row_text
 from vidit.vae.coding import decode_clip
 
 
@@ -57,7 +58,7 @@ def draw(
             _Denoiser(config, step, model, first), condition, empty, s.guidance, rescale=s.guidance_rescale,
             still=still, motion=s.motion_guidance,
         )  # fmt: skip
-        latent = begun(sample(s.sampler, denoise, path, noise, times), first)
+        latent = begun(sample(s.sampler, denoise, path, noise, times), first if config.model.frame_times else None)
         pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
@@ -78,11 +79,12 @@ def begun(x: Tensor, first: Tensor | None) -> Tensor:
 class _Denoiser:
     """x_hat for the samplers; with self-conditioning, each call is given the estimate of the one before.
 
-    Frames that are given are clean, at time 0, as in training.
+    Frames that are given are seen as in training: clean at time 0 in the place of noisy ones, or beside them.
     """
 
     def __init__(self, config: RunConfig, step: DitStep, model: nn.ModuleDict, first: Tensor | None = None):
-        d, self.first = config.data, first
+        d, m = config.data, config.model
+        self.first, self.beside = first if m.frame_times else None, first if m.given_channels else None
         self.step, self.model = step, model
         self.tokens, self.fps = grid_of(config, d.num_frames, d.height, d.width), d.shown_fps
         self.previous: Tensor | None = None
@@ -91,6 +93,9 @@ class _Denoiser:
         text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
         t_B = t_B.to(self.step.device)
         grid = Grid(*self.tokens, fps_B=self.step.frame_rates([self.fps] * len(x)), still_B=condition.get("still"))
+        if self.beside is not None:
+            given_BT = torch.arange(x.shape[2], device=x.device).expand(len(x), -1) < self.beside.shape[2]
+            grid = replace(grid, given_BCTHW=beside(begun(torch.zeros_like(x), self.beside), given_BT))
         x, told = begun(x, self.first), t_B
         if self.first is not None:
             told = t_B[:, None].repeat(1, x.shape[2])

@@ -1,6 +1,6 @@
-"""How a video begins: frames of a file that a model with a time for each latent frame continues (Open-Sora 1.2).
+"""How a video begins: frames of a file that a model continues which was trained so (`diffusion.given`).
 
-Only a model that was trained so knows what the time 0 of a frame means (`model.frame_times`, `diffusion.given`). The
+It knows what the time 0 of a frame means (`model.frame_times`), or sees them beside the noise (`given_channels`). The
 frames are coded by the VAE on their own, which is what it would make of them in the whole clip: it is causal.
 """
 
@@ -26,10 +26,10 @@ def read_first(config: RunConfig, path: Path, num_frames: int) -> Tensor:
     Raises ConfigError where the model cannot be given them, ValueError for a file that does not show so many.
     """
     d, unit = config.data, config.vae.frames_unit
-    if not config.model.frame_times:
+    if not (config.model.frame_times or config.model.given_channels):
         raise ConfigError(
             [f"--first={path} gives frames to a model that was not trained for it; train with model.frame_times=true "
-             "and diffusion.given"]
+             "or given_channels=true, and diffusion.given"]
         )  # fmt: skip
     if not config.vae.first_frame_alone:
         raise ConfigError(

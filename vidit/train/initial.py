@@ -3,8 +3,8 @@
 A folder of weights is one that `vidit export` or `vidit import` wrote. Of the parts of a run (dit, text, vae) it may
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
-A model of images may become one of videos (GenTron): a denoiser with attention through time takes weights without, and
-what is new then adds zero, so that it starts as the same model of each frame.
+Parts of a denoiser that begin by adding zero may be new to the weights (`NEW`): a model of images becomes one of videos
+(GenTron) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
 """
 
 from collections.abc import Callable, Iterable
@@ -17,8 +17,8 @@ from vidit.model.init import initial_value
 from vidit.train.rundir import newest_checkpoint
 from vidit.train.weights_folder import open_weights, require_keys
 
-TEMPORAL = ".temporal"
-"""In the names of attention through time and of its norm."""
+# By what is in their names: what they are, all of them or none in a folder.
+NEW = {".temporal": "attention through time", ".patch.given.": "channels of given frames"}
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -34,8 +34,7 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     weights = open_weights(Path(c.init_from))
     parts = {_part(name) for name in weights.shapes}
     wanted = {name for name in names if _part(name) in parts}
-    if not _has_temporal(weights.shapes):
-        wanted = {name for name in wanted if TEMPORAL not in name}
+    wanted = {name for name in wanted if not any(part in name for part in _lacking(weights.shapes))}
     require_keys(wanted, set(weights.shapes), f"train.init_from={c.init_from}")
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -53,20 +52,24 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
 
 def new_parts(config: RunConfig) -> list[str]:
     """What to say of the parts of the denoiser that the folder of `train.init_from` lacks and that begin anew."""
-    folder = config.train.init_from
-    if folder is None or not config.model.temporal_attention or newest_checkpoint(Path(config.directory)) is not None:
+    folder, m = config.train.init_from, config.model
+    if folder is None or newest_checkpoint(Path(config.directory)) is not None:
         return []
     shapes = open_weights(Path(folder)).shapes
-    if _has_temporal(shapes) or not any(_part(name) == "dit" for name in shapes):
+    if not any(_part(name) == "dit" for name in shapes):
         return []
+    here = {".temporal": m.temporal_attention, ".patch.given.": m.given_channels}
     return [
-        f"train.init_from={folder} has no attention through time: new are dit.blocks.*{TEMPORAL}* of "
-        f"{config.model.num_layers} blocks, whose output begins at zero"
+        f"train.init_from={folder} has no {NEW[part]}: new is dit.*{part}*, which begins by adding zero"
+        for part in _lacking(shapes)
+        if here[part]
     ]
 
 
-def _has_temporal(names: Iterable[str]) -> bool:
-    return any(TEMPORAL in name for name in names)
+def _lacking(names: Iterable[str]) -> list[str]:
+    """What of `NEW` is in none of the names."""
+    names = list(names)
+    return [part for part in NEW if not any(part in name for name in names)]
 
 
 def _part(name: str) -> str:

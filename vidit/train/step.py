@@ -66,7 +66,8 @@ class TextInputs:
 class Inputs:
     """What is known of a batch before a look at its clips: times (B,), their quantiles (B,), the latents in tokens.
 
-    `given_BT` marks the latent frames that are given, None where none is: they are clean, at time 0 and without loss.
+    `given_BT` marks the latent frames that are given, None where none is; where frames have times of their own
+    (`own_times`), they are clean, at time 0 and without loss.
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
@@ -79,11 +80,17 @@ class Inputs:
     chosen_B: Tensor | None
     estimated: bool
     given_BT: Tensor | None = None
+    own_times: bool = False
 
     @property
     def times(self) -> Tensor:
         """What the network is told: the times of the rows (B,), or of their frames (B, T) where some are given."""
-        return self.t_B if self.given_BT is None else self.t_B[:, None].masked_fill(self.given_BT, 0.0)
+        return self.t_B if self.clean is None else self.t_B[:, None].masked_fill(self.clean, 0.0)
+
+    @property
+    def clean(self) -> Tensor | None:
+        """The given frames that are shown in the place of noisy ones."""
+        return self.given_BT if self.own_times else None
 
 
 @dataclass
@@ -119,6 +126,12 @@ def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs
         torch.cat((nn.functional.pad(frame[:num_clips], (0, extra), value=PADDING), image_frame)),
         torch.cat((pooled[:num_clips], rearrange(pooled[num_clips:], "(r t) e -> r t e", t=per_row).mean(1))),
     )
+
+
+def beside(x_BCTHW: Tensor, given_BT: Tensor) -> Tensor:
+    """Given frames, zeros for the others, and behind them a channel that marks them: (B, C + 1, T, H, W)."""
+    mask = given_BT[:, None, :, None, None].to(x_BCTHW.dtype)
+    return torch.cat((x_BCTHW * mask, mask.expand(-1, 1, -1, *x_BCTHW.shape[3:])), dim=1)
 
 
 def merged(made: Tensor, stored: Tensor, places: Sequence[int]) -> Tensor:
@@ -160,7 +173,8 @@ class DitStep:
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        return self.loss(self.denoise(model, video.x_t, inputs.times, text, inputs.grid, previous), inputs, video)
+        grid = self.shown(inputs, video)
+        return self.loss(self.denoise(model, video.x_t, inputs.times, text, grid, previous), inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
@@ -180,7 +194,15 @@ class DitStep:
         if (share := self.config.model.motion_free) and purpose == "train":
             grid = replace(grid, still_B=self._chosen("motion_free", rows, share).to(self.device))
         given_BT = self.given(batch, purpose, grid.frames)
-        return Inputs(rows, purpose, quantile_B, t_B, grid, chosen_B, estimated, given_BT)
+        return Inputs(
+            rows, purpose, quantile_B, t_B, grid, chosen_B, estimated, given_BT, self.config.model.frame_times
+        )
+
+    def shown(self, inputs: Inputs, video: Video) -> Grid:
+        """The grid of a batch with the frames that the model sees beside the noisy ones."""
+        if inputs.given_BT is None or not self.config.model.given_channels:
+            return inputs.grid
+        return replace(inputs.grid, given_BCTHW=beside(video.x_BCTHW, inputs.given_BT))
 
     def given(self, batch: Batch, purpose: str, frames: int) -> Tensor | None:
         """Which latent frames of each row are given (B, T), in training; None where none may be."""
@@ -206,13 +228,13 @@ class DitStep:
         seed, purpose = self.config.train.seed, f"{inputs.purpose}/noise"
         noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device, self.dtype)
         x_t = self.objective.path.add_noise(x, noise, inputs.t_B)
-        if inputs.given_BT is not None:
-            x_t = torch.where(inputs.given_BT[:, None, :, None, None], x, x_t)
+        if inputs.clean is not None:
+            x_t = torch.where(inputs.clean[:, None, :, None, None], x, x_t)
         return Video(x, noise, x_t)
 
     def loss(self, output: Tensor, inputs: Inputs, video: Video) -> Losses:
         """Of each row, from the network's output for the batch."""
-        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B, inputs.given_BT)
+        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B, inputs.clean)
         return Losses(rows_B, inputs.quantile_B, {})
 
     def denoise(
@@ -309,7 +331,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.times, text, inputs.grid, None)
+            first = self.denoise(model, video.x_t, inputs.times, text, self.shown(inputs, video), None)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()
@@ -317,8 +339,8 @@ class DitStep:
         """x_hat of the output of a first pass, zeros for rows that are not chosen: what the second is given."""
         assert inputs.chosen_B is not None
         estimate = self.objective.denoised(first, video.x_t, inputs.t_B).to(self.dtype)
-        if inputs.given_BT is not None:
-            estimate = torch.where(inputs.given_BT[:, None, :, None, None], video.x_BCTHW, estimate)
+        if inputs.clean is not None:
+            estimate = torch.where(inputs.clean[:, None, :, None, None], video.x_BCTHW, estimate)
         return estimate * inputs.chosen_B.to(self.device, estimate.dtype)[:, None, None, None, None]
 
 

@@ -69,7 +69,6 @@ def test_given_frames_do_not_count():
     [
         ({"given": ({"kind": "random", "share": 0.7}, {"kind": "image_head", "share": 0.4})}, "shares of 1.1 in all"),
         ({"given": ({"kind": "random", "share": 0.1},) * 2}, "names random 2 times"),
-        ({"given": ({"kind": "random", "share": 1},), "path": "vp", "target": "v"}, "use path=flow"),
     ],
 )
 def test_faults(changes, told):

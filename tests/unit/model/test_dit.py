@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from operator import mul
 
 import numpy as np
@@ -64,6 +65,7 @@ VARIATIONS = {
         "qk_norm": "width",
         "norm_affine": True,
     },
+    "channels of given frames": {"given_channels": True, "patch": (1, 2, 1)},
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -100,6 +102,8 @@ def denoise(model, x_BCTHW, *rest, image_B=None, fps=24.0, **more):
     frames, *space = x_BCTHW.shape[2:]
     fps_B = torch.full(x_BCTHW.shape[:1], fps) if model.config.frame_rate else None
     grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B, fps_B)
+    if model.config.given_channels:
+        grid = replace(grid, given_BCTHW=torch.cat((x_BCTHW, x_BCTHW[:, :1]), dim=1))
     return model(x_BCTHW, grid, *rest, **more)
 
 
@@ -387,6 +391,40 @@ class TestRotationByTime:
         # Without places in time a clip played backwards gives the answer backwards.
         torch.testing.assert_close(denoise(plain, **mirrored).flip(2), denoise(plain, **batch), rtol=1e-4, atol=1e-5)
         assert (denoise(model, **mirrored).flip(2) - denoise(model, **batch)).abs().max() > 1e-3
+
+
+class TestChannelsOfGivenFrames:
+    """Open-Sora-Plan: given frames and their mask beside the noisy latent, which add nothing at first."""
+
+    def test_a_model_that_knew_none_stays_what_it_was(self):
+        plain, told = build(), build(filled=False, given_channels=True)
+        missing, unexpected = told.load_state_dict(plain.state_dict(), strict=False)
+        assert (missing, unexpected) == (["embed.patch.given.weight"], [])
+        assert torch.equal(denoise(told, **inputs()), denoise(plain, **inputs()))
+
+    def test_they_are_a_longer_patch(self):
+        """Two projections added are one of the channels side by side."""
+        patch, both = PatchEmbed(3, (1, 2, 2), 12, given=True), PatchEmbed(7, (1, 2, 2), 12)
+        initialise(patch, 0)
+        with torch.no_grad():
+            patch.given.weight.normal_()
+            joined = [m.weight.unflatten(1, (4, -1)) for m in (patch.project, patch.given)]
+            both.project.weight.copy_(torch.cat(joined, dim=2).flatten(1))
+            both.project.bias.copy_(patch.project.bias.normal_())
+        x, given = torch.randn(2, 3, 2, 4, 6), torch.randn(2, 4, 2, 4, 6)
+        torch.testing.assert_close(patch(x, None, given), both(torch.cat((x, given), 1)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(patch(x), patch(x, None, torch.zeros_like(given)))
+
+    def test_they_matter_once_they_are_trained(self):
+        model, batch = build(given_channels=True), inputs()
+        rest = {k: v for k, v in batch.items() if k != "x_BCTHW"}
+        given = torch.zeros(2, CHANNELS + 1, *GRID)
+        none = model(batch["x_BCTHW"], Grid(*GRID), **rest)
+        assert torch.equal(none, model(batch["x_BCTHW"], Grid(*GRID, given_BCTHW=given), **rest))
+        given[1, :, 0] = 1
+        moved = (model(batch["x_BCTHW"], Grid(*GRID, given_BCTHW=given), **rest) - none).abs().amax((1, 2, 3, 4))
+        assert moved[0] == 0
+        assert moved[1] > 1e-3
 
 
 class TestThroughTime:

@@ -24,6 +24,7 @@ VARIATIONS = {
     "frame rate": {"frame_rate": True},
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
+    "channels of given frames": {"given_channels": True},
     "times of frames": {"frame_times": True},
     "table": {"modulation": "table"},
     "norms": {"qk_norm": "width", "cross_norm": "affine"},

@@ -62,6 +62,32 @@ def test_the_video_begins_with_them(trained, name, count):
     assert not torch.equal(videos[0][count:], videos[1][count:])
 
 
+def test_frames_beside_the_noise(configure, tmp_path, trained):
+    """`given_channels`: the model sees them in every pass, with their mask, and makes all frames itself."""
+    given = {
+        **GIVEN,
+        "model": {"given_channels": True},
+        "diffusion": {**GIVEN["diffusion"], "path": "vp", "target": "v"},
+    }
+    assert run(configure(tmp_path / "run", train={"steps": 2}, sample={"prompts": (), "sampler": "ddim"}, **given))
+    opened, seen = open_trained(tmp_path / "run", ["sample.num_steps=2"]), []
+    frames = read_first(opened.config, trained / "image.png", 1)
+    first = first_latent(opened.config, opened.step, frames)
+    opened.model["dit"].register_forward_pre_hook(lambda _, args: seen.append((args[1].given_BCTHW, args[2])))
+    with torch.no_grad():
+        opened.model["dit"].embed.patch.given.weight.normal_()
+        opened.model["dit"].head.project.weight.normal_(std=0.1)
+    (video,) = opened.draw(["a red circle"], 0, frames)
+    assert len(seen) == 2
+    for shown, time in seen:
+        assert time.shape == (2,)
+        assert torch.equal(shown[:, :-1, :1], first.expand(2, -1, -1, -1, -1).to(shown))
+        assert not shown[:, :, 1:].any()
+        assert (shown[:, -1, 0] == 1).all()
+    assert not torch.equal(video, opened.draw(["a red circle"], 0)[0])
+    assert seen[-1][0] is None
+
+
 def test_the_command(trained, capsys):
     given = ["--first", str(trained / "clip.mp4"), "--first-frames", "3", "--out", str(trained / "out")]
     assert main(["sample", str(trained / "run"), "--prompt", "a red circle", "sample.num_steps=1", *given]) == 0

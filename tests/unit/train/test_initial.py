@@ -106,7 +106,7 @@ def test_a_model_of_images_begins_one_of_videos(configure: Callable[..., RunConf
     assert {name.split(".")[3] for name in new} == {"temporal"}
     assert not any(found[name].any() for name in new if ".out." in name)
     (note,) = new_parts(videos)
-    assert "new are dit.blocks.*.temporal* of 2 blocks, whose output begins at zero" in note
+    assert "no attention through time: new is dit.*.temporal*, which begins by adding zero" in note
     assert new_parts(configure(tmp_path / "other", model=images, train=begin, **quiet)) == []
     assert run(videos)
     assert new_parts(videos) == [], "it has a checkpoint of its own"

@@ -222,6 +222,35 @@ def test_given_frames_are_clean_and_at_time_zero(configure: Configure) -> None:
     assert found > 4
 
 
+def test_given_frames_beside_the_noise(configure: Configure) -> None:
+    """Channels show them: all frames are noisy and count, at the time of the row."""
+    rig = Rig(configure(model={"given_channels": True, "self_conditioning": 1.0}, diffusion=GIVEN))
+    plain = Rig(configure())
+    grids: list[Grid] = []
+    rig.model["dit"].register_forward_pre_hook(lambda _, args: grids.append(args[1]))
+    for number in range(3):
+        batch, grids[:] = rig.batch(number), []
+        inputs = rig.step.inputs(batch, "train")
+        video, given = rig.step.video(batch, inputs), inputs.given_BT
+        assert given is not None
+        assert torch.equal(inputs.times, inputs.t_B)
+        assert torch.equal(video.x_t, plain.step.video(batch, plain.step.inputs(batch, "train")).x_t)
+        rig.step(rig.model, batch, "train")
+        assert len(grids) == 2, "the first pass of self-conditioning too"
+        for grid in grids:
+            shown = grid.given_BCTHW
+            assert shown is not None
+            frames = given[:, None, :, None, None].expand_as(video.x_t)
+            assert torch.equal(shown[:, :-1], torch.where(frames, video.x_BCTHW, 0.0))
+            assert torch.equal(shown[:, -1:], frames[:, :1].float())
+        rig.step(rig.model, batch, "validation")
+        assert grids[-1].given_BCTHW is None
+    losses = [rig.run(range(4))]
+    with torch.no_grad():
+        rig.model["dit"].embed.patch.given.weight.normal_()  # type: ignore[operator, union-attr]
+    assert not torch.equal(losses[0][0], rig.run(range(4))[0])
+
+
 def test_given_frames_belong_to_the_row(configure: Configure) -> None:
     def losses(size: int) -> list[Tensor]:
         c = configure(model={"frame_times": True}, diffusion=GIVEN, train={"micro_batch": size})
