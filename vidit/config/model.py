@@ -53,7 +53,7 @@ class Model(Section):
     relative_position: Literal["bias", "rope", "none"] = "bias"
     rope_split: Literal["quarter", "third", "eighth"] = Field(
         "quarter",
-        description="a head's pairs for time: 1/4 (CogVideoX), 1/3 (Wan) or 1/8 (FLUX); height and width share the rest",
+        description="a head's pairs for time: 1/4 (CogVideoX), 1/3 (Wan), 1/8 (FLUX); height and width share the rest",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the angles (HunyuanVideo: 256)")
     absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
@@ -199,7 +199,7 @@ class Model(Section):
             yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
         if self.num_refiner_layers and self.text_embedding != "linear":
             yield (
-                f"model.num_refiner_layers={self.num_refiner_layers} refines tokens of model.text_embedding=linear, not "
+                f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "
                 f"{self.text_embedding}; set that, or num_refiner_layers=0"
             )
         if self.is_joint:
@@ -238,7 +238,6 @@ class Model(Section):
         if self.attention_backend == "flash" and self.text_padding == "masked":
             yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
 
-
     def _stream_faults(self) -> Iterator[str]:
         """What single-stream blocks and weights of the text's own exclude."""
         own, single = self.text_weights == "own", self.num_single_layers
@@ -259,8 +258,8 @@ class Model(Section):
             )
         if single and self.shares_modulation:
             yield (
-                f"model.num_single_layers={single}: such a block has other modulation vectors than the rest, so there is "
-                "none for all; set model.modulation=projected and model.adaln_rank=0"
+                f"model.num_single_layers={single}: such a block has other modulation vectors than the rest, so "
+                "none are for all; set model.modulation=projected and model.adaln_rank=0"
             )
         if own and self.norm_affine:
             yield "model.text_weights=own has no norms with scale and shift for the text; set model.norm_affine=false"

@@ -42,7 +42,7 @@ class PatchEmbed(nn.Module):
 
 
 class TextEmbed(nn.Module):
-    """Text features E -> model width D, two layers or one, in either case each token alone unless there is a refiner."""
+    """Text features E -> model width D, two layers or one, token by token; then what refines captions, if they are."""
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()

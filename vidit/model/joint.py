@@ -1,6 +1,6 @@
 """Joint attention of video and text: text tokens ask as well, by the same projections or by their own.
 
-The same ones are CogVideoX's (2408.06072), their own the MMDiT's of SD3 (2403.03206), FLUX and HunyuanVideo (2412.03603).
+The same are CogVideoX's (2408.06072), their own those of the MMDiT: SD3 (2403.03206), FLUX, HunyuanVideo (2412.03603).
 
 The two stay apart: `Streams` keeps the token axis of the video pure, so it can be divided over ranks while text is
 whole on each. Only the core sees both; to it the text's queries, keys and values are an argument of their own.

@@ -100,6 +100,7 @@ CASES = {
     "hunyuanvideo, not distilled, frames in a patch": hunyuan(
         2, 1, 2, 16, (4, 4, 6), guidance_embeds=False, patch_size_t=2, rope_axes_dim=(4, 6, 6), rope_theta=100.0
     ),
+    "hunyuanvideo, pooled as wide as text": hunyuan(1, 2, 2, 16, (3, 8, 8), pooled_projection_dim=TEXT),
     "latte": latte(2, 2, 16, (3, 8, 8)),
     "latte, odd grid": latte(1, 3, 16, (5, 6, 10)),
     "latte, one frame": latte(2, 2, 24, (1, 10, 6)),
@@ -114,7 +115,8 @@ def theirs(case: Case, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(
-                torch.randn_like(p) / max(4, p[0].numel()) ** 0.5 + float("norm" in name and "weight" in name and p.ndim == 1)
+                torch.randn_like(p) / max(4, p[0].numel()) ** 0.5
+                + float("norm" in name and "weight" in name and p.ndim == 1)
             )
     return module.eval()
 
@@ -130,7 +132,8 @@ class Inputs(NamedTuple):
 def inputs(case: Case) -> Inputs:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, 4, *case.latent, generator=g)
-    text, pooled = (torch.randn(ROWS, *shape, generator=g) for shape in ((case.tokens, TEXT), (POOLED,)))
+    width = case.geometry.get("pooled_projection_dim", POOLED)
+    text, pooled = (torch.randn(ROWS, *shape, generator=g) for shape in ((case.tokens, TEXT), (width,)))
     mask = torch.ones(ROWS, case.tokens, dtype=torch.bool)
     if case.cls == HUNYUAN:  # the others of these know no padding
         mask[0, 4:] = False
@@ -158,9 +161,7 @@ def call_theirs(module: Any, given: Inputs) -> Tensor:
 def call_ours(dit: DiT, given: Inputs) -> Tensor:
     frames, height, width = given.x_BCTHW.shape[2:]
     grid = Grid(*(n // p for n, p in zip((frames, height, width), dit.config.patch, strict=True)))
-    out: Tensor = dit(
-        given.x_BCTHW, grid, given.time_B, given.text_BLE, text_frames(given.mask_BL), given.pooled_BE
-    )
+    out: Tensor = dit(given.x_BCTHW, grid, given.time_B, given.text_BLE, text_frames(given.mask_BL), given.pooled_BE)
     return out
 
 
@@ -308,7 +309,37 @@ def test_presets_are_the_published_geometries(preset: str) -> None:
     assert parameter_count(geometry.model, (1, 1, 1), geometry.channels, geometry.text_width) == parameters
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox, sinusoids", "latte", "latte, variance, scaled space"])
+def test_open_sora_2_has_the_parameters_of_flux() -> None:
+    """No class is its own, and its parts are FLUX's, of which it began: one to one, the layers of each kind too."""
+    with torch.device("meta"):
+        flux = diffusers.FluxTransformer2DModel(guidance_embeds=False)
+        dit = DiT(Model.preset("opensora-2"), 16, (1, 1, 1), 4096)
+    kinds = (flux.transformer_blocks, flux.single_transformer_blocks)
+    assert [len(kind) for kind in kinds] == [dit.config.num_double_layers, dit.config.num_single_layers]
+    for blocks, own in zip(kinds, (dit.blocks["0"], dit.blocks["56"]), strict=True):
+        assert sum(p.numel() for p in blocks[0].parameters()) == sum(p.numel() for p in own.parameters())
+    assert sum(p.numel() for p in flux.parameters()) == sum(p.numel() for p in dit.parameters())
+
+
+def test_rotation_over_axes_that_are_unknown_here() -> None:
+    module = theirs(hunyuan(1, 1, 1, 16, (1, 2, 2), rope_axes_dim=(4, 4, 8)))
+    with pytest.raises(
+        ValueError, match=re.escape("rope_axes_dim=[4, 4, 8] of heads of 16 is none of those known here")
+    ):
+        from_diffusers(module)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan",
+        "cogvideox",
+        "cogvideox, sinusoids",
+        "latte",
+        "latte, variance, scaled space",
+        "hunyuanvideo, pooled as wide as text",
+    ],
+)
 def test_import_train_sample_export(
     configure: Callable[..., RunConfig], tmp_path: Path, capsys: Any, name: str
 ) -> None:

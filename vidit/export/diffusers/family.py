@@ -63,8 +63,8 @@ class Family:
     read: their config.json -> geometry.
     write: geometry -> what differs between members in their config.json.
     layers: prefixes of their blocks, which ours fill in turn: {} is the number.
-    outside, block: our name, of a parameter or a module, without its block's prefix -> theirs. A number within a name is
-        * in ours and {} in theirs.
+    outside, block: our name, of a parameter or a module, without its block's prefix -> theirs. A number within is * in
+        ours and {} in theirs.
     single_layer, single: the same of single-stream blocks.
     free: extras that members choose.
     """
