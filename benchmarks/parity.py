@@ -64,8 +64,8 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
     "hunyuanvideo": {
-        **FAMILIES["hunyuanvideo"], **PLAIN, "relative_position": "none", "rope_split": "quarter",
-        "rope_theta": 10_000.0,
+        **FAMILIES["hunyuanvideo"], **PLAIN, "num_single_layers": 1, "relative_position": "none",
+        "rope_split": "quarter", "rope_theta": 10_000.0,
     },
 }  # fmt: skip
 
