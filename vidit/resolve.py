@@ -294,6 +294,11 @@ def _stream_faults(c: RunConfig) -> Iterator[str]:
             f"data.num_validation={d.num_validation} takes the last clips of data.train, which data.streaming=true "
             "does not know; give a packed folder as data.validation, or data.num_validation=0"
         )
+    if c.model.frame_rate and not d.fps:
+        yield (
+            "model.frame_rate needs the frames a second of each clip, which data.streaming=true does not know; set "
+            "data.fps, or pack the clips"
+        )
 
 
 def _caption_faults(c: RunConfig) -> Iterator[str]:

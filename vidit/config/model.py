@@ -95,6 +95,9 @@ class Model(Section):
     guidance: float = Field(
         0.0, ge=0, description="the guidance scale that a distilled model is told beside the time; 0 = it takes none"
     )
+    frame_rate: bool = Field(
+        False, description="add each clip's frames a second to the time embedding (Open-Sora 1.2); images have 0"
+    )
     modulation: Literal["projected", "table"] = Field(
         "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
     )

@@ -69,8 +69,8 @@ def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_wi
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
-    total += (c.time_frequencies + 1 + cond + 1) * cond
-    total += (c.time_frequencies + 1 + cond + 1) * cond if c.guidance else 0
+    numbers = 1 + c.frame_rate + (c.guidance > 0)
+    total += (c.time_frequencies + 1 + cond + 1) * cond * numbers
     if c.pooled_text:
         total += ((c.pooled_width or text_width) + 1) * cond + (cond + 1) * cond * (c.pooled_embedding == "mlp")
     if c.cross_attention != "none":

@@ -95,6 +95,7 @@ def _outside(c: Model) -> dict[str, Kind]:
     patterns += ["embed.conditioning.guidance.*.*"] * (c.guidance > 0)
     pooled = "embed.conditioning.pooled.*" + ".*" * (c.pooled_embedding == "mlp")
     patterns += [pooled] * c.pooled_text
+    patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
     refiner = ["embed.text.refiner.*.*.*", "embed.text.refiner.blocks.*.*.*"]
     patterns += refiner * (c.num_refiner_layers > 0)

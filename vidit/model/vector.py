@@ -24,7 +24,10 @@ class VectorEmbed(nn.Module):
 
 
 class TimeEmbed(VectorEmbed):
-    """Sinusoids of the diffusion time (about 0 to 1000) through a two-layer MLP, fp32: (B,) -> (B, D)."""
+    """Sinusoids of the diffusion time (about 0 to 1000), or of a frame rate, through a two-layer MLP, fp32.
+
+    (B,) -> (B, D)
+    """
 
     def forward(self, time_B: Tensor) -> Tensor:
         half = self.up.in_features // 2
