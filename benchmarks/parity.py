@@ -65,6 +65,10 @@ MODELS: dict[str, dict[str, Any]] = {
         **FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos",
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
+    "hunyuanvideo": {
+        **FAMILIES["hunyuanvideo"], **PLAIN, "num_single_layers": 1, "relative_position": "none",
+        "rope_split": "quarter", "rope_theta": 10_000.0,
+    },
     # An image has 15 tokens: groups of 3, so that they are whole in a row of images.
     "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "given_channels": True},
     "skiparse": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "full_ends": 0},

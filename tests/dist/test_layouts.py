@@ -50,7 +50,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "channels of frames": {"given_channels": True},
     "times of frames": {"frame_times": True, "pooled_text": True},
     "stdit3 frames": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "pooled_text": True},
-    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox")},
+    "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "patch": 1, "num_single_layers": 1},
+    "wide norms of two streams": {**FAMILIES["flux"], **PLAIN, "qk_norm": "width"},
+    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox", "hunyuanvideo")},
 }  # fmt: skip
 
 
@@ -94,7 +96,7 @@ def test_every_family(pool: Pool, layout: str, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
 
 
-@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen"])
+@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen", "hunyuanvideo seen"])
 def test_padding_that_is_seen(pool: Pool, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD), family))
 

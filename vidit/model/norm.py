@@ -1,8 +1,8 @@
 """The norms of a DiT, in at least fp32 whatever the tokens' dtype.
 
 On tokens a layer norm, bare where a modulation carries scale and shift. On queries and keys (QK-norm, 2302.05442) one
-of two kinds: over the head dim, so that ranks which divide heads need nothing of one another, or over all heads at
-once (Wan, 2503.20314), where `mean` is the seam at which such ranks average.
+of two kinds: over the head dim, as layer or RMS norm, so that ranks which divide heads need nothing of one another, or
+over all heads at once (Wan, 2503.20314), where `mean` is the seam at which such ranks average.
 """
 
 import torch
@@ -51,7 +51,7 @@ class HeadNorm(nn.Module):
 
 
 class HeadRms(nn.Module):
-    """RMS norm over the head dim, scale only: (B, S, N, K), in at least fp32."""
+    """RMS norm over the head dim, scale only (FLUX, STDiT3): (B, S, N, K), in at least fp32."""
 
     def __init__(self, head_dim: int):
         super().__init__()

@@ -47,6 +47,10 @@ ROWS: dict[str, Row] = {
     "cogvideox-5B": Row(5_570_283_072, 16, 4096, tolerance=0, note=CLASS),
     "cogvideox-1.5-5B": Row(5_570_676_352, 16, 4096, tolerance=0, note=CLASS),
     "latte-1": Row(1_057_246_880, 4, 4096, tolerance=0, note=CLASS + "; the paper's 674M has no text"),
+    "hunyuanvideo": Row(12_821_012_544, 16, 4096, tolerance=0, note=CLASS + "; the paper says 13B"),
+    "opensora-2": Row(
+        11e9, 16, 4096, tolerance=0.085, note="the paper says 11B of FLUX.1's backbone, of which 12B is said"
+    ),
     "gentron-XL": Row(930.0e6, 4, 4096, changes=IMAGES, tolerance=0.11, note="text to image; " + PAIRED + "904M"),
     "gentron-G": Row(3083.8e6, 4, 4096, changes=IMAGES, tolerance=0.05, note="text to image; " + PAIRED + "3055M"),
     "opensora-plan-1.3": Row(2.7e9, 8, 4096, tolerance=0.03, note="two digits are printed"),
