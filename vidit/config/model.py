@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self, overload
 
-from pydantic import BeforeValidator, Field, PositiveFloat
+from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
@@ -23,6 +23,11 @@ MIN_SKIP = 2
 def _named(yes: str) -> BeforeValidator:
     """Takes true for that name and false for "none"."""
     return BeforeValidator(lambda value: {True: yes, False: "none"}[value] if isinstance(value, bool) else value)
+
+
+def _window_kind(value: object) -> str:
+    """Which of the two a window is meant to be, so that a fault is told of that alone."""
+    return "skip" if isinstance(value, list | tuple) and any(isinstance(part, str) for part in value) else "box"
 
 
 def _flat(value: object) -> object:
@@ -46,7 +51,9 @@ class Model(Section):
     patch: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_flat)] = Field(
         (1, 1, 1), description="latent frames, rows and columns of a token; one number p is (1, p, p)"
     )
-    windows: tuple[AnyWindow, ...] = Field(
+    windows: tuple[
+        Annotated[Annotated[Window, Tag("box")] | Annotated[Skip, Tag("skip")], Discriminator(_window_kind)], ...
+    ] = Field(
         ((1, 0, 0), (0, 8, 8)),
         min_length=1,
         description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis; or "

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vidit.config import FAMILIES, Model, RunConfig
+from vidit.config import FAMILIES, ConfigError, Model, RunConfig
 from vidit.model.attention import EVERY_FRAME, PADDING, TextKeys, WindowCore
 from vidit.model.flops import window_of, window_tokens
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
+from vidit.overrides import apply_overrides
 from vidit.resolve import faults
 
 GRIDS = [(3, 5, 3), (4, 4, 4), (2, 4, 4), (1, 3, 3), (1, 1, 1), (5, 7, 3)]
@@ -147,6 +148,24 @@ def test_faults(changes: dict[str, Any], told: str) -> None:
     c = Model(**{**FAMILIES["opensora_plan"], **changes})
     assert any(told in fault for fault in c.faults()), list(c.faults())
     assert list(Model.preset("opensora-plan-1.3").faults()) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ('[["singel",4]]', r"model\.windows\.0\.skip\.0='singel': Input should be 'single' or 'group'"),
+        ('[["group"]]', r"model\.windows\.0\.skip\.1=.*the list holds fewer entries"),
+        ('[["group",0]]', r"model\.windows\.0\.skip\.1=0: Input should be greater than 0"),
+        ("[[1,0]]", r"model\.windows\.0\.box\.2=.*the list holds fewer entries"),
+    ],
+)
+def test_a_window_that_is_none_is_told_as_what_it_was_meant(written: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        apply_overrides(RunConfig(name="a"), [f"model.windows={written}"])
+    assert len(caught.value.faults) == 1
+    given = apply_overrides(RunConfig(name="a"), ['model.windows=[["single",4],[1,0,0]]'])
+    assert given.model.windows == (("single", 4), (1, 0, 0))
+    assert RunConfig.model_validate_json(given.model_dump_json()) == given
 
 
 @pytest.mark.parametrize(("side", "refused"), [(64, False), (48, True)])
