@@ -25,6 +25,7 @@ from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
 from parallel.dtensor import fill
 from parallel.shares import share
+from vidit.model import attention
 from vidit.model.attention import WindowCore
 from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
@@ -223,6 +224,10 @@ def _first_deal(switch: window.Switch, grid: Any) -> int:
     return 0
 
 
+def _all_real(window: Any, grid: Any, device: Any) -> None:
+    """No window is short, as where the clip has k^2 tokens, or a multiple."""
+
+
 def _unsorted(x: Tensor, move: window.Move, mesh: Any) -> Tensor:
     leaving = x.transpose(0, 1).index_select(0, move.leaving)
     return collectives.deal(leaving, move.send, move.receive, mesh).transpose(0, 1)
@@ -267,6 +272,7 @@ PLANTS: dict[str, tuple[tuple[Any, str, Any], tuple[str, str, str, Any], str]] =
     "padding masked in other windows": (
         (WindowCore, "within", _first_windows), ("window", "sp2", "bias", ODD), "forward",
     ),
+    "places past the clip attended": ((attention, "padding_mask", _all_real), ("window", "sp2", "skips", ODD), "forward"),
     "gradient of uneven shares not averaged": (SPLIT, ("window", "sp2", "bias", ODD), "gradient"),
 }  # fmt: skip
 
