@@ -115,21 +115,25 @@ def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
         _make_whole(module, pattern, seams.counted, DealWhole(dim, deals, windows[-1]))
         for found in modules(module, [seams.counted]).values():
             found.register_forward_pre_hook(Switch(None, windows[-1], deals, held))
-    cut_by: dict[Any, Any] = {}
+    _deal_cores(module, seams, deals)
+
+
+def _deal_cores(module: nn.Module, seams: Seams, deals: Deals) -> None:
+    """Every core gets the windows of this rank; those of a block are of one kind, since a rank can hold one whole."""
+    kinds: dict[str, Any] = {}
     for name, core in modules(module, seams.cores).items():
-        found_windows = [w for block, w in seams.windows.items() if name.startswith(f"{block}.")]
-        if len(found_windows) != 1:
+        blocks = [block for block in seams.windows if name.startswith(f"{block}.")]
+        if len(blocks) != 1:
             raise PlanError(
-                f"core {name} lies in {len(found_windows)} of {len(windows)} blocks with a window; it must lie in 1"
+                f"core {name} lies in {len(blocks)} of {len(seams.windows)} blocks with a window; it must lie in 1"
             )
-        block = next(block for block in seams.windows if name.startswith(f"{block}."))
         own: Any = getattr(core, "window", None)
-        if cut_by.setdefault(block, own) != own:
+        if kinds.setdefault(blocks[0], own) != own:
             raise PlanError(
-                f"{block} mixes tokens in windows of {cut_by[block]} and of {own}, and 1 rank holds 1 kind of them "
-                "whole; use parallel.sequence_kind=ulysses, ring or ulysses_ring"
+                f"{blocks[0]} mixes tokens in windows of {kinds[blocks[0]]} and of {own}, and 1 rank holds 1 kind of "
+                "them whole; use parallel.sequence_kind=ulysses, ring or ulysses_ring"
             )
-        _replace(module, name, DealtCore(core, found_windows[0], deals))
+        _replace(module, name, DealtCore(core, seams.windows[blocks[0]], deals))
 
 
 def _make_whole(module: nn.Module, pattern: str, counted: str, whole: Any) -> None:

@@ -77,7 +77,7 @@ RULES = (
     Rule(("model.rope_split", "model.rope_theta"), lambda c: c.model.relative_position == "rope",
          "model.relative_position=rope"),
     Rule(("model.adaln_rank",), lambda c: c.model.modulation == "projected", "model.modulation=projected"),
-    Rule(("model.image_attention",), lambda c: any(window[0] != 1 for window in c.model.windows),
+    Rule(("model.image_attention",), lambda c: any(c.model.window(n)[0] != 1 for n in range(c.model.num_layers)),
          "a window in model.windows that spans latent frames"),
     Rule(
         ("diffusion.vp_schedule", "diffusion.beta_start", "diffusion.beta_end", "diffusion.num_train_steps",

@@ -78,7 +78,7 @@ CASES = [
     ('diffusion.given=[{"kind":"random","share":0.5}]', [], ["model.frame_times=true"]),
     ("model.rope_split=third", [], ["model.relative_position=rope"]),
     ("model.adaln_rank=3", ["model.modulation=table"], []),
-    ("model.image_attention=frame", ["model.windows=[[1,0,0]]"], []),
+    ("model.image_attention=frame", ["model.windows=[[1,0,0]]"], ["model.windows=[[1,0,0]]", "model.full_ends=1"]),
     ("diffusion.vp_schedule=cosine", [], [VP]),
     ("diffusion.beta_start=0.001", [], [VP]),
     ("diffusion.beta_end=0.03", [VP, "diffusion.vp_schedule=cosine"], [VP, "diffusion.vp_schedule=scaled_linear"]),

@@ -287,9 +287,9 @@ class Model(Section):
             and self.cross_keys != "text"
         ):
             yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
-        if self.cross_attention == "per_frame" and all(window[0] != 1 for window in self.windows[: self.num_layers]):
+        if self.cross_attention == "per_frame" and all(self.window(n)[0] != 1 for n in range(self.num_layers)):
             yield (
-                f"model.cross_attention=per_frame, but none of model.windows={self.windows} is one latent frame "
+                f"model.cross_attention=per_frame, but no block's of model.windows={self.windows} is one latent frame "
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
 
