@@ -10,7 +10,7 @@ from vidit.config import PRESETS, Model
 from vidit.model.dit import DiT
 from vidit.model.flops import parameter_count
 
-PAGE = Path(__file__).parents[3] / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 class Row(NamedTuple):
