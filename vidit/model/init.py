@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from vidit import keys
 
 ZERO = re.compile(r"(\.|^)(modulation\.up|modulation|shared|head\.project)\.(weight|bias)$|attn\.bias\.table$")
+# Of a U-Net what closes a residual branch, the parts over time in it, and how much of them is mixed in.
+CLOSING = re.compile(r"(\.|^)(closing|parts\.\d+\.\w+\.(out|down))\.(weight|bias)$|(\.|^)mix\.logit$")
 NORM = re.compile(r"norm\w*\.weight$")
 TABLE = re.compile(r"(position\.(time|space)|table|embedding|position)(\.weight)?$")
 
@@ -28,7 +30,7 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The full initial tensor, fp32 on the CPU, for a parameter of that name."""
-    if ZERO.search(name):
+    if ZERO.search(name) or CLOSING.search(name):
         return torch.zeros(shape)
     if NORM.search(name):
         return torch.ones(shape)

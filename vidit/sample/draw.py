@@ -66,6 +66,6 @@ class _Denoiser:
         t_B = t_B.to(self.step.device)
         output = self.step.denoise(self.model, x, t_B, text, None, self.previous)
         x_hat = self.step.objective.denoised(output, x, t_B)
-        if self.step.config.model.self_conditioning:
+        if self.step.config.denoiser.self_conditioning:
             self.previous = x_hat.to(self.step.dtype)
         return x_hat

@@ -2,17 +2,22 @@
 
 A folder of weights is one that `vidit export` or `vidit import` wrote. Of the parts of a run (dit, text, vae) it may
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
+
+A U-Net may begin with an image model, one without layers over time: those begin at zero, so it gives what that gave.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from vidit.config import RunConfig
 from vidit.model.init import initial_value
+from vidit.model.unet.unet import TEMPORAL
 from vidit.train.rundir import newest_checkpoint
 from vidit.train.weights_folder import open_weights, require_keys
+
+OVER_TIME = f".{TEMPORAL}"
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -28,6 +33,7 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     weights = open_weights(Path(c.init_from))
     parts = {_part(name) for name in weights.shapes}
     wanted = {name for name in names if _part(name) in parts}
+    wanted -= _added(wanted, weights.shapes)
     require_keys(wanted, set(weights.shapes), f"train.init_from={c.init_from}")
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -41,6 +47,30 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
         return weights.get(name)
 
     return value
+
+
+def initial_notes(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """What to tell the user of a run that begins: which layers over time an image model lacked."""
+    c = config.train
+    if c.init_from is None:
+        return []
+    shapes = open_weights(Path(c.init_from)).shapes
+    parts = {_part(name) for name in shapes}
+    added = _added({name for name in names if _part(name) in parts}, shapes)
+    layers = dict.fromkeys(name.partition(OVER_TIME)[0] + OVER_TIME + _next(name) for name in sorted(added))
+    if not layers:
+        return []
+    return [f"{c.init_from} is an image model; {len(layers)} layers over time begin at zero: {' '.join(layers)}"]
+
+
+def _added(wanted: set[str], given: Container[str]) -> set[str]:
+    """Names of layers over time, where the folder has none of them."""
+    over_time = {name for name in wanted if OVER_TIME in name}
+    return set() if any(name in given for name in over_time) else over_time
+
+
+def _next(name: str) -> str:
+    return name.partition(OVER_TIME)[2].partition(".")[0]
 
 
 def _part(name: str) -> str:

@@ -20,6 +20,7 @@ from vidit.train.ema import Ema
 from vidit.train.encoding import require_same_encoders
 from vidit.train.entry import by_order
 from vidit.train.goodput import Ledger, report_goodput
+from vidit.train.initial import initial_notes
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
 from vidit.train.loop import Account, Beat, Watchers, train_loop
@@ -70,7 +71,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         task = build_task(config, device, len(splits[1].refs))
         if isinstance(task.step, DitStep):
             refs = Clips.chained([split.refs for split in splits])
-            require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
+            require_same_encoders(task.config, refs, task.step.vae, task.text if config.denoiser.reads_text else None)
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), config.vae_train)
         average = Ema(task.model, config.train.ema_decay, without=JUDGE)
         wait_s = config.parallel.timeout_s / 2
@@ -79,6 +80,8 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         )
         ledger.started("model")
         held, notes = resume(config.directory / "checkpoints", state)
+        if not state.step:
+            notes += initial_notes(config, [name for name, _ in task.model.named_parameters()])
         ledger.started("checkpoint")
         if own_rank() == 0:
             ledger.keep(config.directory, state.step)

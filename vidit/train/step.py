@@ -164,7 +164,7 @@ class DitStep:
         quantile_B = self.quantiles(rows, purpose, batch.step_rows)
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
-        if share := self.config.model.self_conditioning:
+        if share := self.config.denoiser.self_conditioning:
             chosen_B = self._chosen(purpose, rows, share)
             # Ranks that gather weights must go together.
             estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
@@ -202,11 +202,13 @@ class DitStep:
         """The network's output at x_t."""
         time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B)
         inputs = self.objective.network_input(x_t, t_B)
-        return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
+        return model[self.config.train.task](
+            inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous
+        )
 
     def grid(self, latent_shape: Sequence[int], image_B: Tensor | None) -> Grid:
         """Latents of a shape (..., T, H, W) in tokens."""
-        t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.model.patch, strict=True))
+        t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.denoiser.patch, strict=True))
         return Grid(t, h, w, image_B)
 
     def latents(self, batch: Batch) -> Tensor:
