@@ -74,7 +74,8 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor, text: TextContext, grid: Grid) -> Tensor:
         height_width = x.shape[-2:]
-        h = self.enter(self.norm(x).flatten(2).transpose(1, 2))
+        # Contiguous: of a view torch makes another product where weights are frozen, with other roundings.
+        h = self.enter(self.norm(x).flatten(2).transpose(1, 2).contiguous())
         inner = self.attn_norm(h).to(x.dtype)
         h = h + self.attn(inner, inner)
         if self.cross is not None and self.cross_norm is not None:

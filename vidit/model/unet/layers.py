@@ -30,4 +30,6 @@ class GroupNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(widen(x), self.groups, widen(self.weight), widen(self.bias), self.eps).to(x.dtype)
+        # In channels_last torch 2.13 ends the process in the backward pass of a norm whose input needs no gradient.
+        wide = widen(x).contiguous()
+        return F.group_norm(wide, self.groups, widen(self.weight), widen(self.bias), self.eps).to(x.dtype)

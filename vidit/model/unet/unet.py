@@ -118,7 +118,7 @@ class VideoUnet(nn.Module):
             assert pooled_BE is not None, "unet.pooled_text is set, but the batch has no pooled text"
             cond_BD = cond_BD + self.pooled(widen(pooled_BE))
         text = TextContext(text_BLE.to(self.dtype), text_frame_BL)
-        h = self.first(x.transpose(1, 2).flatten(0, 1).to(self.dtype))
+        h = self.first(x.transpose(1, 2).flatten(0, 1).to(self.dtype).contiguous())
         skips = [h]
         for level in cast(Iterable[Level], self.down):
             for cell in level.cells:
