@@ -93,9 +93,9 @@ def _reached(run_dir: Path) -> int:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Processes of the ranks of a launch: the children of the agent that it started."""
-    agents = [p for p in psutil.Process(launcher).children() if "torch.distributed.run" in p.cmdline()]
-    return [rank.pid for agent in agents for rank in agent.children() if "vidit.cli" in rank.cmdline()]
+    """Processes of the ranks of a launch."""
+    told = [child.as_dict(["pid", "cmdline"]) for child in psutil.Process(launcher).children()]
+    return [one["pid"] for one in told if "vidit.cli" in (one["cmdline"] or ())]  # a zombie has no command line
 
 
 def recoveries(run_dir: Path, killed_at: Sequence[float]) -> list[dict[str, float]]:

@@ -47,7 +47,7 @@ def bare_seconds(task: Task, batch: Batch, steps: int) -> list[float]:
     for _ in range(steps):
         start = time.perf_counter()
         text = step.text(model, batch.tokens, len(batch.clips.keys))
-        output = step.denoise(model, x_t, t_B, text, None, None)
+        output = step.denoise(model, x_t, t_B, text, step.grid(batch), None)
         step.objective.loss(output, x, noise, t_B).mean().backward()
         seconds.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of configs.demo")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=30, help="steps of each kind in a round")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with TemporaryDirectory() as folder:
         result = measure(Path(folder), arguments.rounds, arguments.steps, arguments.overrides)
     question = "-".join(("loop-overhead", *(text.partition("=")[2] for text in arguments.overrides)))

@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of each layout in a round, warm-up included")
     parser.add_argument("--layouts", nargs="*", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--record", default="overhead", help="name of the file in benchmarks/results")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     names = ["one process", *(name for name in arguments.layouts if name != "one process")]
     result = measure(names, arguments.rounds, arguments.steps, tuple(arguments.overrides))
     print(json.dumps({name: round(ratio, 3) for name, ratio in result["ratio"].items()}))

@@ -242,7 +242,7 @@ def output_of(step: DitStep, model: Any, given: Batch) -> Tensor:
     inputs = step.inputs(given, "validation")
     video = step.video(given, inputs)
     text = step.text(model, given.tokens, len(given.clips.keys))
-    return step.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)
+    return step.denoise(model, video.x_t, inputs.t_B, text, inputs.grid, None)
 
 
 def compare(one: Result, ranks: Sequence[Result]) -> dict[str, float]:

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", metavar="section.key=value")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--out", type=Path, default=Path("runs/vae-training"))
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     result = measure(arguments.source, arguments.out, arguments.steps, arguments.changes)
     path = write_result("vae-training", result)
     print(json.dumps({name: result[name] for name in ("train_s", "reconstruction", "unseen_scenes")}, indent=1))

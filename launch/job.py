@@ -24,7 +24,7 @@ class JobSpec(Section):
     """A job of one run, or of one run for each override set of a sweep.
 
     `ranks` says who starts the processes of a node: `device` one process for each device, started by the back-end;
-    `node` one process for each node, which starts the others through torchrun.
+    `node` one process for each node, which starts the ranks there.
     """
 
     name: str = Field(min_length=1)

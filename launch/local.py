@@ -1,80 +1,50 @@
-"""`launch.local=N`: N ranks of one run on this machine, through torchrun's elastic agent.
+"""`launch.local=N`: N ranks of one run on this machine.
 
-This process starts the agent (`python -m torch.distributed.run`), and the agent the ranks, which run the same command
-again and know from RANK that they are ranks (`launch/rank.py`). It imports no torch.
+This process starts the ranks, which run the same command again and know from RANK that they are ranks
+(`launch/rank.py`). It imports no torch.
 
-Output: that of rank 0 goes where this process writes, that of the others to RUN/logs/rank-N.log, the agent's own to
-RUN/logs/torchrun.log. What a rank failed of is printed once, as `vidit: rank 2: ...`.
+Output: that of rank 0 goes where this process writes, that of the others to RUN/logs/rank-N.log. What a rank failed of
+is printed once, as `vidit: rank 2: ...`.
 
-Over several nodes, one such process a node, the agents meet at MASTER_ADDR (`launch/srun.py`).
+Over several nodes, one such process a node, the ranks meet at MASTER_ADDR (`launch/srun.py`).
 
-Signals: the agent would give ranks 30 s after SIGTERM, die of SIGUSR1 and call either a failure. So it gets neither:
-SIGTERM, SIGUSR1, SIGUSR2 and SIGINT to this process go from here to every rank, which save and leave as one process
-does, in the time that they need. After a second SIGINT they leave at once, and the agent ends after 30 s those that do
-not. Ranks whose launcher or agent is killed ask themselves to stop.
+Signals: SIGTERM, SIGUSR1, SIGUSR2 and SIGINT to this process go from here to every rank, which save and leave as one
+process does, in the time that they need. After a second SIGINT they leave at once, and are killed after 30 s. Ranks
+whose launcher is killed ask themselves to stop.
 
-With `launch.max_restarts` a failure of a rank is followed by another start of all, from the last checkpoint, with an
-agent and a rendezvous of its own (`launch/restart.py` says when).
+With `launch.max_restarts` a failure of a rank is followed by another start of all, from the last checkpoint, which meet
+anew (`launch/restart.py` says when).
 """
 
-import fcntl
 import os
-import re
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-from launch.rank import FOLDER, SIGNALS, is_held
-from launch.restart import Ending, Restarts
+from launch.ending import Ending, ending_of
+from launch.node_ranks import POLL_S, NodeRanks
+from launch.rank import SIGNALS
+from launch.restart import Restarts
 from launch.srun import ALONE, Node
-from parallel.failure import read_report
 
-POLL_S = 0.1
-STRAGGLERS_S = 30.0  # as the agent would give its workers
-FAILURE = re.compile(r"rank +: (\d+) .*\n +exitcode +: (-?\d+) \(pid: (\d+)\)")
-FORCED = re.compile(r"Unable to shutdown process (\d+) via .*, forcefully exiting")  # what SIGTERM did not end
+LEAVE_S = 30.0
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A command line, and the environment that it needs besides the one that is there."""
+def variables_of(num_ranks: int, environment: Mapping[str, str], num_cores: int) -> dict[str, str]:
+    """What each of `num_ranks` ranks is told besides its place: its share of the cores, and what c10d may say.
 
-    argv: tuple[str, ...]
-    environment: dict[str, str]
-
-
-def render(
-    command: Sequence[str], num_ranks: int, folder: Path, environment: Mapping[str, str], num_cores: int,
-    python: str = sys.executable, node: Node = ALONE,
-) -> Rendered:  # fmt: skip
-    """How `num_ranks` ranks of `command` are started on this node: what follows `python` for one process.
-
-    `folder` is where this launch and its ranks leave word for each other. Each rank gets its share of the cores; how
-    many threads and which warnings of c10d there are is left to the environment where it says so. Pure.
+    What the environment says already is left to it. Pure.
     """
-    meet = ["--standalone", "--local-addr=127.0.0.1", "--nnodes=1"]
-    if node.count > 1:
-        meet = [f"--nnodes={node.count}", f"--node-rank={node.number}"]
-        meet += [f"--master-addr={node.address}", f"--master-port={node.port}"]
-    argv = (
-        python, "-m", "torch.distributed.run", *meet, f"--nproc-per-node={num_ranks}", "--max-restarts=0",
-        f"--log-dir={folder / 'torch'}", *command,
-    )  # fmt: skip
     wanted = {
-        FOLDER: str(folder),
         "OMP_NUM_THREADS": str(max(1, num_cores // num_ranks)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # what c10d warns of when a rank dies says less than the error does
     }
-    return Rendered(argv, {name: value for name, value in wanted.items() if name == FOLDER or name not in environment})
+    return {name: value for name, value in wanted.items() if name not in environment}
 
 
 def run(
@@ -87,95 +57,61 @@ def run(
 ) -> int:
     """Start the ranks of this node, pass signals on, wait for them, print why one failed. Returns the exit code.
 
-    0 when every rank ended well, after a request to stop too; else that of the rank at fault, 128 + N where
-    signal N ended it. Where `restarts` says so the ranks are started again after a failure, and meet anew.
+    `command` is what follows `python`. 0 when every rank ended well, after a request to stop too; else that of the rank
+    at fault, 128 + N where signal N ended it. Where `restarts` says so the ranks are started again after a failure, and
+    meet anew.
     """
     logs.mkdir(parents=True, exist_ok=True)
     restarts = restarts or Restarts(0, logs)
     restarts.begin()
     with Forward() as forward:
         while True:
-            failure = _run_once(command, num_ranks, logs, forward, node)
-            if failure is None:
+            ending = _run_once(command, num_ranks, logs, forward, node)
+            if ending is None:
                 return 0
             if forward.insists:
                 sys.stderr.write("vidit: interrupted\n")
                 return 130
-            ending = Ending(failure.rank, failure.message, failure.code, failure.retry)
             decision = restarts.decide(ending, stop_requested=bool(forward.came))
-            _tell(failure, logs, show_traceback)
+            _tell(ending, logs, show_traceback)
             if not decision.again:
                 if restarts.budget:
                     sys.stderr.write(f"vidit: no other start: {decision.why}\n")
-                return failure.code
+                return ending.code
             sys.stderr.write(f"vidit: {decision.why}\n")
             sys.stderr.flush()
 
 
-def _run_once(command: Sequence[str], num_ranks: int, logs: Path, forward: "Forward", node: Node) -> "Failure | None":
+def _run_once(command: Sequence[str], num_ranks: int, logs: Path, forward: "Forward", node: Node) -> Ending | None:
     """One start of all ranks of this node: None where each came to a good end."""
     first = node.number * num_ranks
-    with _folder() as folder:
-        rendered = render(command, num_ranks, folder, os.environ, len(os.sched_getaffinity(0)), node=node)
-        own_log = folder / "torchrun.log"  # not that of another launch, which may still run there
-        with own_log.open("wb") as log:
-            agent = subprocess.Popen(
-                rendered.argv, env={**os.environ, **rendered.environment}, stdin=sys.stderr.fileno(), stderr=log,
-                start_new_session=True, preexec_fn=_ignore_usr,
-            )  # fmt: skip
-        ranks = [Rank(folder / f"rank-{n}") for n in range(first, first + num_ranks)]
-        while agent.poll() is None:
-            forward.to(ranks, agent)
+    with _ranks(first, num_ranks, node.count * num_ranks) as ranks:
+        meet = [node.address, str(node.port)] if node.count > 1 else ranks.meeting_point(node.address)
+        outputs = [None if rank == 0 else str(logs / f"rank-{rank}.log") for rank in range(first, first + num_ranks)]
+        variables = variables_of(num_ranks, os.environ, len(os.sched_getaffinity(0)))
+        ranks.start([sys.executable, *command], meet, variables, outputs)
+        while ranks.is_going():
+            forward.to(ranks)
             time.sleep(POLL_S)
-        _end_stragglers(ranks, forward, agent)
-        shutil.copy(own_log, logs / (f"torchrun-{node.number}.log" if node.count > 1 else "torchrun.log"))
-        if all(rank.is_done() for rank in ranks):
-            return None
-        return find_failure(folder, own_log.read_text(errors="replace"), agent.returncode)
-
-
-def _ignore_usr() -> None:
-    """In the agent, before it starts: SLURM sends SIGUSR1 to every process of a step, and it would die of it."""
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+        endings = ranks.wait()
+    return None if all(one["code"] == 0 for one in endings) else ending_of(endings)
 
 
 @contextmanager
-def _folder() -> Iterator[Path]:
-    """The folder of a launch, with the lock that shows the ranks that this process lives."""
-    folder = Path(tempfile.mkdtemp(prefix="vidit-launch-"))
+def _ranks(first: int, count: int, world: int) -> Iterator[NodeRanks]:
+    ranks = NodeRanks(first, count, world, LEAVE_S)
     try:
-        with (folder / "launcher").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield folder
+        yield ranks
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@dataclass
-class Rank:
-    """A rank as the launcher sees it: the file that it locks while it lives, and how many signals it was sent."""
-
-    file: Path
-    num_sent: int = 0
-
-    def process(self) -> int | None:
-        """Its process, once it has begun and until it ends."""
-        if not is_held(self.file):
-            return None
-        first = self.file.read_text().split("\n")[0]
-        return int(first) if first else None
-
-    def is_done(self) -> bool:
-        """Whether it came to its end without an error."""
-        return self.file.is_file() and self.file.read_text().endswith("done")
+        ranks.end()
 
 
 class Forward:
-    """While entered, collects the signals that ask to stop; `to` sends every rank those that it has not had."""
+    """While entered, collects the signals that ask to stop; `to` hands on those that ranks have not been sent."""
 
     def __init__(self) -> None:
         self.came: list[int] = []
+        self._handed = 0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Forward":
@@ -195,82 +131,15 @@ class Forward:
         """Whether Ctrl-C came twice: the ranks leave at once, or are ended."""
         return self.came.count(signal.SIGINT) > 1
 
-    def to(self, ranks: Sequence[Rank], agent: "subprocess.Popen[bytes]") -> None:
-        came = list(self.came)
-        for rank in ranks:
-            if rank.num_sent < len(came) and (process := rank.process()):
-                for number in came[rank.num_sent :]:
-                    _send(process, number)
-                rank.num_sent = len(came)
+    def to(self, ranks: NodeRanks) -> None:
+        while self._handed < len(self.came):
+            ranks.ask(self.came[self._handed])
+            self._handed += 1
         if self.insists:
-            with suppress(ProcessLookupError):
-                agent.terminate()
+            ranks.hurry()
 
 
-def _send(process: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, number)
-
-
-def _end_stragglers(ranks: Sequence[Rank], forward: Forward, agent: "subprocess.Popen[bytes]") -> None:
-    """Ranks outlive an agent that was killed: they have asked themselves to stop, and get time for it."""
-    deadline = time.monotonic() + STRAGGLERS_S
-    while left := [process for rank in ranks if (process := rank.process())]:
-        if time.monotonic() > deadline:
-            for process in left:
-                _send(process, signal.SIGKILL)
-        forward.to(ranks, agent)
-        time.sleep(POLL_S)
-
-
-class Failure(NamedTuple):
-    """Why a launch failed: the rank at fault (None: none of them), the message, the exit code, the traceback.
-
-    `retry`: whether another start may do better.
-    """
-
-    rank: int | None
-    message: str
-    code: int
-    trace: str
-    retry: bool = True
-
-
-def find_failure(folder: Path, agent_log: str, agent_code: int) -> Failure:
-    """The cause among all that the ranks reported and the agent saw: the first report, or a rank without one."""
-    seen = FAILURE.findall(agent_log)
-    codes = {int(rank): int(code) for rank, code, _ in seen}
-    forced = {int(rank) for rank, _, process in seen if process in FORCED.findall(agent_log)}
-    paths = sorted(folder.glob("torch/*/attempt_*/*/error.json"))
-    found = [(path.parent.name, report) for path in paths if (report := read_report(path))]
-    # What a rank says of itself comes before what others say of it, and that in the order of time.
-    reports = [report for _, report in sorted(found, key=lambda one: (one[0] != str(one[1].rank), one[1].time))]
-    # A rank that a signal ended left no report; what the others say of it is who it was and what it did last.
-    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
-    if reports:
-        told = next((report for report in reports if report.rank in killed), reports[0])
-        code = codes.get(told.rank, 1) if told.rank is not None else 1
-        how = f"{_how(code)}: " if told.rank in killed else ""
-        if told.rank in forced:
-            how = "did not leave when asked, so it was killed: "
-        return Failure(told.rank, how + told.message, _code(code), told.trace, told.retry or told.rank in killed)
-    for rank in [*killed, *codes]:
-        return Failure(rank, f"{_how(codes[rank])} without a message", _code(codes[rank]), "")
-    last = agent_log.strip().rpartition("\n")[2]
-    return Failure(None, f"torchrun {_how(agent_code)}: {last or 'it said nothing'}", _code(agent_code) or 1, "")
-
-
-def _how(code: int) -> str:
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-
-
-def _code(code: int) -> int:
-    """As a shell would give it."""
-    return 128 - code if code < 0 else code
-
-
-def _tell(failure: Failure, logs: Path, show_traceback: bool) -> None:
-    name = "rank-*" if failure.rank is None else f"rank-{failure.rank}"
-    who = "" if failure.rank is None else f"rank {failure.rank}: "
-    trace = failure.trace if show_traceback else ""
-    sys.stderr.write(f"{trace}vidit: {who}{failure.message}\n  {logs / name}.log has more\n")
+def _tell(ending: Ending, logs: Path, show_traceback: bool) -> None:
+    name = "rank-*" if ending.rank is None else f"rank-{ending.rank}"
+    trace = ending.trace if show_traceback else ""
+    sys.stderr.write(f"{trace}vidit: {ending.who}{ending.message}\n  {logs / name}.log has more\n")

@@ -14,7 +14,11 @@ def takes_job_options(command: argparse.ArgumentParser) -> None:
     add("--min-nodes", type=_count, help="ray: with how many it may go on; default only with all")
     add("--devices", type=_count, help="on each node, one rank each; default all of the site, or 1")
     add("--time", help="limit, such as 90 (minutes), 4:00:00 or 2-12:00:00; default that of the site")
-    add("--ranks", choices=("device", "node"), help="who starts ranks: one process a device, or torchrun on each node")
+    add(
+        "--ranks",
+        choices=("device", "node"),
+        help="what is started on a node: one process a device, or one that starts the ranks",
+    )
     add("--name", help="of the job; default that of the config")
     add("--after", action="append", default=[], metavar="JOB", help="an id or a run directory, may be repeated: start "
         "when that has ended well")  # fmt: skip

@@ -1,8 +1,8 @@
 """One rank, from inside its own process: where it writes, how it is told to stop, how it says why it ended.
 
 A process is a rank when RANK and WORLD_SIZE say so, whoever started it: a launch of ours or torchrun. Where srun
-started it, its variables are read instead (`launch/srun.py`). A launch of ours (`launch/local.py`) also names a folder
-in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as long as it lives, and the launcher one on
+started it, its variables are read instead (`launch/srun.py`). A launch of ours (`launch/node_ranks.py`) also names a
+folder in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as long as it lives, and the launcher one on
 `launcher`: locks end with their process however that ends, so either side sees when the other is gone.
 """
 
@@ -68,13 +68,13 @@ def own_place(local: int = 1) -> Place | None:
 def rank_process(place: Place, logs: Path) -> Iterator[None]:
     """Run the block as this rank; an error ends the process here, after it is written down.
 
-    Under a launch of ours the output of every rank but 0 goes to `logs`/rank-N.log. The traceback of an error goes
-    there too, the error itself into the report; a rank that others started prints it. The process then ends by
-    os._exit: threads of a broken process group abort an ordinary exit.
+    Under a launch of ours the traceback of an error goes to `logs`/rank-N.log, where the launcher sends the output of
+    every rank but 0, and the error itself into the report; a rank that others started prints it. The process then ends
+    by os._exit: threads of a broken process group abort an ordinary exit.
     """
     folder = os.environ.get(FOLDER)
     log, held = logs / f"rank-{place.rank}.log", HeldSignals()
-    record = _join(Path(folder), place, log) if folder else None
+    record = _join(Path(folder), place) if folder else None
     threading.Thread(target=_watch, args=(held, Path(folder) if folder else None), daemon=True).start()
     try:
         yield
@@ -85,20 +85,8 @@ def rank_process(place: Place, logs: Path) -> Iterator[None]:
         record.flush()
 
 
-def _join(folder: Path, place: Place, log: Path) -> IO[str]:
-    """Take this rank's file in the folder of the launch, which tells the launcher whom to signal; set the output.
-
-    Standard input of a rank is the launcher's standard error: the one way through torchrun, whose own is a log.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if place.rank == 0:
-        os.dup2(0, 2)
-    else:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-    with Path(os.devnull).open() as nothing:
-        os.dup2(nothing.fileno(), 0)
+def _join(folder: Path, place: Place) -> IO[str]:
+    """Take this rank's file in the folder of the launch, which tells the launcher that it may be sent signals."""
     record = (folder / f"rank-{place.rank}").open("w")
     fcntl.flock(record, fcntl.LOCK_EX)
     record.write(f"{os.getpid()}\n")

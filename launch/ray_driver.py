@@ -16,12 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from launch.ending import Ending, ending_of
 from launch.marker import fails_again, is_done
 from launch.rank import ORPHAN_S, SIGNALS, is_held
 from launch.ray_gang import Gang, LostError, form, node_resources
-from launch.ray_nodes import cause, config_of, has, node_counts, refusal
+from launch.ray_nodes import config_of, has, node_counts, refusal
 from launch.ray_order import Order, parse
-from launch.restart import Ending, Restarts, newest_step
+from launch.restart import Restarts, newest_step
 
 TRY_S = 5.0  # for nodes that seem to be there
 FREE_S = ORPHAN_S + 15.0  # ranks that lost their launcher are gone by then
@@ -103,12 +104,12 @@ class Driver:
         try:
             gang.start({**self.variables, "VIDIT_ATTEMPT": attempt})
         except LostError as error:
-            return Ending(None, str(error), 1)
+            return Ending(None, str(error))
         endings = gang.watch(self.stopped)
         if is_done(order.run_dir, attempt):
             self.say(f"{order.run_dir} is done")
             return None
-        return Ending(None, cause(endings), 1, retry=not fails_again(order.run_dir, attempt))
+        return ending_of(endings)._replace(retry=not fails_again(order.run_dir, attempt))
 
     def _wait_for_lock(self) -> None:
         """Ranks of the start before may still be about to leave, where nobody can reach them."""

@@ -11,11 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from launch.ending import Ended, left, lost
+from launch.node_ranks import KILLED_S, NodeRanks
 from launch.ray_order import Order
-from launch.ray_ranks import KILLED_S, Ended, NodeRanks
 
 POLL_S = 0.3
 START_S = 120.0  # for Ray to start its workers
+REPORT_S = 5.0  # what the others of a node get to say why, once one has failed
 LEAVE_S = 30.0  # what ranks get to notice that a peer is gone, to save and to leave
 CALLS = 4  # at once: wait, stop and end
 
@@ -46,7 +48,7 @@ class Gang:
         actor: Any = ray.remote(NodeRanks)
         self.actors: list[Any] = [
             actor.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index), **options).remote(
-                index * devices, devices, count * devices
+                index * devices, devices, count * devices, REPORT_S
             )
             for index in range(count)
         ]
@@ -61,12 +63,18 @@ class Gang:
         try:
             meet = ray.get(self.actors[0].meeting_point.remote(self.addresses[0]), timeout=START_S)
             calls = [
-                actor.start.remote(list(order.command), str(Path.cwd()), meet, str(order.output), dict(variables))
-                for actor in self.actors
+                actor.start.remote(list(order.command), meet, dict(variables), self._outputs(index), str(Path.cwd()))
+                for index, actor in enumerate(self.actors)
             ]
             ray.get(calls, timeout=START_S)
         except RayError as error:
             raise LostError(f"the actors did not start: {_reason(error)}") from error
+
+    def _outputs(self, index: int) -> list[str]:
+        """Where the ranks of a node write: rank 0 beside the driver, the others where every launch has them."""
+        first = index * self.order.devices
+        logs = [self.order.run_dir / "logs" / f"rank-{first + local}.log" for local in range(self.order.devices)]
+        return [str(log if first + local else self.order.output) for local, log in enumerate(logs)]
 
     def watch(self, stopped: Callable[[], bool]) -> list[Ended]:
         """How each rank ended. Asks all to save and leave once `stopped`; waits no longer than it has to.
@@ -85,11 +93,11 @@ class Gang:
             if stopped() and not asked:
                 asked, deadline = True, min(deadline, time.monotonic() + self.order.grace_s)
                 for index in waiting.values():
-                    self.actors[index].stop.remote()
+                    self.actors[index].ask.remote()
             if any(one["code"] != 0 for one in endings):
                 deadline = min(deadline, time.monotonic() + LEAVE_S)
         for index in waiting.values():
-            endings += self._gone(index, None)
+            endings += [left(rank) for rank in self._ranks(index)]
         return endings
 
     def _ended(self, ref: Any, index: int) -> list[Ended]:
@@ -99,13 +107,12 @@ class Gang:
         try:
             return list(ray.get(ref))
         except RayError as error:
-            return self._gone(index, f"node {self.addresses[index]} or its actor is gone: {_reason(error)}")
+            why = f"node {self.addresses[index]} or its actor is gone: {_reason(error)}"
+            return [lost(rank, why) for rank in self._ranks(index)]
 
-    def _gone(self, index: int, message: str | None) -> list[Ended]:
-        first = index * self.order.devices
-        text = message or ""
-        return [Ended(rank=first + n, fault=None if text else first + n, code=None, message=text)
-                for n in range(self.order.devices)]  # fmt: skip
+    def _ranks(self, index: int) -> range:
+        """Those of a node."""
+        return range(index * self.order.devices, (index + 1) * self.order.devices)
 
     def close(self) -> None:
         """End what is left, and give the nodes back."""

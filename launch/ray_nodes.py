@@ -1,9 +1,8 @@
-"""On how many nodes a run can be trained, and why it failed: what the driver decides, without Ray."""
+"""On how many nodes a run can be trained: what the driver decides, without Ray."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from launch.ray_ranks import Ended
 from vidit.config import ConfigError, RunConfig
 from vidit.config_source import load_config
 from vidit.train.layout import with_layout
@@ -64,15 +63,3 @@ def refusal(wanted: int, bundle: Mapping[str, float], nodes: Sequence[Mapping[st
 
 def _size(node: Mapping[str, float], names: Iterable[str]) -> str:
     return " ".join(f"{name}={node.get(name, 0.0):g}" for name in names)
-
-
-def cause(endings: Sequence[Ended]) -> str:
-    """The most telling of the failures: a rank that a signal ended, one that names itself, any other."""
-    failed = [one for one in endings if one["code"] != 0]
-    if not failed:
-        return "all ranks left before the run was done: something else has asked one of them to stop"
-    killed = [one for one in failed if one["code"] is not None and one["code"] < 0]
-    own = [one for one in failed if one["message"] and one["fault"] == one["rank"]]
-    first = [*killed, *own, *(one for one in failed if one["message"]), *failed][0]
-    fault = first["rank"] if first in killed else first["fault"]
-    return (f"rank {fault}: " if fault is not None else "") + (first["message"] or "did not leave when asked")

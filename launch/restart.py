@@ -10,23 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from launch.ending import Ending
+
 SAVED = re.compile(r"step-(\d{8,})")
 INTERRUPTED = 130
-
-
-class Ending(NamedTuple):
-    """How a launch ended: the rank at fault (None: none of them), why, the exit code, and what the report of the rank
-    says of another try (`parallel.failure.Report.retry`; True where it left none: it was killed).
-    """
-
-    rank: int | None
-    message: str
-    code: int
-    retry: bool = True
-
-    @property
-    def who(self) -> str:
-        return "" if self.rank is None else f"rank {self.rank}: "
 
 
 class Decision(NamedTuple):

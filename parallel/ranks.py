@@ -6,9 +6,10 @@ Without them, or with a world of one, there is no process group and nothing of t
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,7 @@ from parallel.heartbeat import LEAVE_S, VERDICT, Heartbeat, read_verdict
 
 WORDS_S = 10.0  # a store that answers at all answers in this time
 MEET_S = 120.0  # for slow disks: importing torch is part of it
+PART_POLL_S = 0.05
 ABORT_S = 30.0  # NCCL ends the process at its timeout: the verdict comes before
 
 
@@ -75,8 +77,10 @@ def start_ranks(
     except BaseException as error:
         told = heartbeat.explain(error)
         heartbeat.stop()
-        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(LEAVE_S)  # the store ends with this process, and the others have yet to read the verdict
+        # A word to a store out of reach has no timeout, so a thread of its own waits for that.
+        parting = threading.Thread(target=_part, args=(words, rank, world), daemon=True)
+        parting.start()
+        parting.join(LEAVE_S)
         if told is error:
             raise
         raise told from error
@@ -136,6 +140,19 @@ def wait_for_all(words: dist.Store, rank: int, world: int, patience_s: float) ->
                 f"missing: {' '.join(map(str, missing))}. See whether they were started, and what they say"
             )  # fmt: skip
         time.sleep(min(0.1 + world / 10_000, patience_s / 10))
+
+
+def _part(words: dist.Store, rank: int, world: int) -> None:
+    """Say that this rank needs the store no more. Where it ends with rank 0, that waits for all who can say so."""
+    with suppress(RuntimeError):
+        words.set(f"left/{rank}", "")
+        if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        verdict = read_verdict(words) if words.check([VERDICT]) else None
+        gone = verdict.rank if verdict and not verdict.hangs else None
+        others = [f"left/{other}" for other in range(1, world) if other != gone]
+        while others and not words.check(others):
+            time.sleep(PART_POLL_S)
 
 
 def _make_group(store: dist.TCPStore, device: torch.device, rank: int, world: int, timeout_s: float) -> None:

@@ -40,7 +40,7 @@ class Resolved:
 
 def grid_of(config: RunConfig, num_frames: int, height: int, width: int) -> Grid:
     """Latent frames and tokens of a clip of that many frames and pixels."""
-    (pt, ph, pw), stride = config.model.patch, config.vae.spatial_stride
+    (pt, ph, pw), stride = config.denoiser.patch, config.vae.spatial_stride
     return latent_frames(config, num_frames) // pt, height // (stride * ph), width // (stride * pw)
 
 
@@ -295,6 +295,12 @@ def _stream_faults(c: RunConfig) -> Iterator[str]:
         yield (
             f"data.num_validation={d.num_validation} takes the last clips of data.train, which data.streaming=true "
             "does not know; give a packed folder as data.validation, or data.num_validation=0"
+        )
+    if c.denoiser.frame_rate and not d.fps:
+        section = "unet" if c.train.task == "unet" else "model"
+        yield (
+            f"{section}.frame_rate needs the frames a second of each clip, which data.streaming=true does not know; "
+            "set data.fps, or pack the clips"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,7 +48,7 @@ VAE = {
 }  # fmt: skip
 MODEL: dict[str, Any] = {
     "num_layers": 5, "width": 32, "num_heads": 4, "mlp_width": 48, "windows": ((1, 0, 0), (0, 2, 2)), "patch": 1,
-    "pooled_text": True, "self_conditioning": 0.6, "attention_backend": "sdpa",
+    "pooled_text": True, "frame_rate": True, "self_conditioning": 0.6, "attention_backend": "sdpa",
 }  # fmt: skip
 ROWS, SEED = 3, 3
 
@@ -104,11 +104,15 @@ class FrozenText(TextEncoder):
 
 
 class WideStep(DitStep):
-    """Times and latents in fp64, so that no fp32 island hides an error."""
+    """Times, frame rates and latents in fp64, so that no fp32 island hides an error."""
 
     def inputs(self, batch: Batch, purpose: str) -> Inputs:
         own = super().inputs(batch, purpose)
         return replace(own, t_B=own.t_B.double())
+
+    def frame_rates(self, fps: Sequence[float]) -> Tensor | None:
+        rates_B = super().frame_rates(fps)
+        return None if rates_B is None else rates_B.double()
 
     def video(self, batch: Batch, inputs: Inputs) -> Video:
         own = super().video(batch, inputs)
@@ -131,7 +135,7 @@ def batch(case: Case, number: int, rows: int = ROWS) -> Batch:
 
     def latents(n: int, frames: int) -> Clips:
         x = torch.randn(n, VAE["latent_channels"], frames, height, width, generator=g)
-        return Clips([f"{number}/{i}" for i in range(n)], latents=x)
+        return Clips([f"{number}/{i}" for i in range(n)], latents=x, fps=tuple(8.0 + 3 * i for i in range(n)))
 
     pictures = latents(frames, 1) if case.images else None
     captions = [f"caption {number} of {i} words"[: 9 + 4 * i] for i in range(clips + (frames if case.images else 0))]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from failing_loop import DEADLINE, FAIL_AT, TIMEOUT_S, work
 
 from parallel.failure import Report, read_report
+from parallel.heartbeat import LEAVE_S, SILENCE_S
 
 WORLD, FAULTY = 3, 1
 END_S = 60.0  # of a case, on a machine that does much else
@@ -161,6 +162,21 @@ def test_raises_without_torchrun(run: Any) -> None:
     assert case.codes == [1, 1, 1]
     for rank in range(WORLD):
         assert (case.report(rank).rank, case.report(rank).message) == (FAULTY, "the disk is gone")
+
+
+def test_hangs_without_torchrun(run: Any) -> None:
+    """The rank at fault lives, and has to read of itself before the store ends."""
+    case = run("hang", by_rank_0=True)
+    assert case.codes == [1, 1, 1]
+    assert [case.report(rank).rank for rank in range(WORLD)] == [FAULTY] * WORLD
+
+
+def test_rank_0_waits_for_those_only_that_can_leave(run: Any) -> None:
+    """One is killed; the other reads from the store of rank 0 who it was, and no longer is waited."""
+    case = run("kill", by_rank_0=True)
+    assert case.codes == [1, -9, 1]
+    assert [case.report(rank).rank for rank in (0, 2)] == [FAULTY, FAULTY]
+    assert case.seconds < LEAVE_S + SILENCE_S
 
 
 def test_not_finite(run: Any) -> None:

@@ -201,6 +201,31 @@ def test_ranks_of_a_killed_driver_save_and_leave(job: Job, name: str, site: Path
     assert json.loads((job.run_dir / "stopped.json").read_text())["signal"] == "SIGTERM"
 
 
+def test_the_head_is_lost(vidit: Vidit, name: str, site: Path, tmp_path: Path) -> None:
+    """The ranks train on until Ray ends them, save and leave; under another Ray the run goes on, once somebody says
+    that the job is over."""
+    with LocalRay(daemons.Shape(nodes=2, cpus=2)) as first:
+        job = Job(vidit, first, tmp_path / "run")
+        job.submit(name, site, "--nodes=2", "train.steps=100000")
+        job.reach(5)
+        first.kill_node(daemons.HEAD)
+        wait(lambda: not job.left())
+        submit = ("submit", "ray", "--site", site, name, f"run_dir={job.run_dir}", "--nodes=2")
+        refused = vidit(*submit, extra=first.environment)
+        assert refused.returncode == 1
+        assert "cannot be asked (" in refused.stderr
+        record = job.run_dir / "jobs/001/job.json"
+        assert refused.stderr.rstrip().endswith(f"if it is, remove {record}")
+    facts = json.loads((job.run_dir / "stopped.json").read_text())
+    assert newest_step(job.run_dir / "checkpoints") == facts["step"] > 5
+    record.unlink()
+    with LocalRay(daemons.Shape(nodes=2, cpus=2)) as second:
+        again = Job(vidit, second, job.run_dir)
+        again.submit(name, site, "--nodes=2", f"train.steps={facts['step'] + 3}")
+        assert f"resumed {job.run_dir} at step {facts['step']}" in again.end()
+        assert again.status().endswith("is done)")
+
+
 def test_a_run_that_cannot_start_is_given_up(job: Job, name: str, site: Path) -> None:
     job.submit(name, site, "--nodes=2", "--restarts=3", "data.train=/nowhere")
     output = job.end()

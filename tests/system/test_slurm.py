@@ -298,20 +298,20 @@ def test_awkward_words_do_no_harm(cluster: Cluster) -> None:
     assert AWKWARD in cluster.ask("squeue", "-h", "-t", "all", "-j", cluster.jobs["awkward"], "-o", "%j")
 
 
-def test_torchrun_on_every_node(cluster: Cluster) -> None:
-    """One process a node that starts two ranks; a signal reaches all, and torchrun makes no failure of it."""
+def test_one_process_on_every_node(cluster: Cluster) -> None:
+    """It starts two ranks; a signal reaches all, and is no failure."""
     wide = ("--devices", "2", "--ranks", "node", "train.global_batch=8", "train.steps=20000")
-    run_dir = cluster.submit("torchrun", *TWO, *wide)
-    reached(cluster, "torchrun", 2)
-    assert "torchrun" in cluster.vidit("status", run_dir, extra=cluster.slurm.environment).stdout
+    run_dir = cluster.submit("by-node", *TWO, *wide)
+    reached(cluster, "by-node", 2)
+    assert "by-node" in cluster.vidit("status", run_dir, extra=cluster.slurm.environment).stdout
     done = cluster.vidit("cancel", run_dir, extra=cluster.slurm.environment)
-    assert done.stdout == f"asked {cluster.jobs['torchrun']} to save and leave\n"
-    cluster.wait("torchrun", "CANCELLED")
+    assert done.stdout == f"asked {cluster.jobs['by-node']} to save and leave\n"
+    cluster.wait("by-node", "CANCELLED")
     told = json.loads((run_dir / "stopped.json").read_text())
     assert not told["done"]
     assert told["step"] == steps(run_dir)
     assert (run_dir / f"checkpoints/step-{told['step']:08d}/manifest.json").is_file()
-    assert cluster.field("torchrun", "Restarts") == "0"
+    assert cluster.field("by-node", "Restarts") == "0"
 
 
 def test_status_and_logs(cluster: Cluster, whole: Path) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.data.shards import read_clip, read_index
@@ -80,3 +82,20 @@ def test_kill_9_and_again_on_two_ranks_and_on_one(
     done = vidit("data", "audit", cut)
     assert done.returncode == 0, done.stdout
     assert "no order to be held against" in done.stdout
+
+
+def test_ranks_that_share_rows_read_the_same_clips(
+    configure: Callable[..., RunConfig], config_file: Callable[..., str], tiny_clips: Path,
+    vidit: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path,
+) -> None:  # fmt: skip
+    """Of a tensor group each rank has a reader of its own; what they read is what one process reads."""
+    plain_tars(tiny_clips, tmp_path / "tars")
+    data = {"train": str(tmp_path / "tars"), "streaming": True, "shuffle_buffer": 2, "num_validation": 0}
+    config = config_file(tmp_path, configure("", data=data, train={"steps": 5}, sample={"prompts": ()}))
+    runs = {"one": (), "two": ("launch.local=2", "parallel.tensor=2")}
+    for name, overrides in runs.items():
+        done = vidit("train", config, f"run_dir={tmp_path / name}", *overrides)
+        assert done.returncode == 0, done.stderr
+    one, two = (metrics(tmp_path / name) for name in runs)
+    assert [row["keys"] for row in two] == [row["keys"] for row in one]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)

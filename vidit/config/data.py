@@ -81,6 +81,11 @@ class Data(Section):
         return is_list or any("://" in place for place in places)
 
     @property
+    def shown_fps(self) -> float:
+        """Frames a second of videos that are made: those of the clips, or 8 where each clip keeps its own."""
+        return self.fps or 8.0
+
+    @property
     def drawn(self) -> str:
         """The options by which each reading of a clip gives another cut of it, as the command line has them."""
         options = {"data.random_crop=true": self.random_crop}

@@ -79,6 +79,9 @@ class Model(Section):
         False, description="as many output channels again, which nothing reads: Latte's checkpoints have them"
     )
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    frame_rate: bool = Field(
+        False, description="add each clip's frames a second to the time embedding (Open-Sora 1.2); images have 0"
+    )
     modulation: Literal["projected", "table"] = Field(
         "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
     )

@@ -65,6 +65,9 @@ class Unet(Section):
     norm_groups: int = Field(32, gt=0)
     cross_attention: bool = Field(True, description="spatial attention is followed by attention to the text")
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding")
+    frame_rate: bool = Field(
+        False, description="add each clip's frames a second to the time embedding (Make-A-Video, SVD); images have 0"
+    )
     temporal: Literal["none", "identity", "mixed"] = Field(
         "identity",
         description="layers over time: none (an image model), residuals that begin at zero, or those times 1 - alpha, "

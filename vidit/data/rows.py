@@ -15,19 +15,22 @@ class Clips:
     """Clips side by side: pixels (n, T, H, W, 3) uint8, raw latents (n, C, T, H, W), or some of each.
 
     With both `encoded` are the places of the latents among the clips, and the pixels are of the others, in order.
+    `fps` are the frames a second of each.
     """
 
     keys: list[str]
     pixels: Tensor | None = None
     latents: Tensor | None = None
     encoded: tuple[int, ...] = ()
+    fps: tuple[float, ...] = ()
 
 
 class Row(NamedTuple):
-    """One clip as it was read: pixels (T, H, W, 3) uint8 or what is stored of it, and its caption."""
+    """One clip as it was read: pixels (T, H, W, 3) uint8 or what is stored of it, its caption and frames a second."""
 
     key: str
     caption: str
+    fps: float
     pixels: Tensor | None
     encoded: EncodedClip | None
     empty: CaptionText | None
@@ -50,4 +53,5 @@ def clips_of(rows: Sequence[Row]) -> Clips:
         torch.stack(pixels) if pixels else None,
         torch.stack(latents) if latents else None,
         places if pixels and latents else (),
+        tuple(row.fps for row in rows),
     )

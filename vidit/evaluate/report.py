@@ -63,7 +63,7 @@ def write_report(run_dir: Path) -> Path:
         facts, rows = _facts(summary, reconstruction), _accuracy_rows(summary)
         pairs = (run_dir / "reconstruction.png").read_bytes() if reconstruction else b""
         measures = list(_measures(reconstruction))
-        samples = _samples(run_dir, config.data.fps or 8.0)
+        samples = _samples(run_dir, config.data.shown_fps)
     except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, SafetensorError) as error:
         raise ValueError(
             f"what {run_dir} holds of an evaluation is damaged or of another version ({type(error).__name__}: "

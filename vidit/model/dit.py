@@ -20,20 +20,27 @@ from vidit.model.windows import Grid
 
 
 class Conditioning(nn.Module):
-    """Time and pooled text -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if they do."""
+    """Time, pooled text and frame rate -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if any.
+
+    The frame rate is embedded like the time and added (Open-Sora 1.2).
+    """
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
         self.num_vectors = c.num_vectors
         self.time = TimeEmbed(c.time_frequencies, c.cond_width)
         self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
+        self.frame_rate = TimeEmbed(c.time_frequencies, c.cond_width) if c.frame_rate else None
         self.shared = Linear(c.width, c.num_vectors * c.width) if c.shares_modulation else None
 
-    def forward(self, time_B: Tensor, pooled_BE: Tensor | None) -> Tensor:
+    def forward(self, time_B: Tensor, pooled_BE: Tensor | None, fps_B: Tensor | None) -> Tensor:
         c_BD = self.time(time_B)
         if self.pooled is not None:
             assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
             c_BD = c_BD + self.pooled(widen(pooled_BE))
+        if self.frame_rate is not None:
+            assert fps_B is not None, "model.frame_rate is set, but the grid has no frames a second"
+            c_BD = c_BD + self.frame_rate(fps_B)
         if self.shared is None:
             return c_BD[:, None]
         shared = self.shared(nn.functional.silu(c_BD)).unflatten(-1, (self.num_vectors, -1))
@@ -87,7 +94,7 @@ class Embed(nn.Module):
         features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
         text = TextContext(features, None if self.sees_padding else text_frame_BL)
-        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE)
+        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE, grid.fps_B)
 
 
 class DiT(nn.Module):
@@ -129,7 +136,7 @@ class DiT(nn.Module):
         Args:
             x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
                 the stage before.
-            grid: the latent in tokens, and which rows are images.
+            grid: the latent in tokens, which rows are images, and how fast the others run.
             time_B: what the path conditions on, about 0 to 1000.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.

@@ -41,7 +41,10 @@ class PatchEmbed(nn.Module):
 
 
 class TimeEmbed(nn.Module):
-    """Sinusoids of the diffusion time (about 0 to 1000) through a two-layer MLP, fp32: (B,) -> (B, D)."""
+    """Sinusoids of the diffusion time (about 0 to 1000), or of a frame rate, through a two-layer MLP, fp32.
+
+    (B,) -> (B, D)
+    """
 
     def __init__(self, frequencies: int, width: int):
         super().__init__()

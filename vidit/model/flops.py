@@ -69,7 +69,7 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
-    total += (c.time_frequencies + 1 + cond + 1) * cond
+    total += (c.time_frequencies + 1 + cond + 1) * cond * (2 if c.frame_rate else 1)
     total += (text_width + 1) * cond if c.pooled_text else 0
     if c.cross_attention != "none":
         total += (text_width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)

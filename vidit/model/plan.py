@@ -90,6 +90,7 @@ def _outside(c: Model) -> dict[str, Kind]:
     table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
     patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
+    patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
     patterns += ["embed.position.*"] * (c.absolute_position == "learned")
     patterns += ["embed.conditioning.shared.*"] * c.shares_modulation

@@ -17,13 +17,15 @@ class Grid:
     """The token grid of a whole clip (never of one rank's share), as the attention core needs it.
 
     `image_B` marks rows that hold T independent images instead of a clip of T latent frames; None says that
-    there are none, which keeps the cheap paths open.
+    there are none, which keeps the cheap paths open. `fps_B` are the frames a second of each clip, 0 of images, where
+    `model.frame_rate` asks for them.
     """
 
     frames: int
     height: int
     width: int
     image_B: Tensor | None = None
+    fps_B: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -14,7 +14,8 @@ from vidit import keys
 from vidit.config import RunConfig
 from vidit.diffusion.guidance import guided
 from vidit.diffusion.samplers import sample
-from vidit.resolve import resolve
+from vidit.model.windows import Grid
+from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder
 from vidit.train.step import DitStep, TextInputs, row_text
 from vidit.vae.coding import decode_clip
@@ -24,7 +25,7 @@ from vidit.vae.coding import decode_clip
 def draw(
     config: RunConfig, step: DitStep, model: nn.ModuleDict, text: TextEncoder, prompts: Sequence[str], seed: int
 ) -> list[Tensor]:
-    """One video (T, H, W, 3) uint8 on the CPU for each prompt, of the size that `config.data` gives.
+    """One video (T, H, W, 3) uint8 on the CPU for each prompt, of the size and frame rate that `config.data` gives.
 
     Raises ConfigError for a size that the VAE's strides and the patch do not divide.
     """
@@ -40,7 +41,7 @@ def draw(
         noise = keys.normal(shape, seed, "sample", numbers).to(step.device, step.dtype)
         condition = _conditions(step, text, chunk)
         empty = _conditions(step, text, [""] * len(chunk))
-        denoise = guided(_Denoiser(step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
+        denoise = guided(_Denoiser(config, step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
         latent = sample(s.sampler, denoise, path, noise, times)
         pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
@@ -57,14 +58,17 @@ def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[st
 class _Denoiser:
     """x_hat for the samplers; with self-conditioning, each call is given the estimate of the one before."""
 
-    def __init__(self, step: DitStep, model: nn.ModuleDict):
+    def __init__(self, config: RunConfig, step: DitStep, model: nn.ModuleDict):
+        d = config.data
         self.step, self.model = step, model
+        self.tokens, self.fps = grid_of(config, d.num_frames, d.height, d.width), d.shown_fps
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
         t_B = t_B.to(self.step.device)
-        output = self.step.denoise(self.model, x, t_B, text, None, self.previous)
+        grid = Grid(*self.tokens, fps_B=self.step.frame_rates([self.fps] * len(x)))
+        output = self.step.denoise(self.model, x, t_B, text, grid, self.previous)
         x_hat = self.step.objective.denoised(output, x, t_B)
         if self.step.config.denoiser.self_conditioning:
             self.previous = x_hat.to(self.step.dtype)

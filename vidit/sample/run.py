@@ -105,7 +105,7 @@ def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
 def sample_run(run_dir: Path, prompts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]) -> Iterator[Path]:
     """Write one mp4 and one gif for each prompt, beside what is there; yields their paths."""
     trained = open_trained(run_dir, overrides)
-    fps = trained.config.data.fps or 8.0
+    fps = trained.config.data.shown_fps
     with full_disk_explained(out):
         out.mkdir(parents=True, exist_ok=True)
         videos = trained.draw(prompts, seed)

@@ -3,21 +3,22 @@
 A folder of weights is one that `vidit export` or `vidit import` wrote. Of the parts of a run (dit, text, vae) it may
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
-A U-Net may begin with an image model, one without layers over time: those begin at zero, so it gives what that gave.
+A denoiser may begin with an image model, one without layers over time, or with one that is told no frame rate: what
+is new adds zero in the beginning, so it gives what that gave.
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from vidit.config import RunConfig
 from vidit.model.init import initial_value
-from vidit.model.unet.unet import TEMPORAL
 from vidit.train.rundir import newest_checkpoint
 from vidit.train.weights_folder import open_weights, require_keys
 
-OVER_TIME = f".{TEMPORAL}"
+# In the names of parameters that a model may begin without.
+OVER_TIME, FRAME_RATE = ".temporal", ".frame_rate."
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -50,27 +51,32 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
 
 
 def initial_notes(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """What to tell the user of a run that begins: which layers over time an image model lacked."""
+    """What to tell the user of a run that begins: which layers the folder of its weights lacked."""
     c = config.train
     if c.init_from is None:
         return []
     shapes = open_weights(Path(c.init_from)).shapes
     parts = {_part(name) for name in shapes}
-    added = _added({name for name in names if _part(name) in parts}, shapes)
-    layers = dict.fromkeys(name.partition(OVER_TIME)[0] + OVER_TIME + _next(name) for name in sorted(added))
-    if not layers:
+    added = sorted(_added({name for name in names if _part(name) in parts}, shapes))
+    if not added:
         return []
-    return [f"{c.init_from} is an image model; {len(layers)} layers over time begin at zero: {' '.join(layers)}"]
+    layers = dict.fromkeys(_layer(name) for name in added)
+    return [f"train.init_from={c.init_from} lacks {len(layers)} layers, which begin at zero: {' '.join(layers)}"]
 
 
-def _added(wanted: set[str], given: Container[str]) -> set[str]:
-    """Names of layers over time, where the folder has none of them."""
-    over_time = {name for name in wanted if OVER_TIME in name}
-    return set() if any(name in given for name in over_time) else over_time
+def _added(wanted: set[str], given: Collection[str]) -> set[str]:
+    """Names of layers over time where the folder has none of a kind, and the same of the frame rate."""
+    found: set[str] = set()
+    for kind in (OVER_TIME, FRAME_RATE):
+        if not any(kind in name for name in given):
+            found |= {name for name in wanted if kind in name}
+    return found
 
 
-def _next(name: str) -> str:
-    return name.partition(OVER_TIME)[2].partition(".")[0]
+def _layer(name: str) -> str:
+    """The module over time that a parameter belongs to, or the one that takes the frame rate."""
+    before, kind, after = name.partition(OVER_TIME if OVER_TIME in name else FRAME_RATE.rstrip("."))
+    return before + kind + after.partition(".")[0]
 
 
 def _part(name: str) -> str:

@@ -92,7 +92,7 @@ class PipelinePasses:
         ends = pipeline.is_first or pipeline.is_last
         videos = [step.video(batch, own) if ends else None for batch, own in zip(batches, inputs, strict=True)]
         entering = [self._entering(own, video) for own, video in zip(inputs, videos, strict=True)]
-        shapes = self._shapes(len(inputs[0].rows), step.latent_shape, self._num_text(batches[0]))
+        shapes = self._shapes(len(inputs[0].rows), step.latent_shape, inputs[0].grid, self._num_text(batches[0]))
         rows: dict[int, Tensor] = {}
 
         def loss(output: Tensor, number: int) -> Tensor:
@@ -125,7 +125,7 @@ class PipelinePasses:
         assert batch.tokens is not None
         tokens = batch.tokens.to(step.device)
         return {
-            "grid": step.grid(step.latent_shape, inputs.image_B),
+            "grid": inputs.grid,
             "time_B": step.objective.path.time_embedding_input(inputs.t_B),
             # A frozen encoder runs once for all stages and passes of this rank, a trained one within each.
             "text": step.text(self.model, tokens, num_clips, batch.text) if step.frozen_text is not None else None,
@@ -158,11 +158,10 @@ class PipelinePasses:
         assert batch.tokens is not None
         return batch.tokens.mask_BL.shape[1] * (1 if batch.images is None else self.step.images_per_row)
 
-    def _shapes(self, rows: int, latent: tuple[int, ...], num_text: int) -> Shapes:
+    def _shapes(self, rows: int, latent: tuple[int, ...], grid: Grid, num_text: int) -> Shapes:
         c, dtype = self.step.config.model, self.dit.dtype
-        grid = self.step.grid(latent, None).shape
         beside = num_text if c.is_joint else 0
-        tokens = [self.own_tokens(grid, layers[-1]) + beside for layers in self.stages[:-1]]
+        tokens = [self.own_tokens(grid.shape, layers[-1]) + beside for layers in self.stages[:-1]]
         return Shapes(
             Shape((rows, *latent), self.step.dtype),
             tuple(Shape((rows, number, c.width), dtype) for number in tokens),
@@ -213,6 +212,6 @@ class _PipelinedDit(nn.Module):
     ) -> Tensor:
         text = TextInputs(text_BLE, text_frame_BL, pooled_BE)
         micro_batch = {"grid": grid, "time_B": time_B, "text": text, "previous": previous_BCTHW}
-        shapes = self.passes._shapes(x.shape[0], tuple(x.shape[1:]), text_BLE.shape[1])
+        shapes = self.passes._shapes(x.shape[0], tuple(x.shape[1:]), grid, text_BLE.shape[1])
         (output,) = self.passes.pipeline.forward([x], [micro_batch], shapes)
         return output

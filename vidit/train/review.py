@@ -78,7 +78,7 @@ class Review:
                 videos = draw(self.config, task.step, evaluated, task.text, prompts, self.config.train.seed)
         finally:
             hook.remove()
-        fps = self.config.data.fps or 8.0
+        fps = self.config.data.shown_fps
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)

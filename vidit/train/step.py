@@ -63,7 +63,7 @@ class TextInputs:
 
 @dataclass
 class Inputs:
-    """What the numbers of a batch's rows decide: times (B,), their quantiles (B,), which rows are images (B,) or None.
+    """What is known of a batch before a look at its clips: times (B,), their quantiles (B,), the latents in tokens.
 
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
@@ -73,7 +73,7 @@ class Inputs:
     purpose: str
     quantile_B: Tensor
     t_B: Tensor
-    image_B: Tensor | None
+    grid: Grid
     chosen_B: Tensor | None
     estimated: bool
 
@@ -145,22 +145,21 @@ class DitStep:
         self.shift = self._shift(d.num_frames, d.height, d.width)
         self.images_per_row, self.numbers_per_step = r.latent_frames, numbers_per_step(config)
         self.latent_shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
+        self.tokens = grid_of(config, d.num_frames, d.height, d.width)
 
     def __call__(self, model: nn.ModuleDict, batch: Batch, purpose: str) -> Losses:
         inputs = self.inputs(batch, purpose)
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, previous), inputs, video)
+        return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.grid, previous), inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
 
     def inputs(self, batch: Batch, purpose: str) -> Inputs:
-        """What the numbers of a batch's rows decide, without a look at its clips."""
-        rows, image_B, chosen_B, estimated = batch.rows, None, None, False
-        if batch.images is not None:
-            image_B = torch.arange(len(rows), device=self.device) >= len(batch.clips.keys)
+        """What is known of a batch before a look at its clips."""
+        rows, chosen_B, estimated = batch.rows, None, False
         quantile_B = self.quantiles(rows, purpose, batch.step_rows)
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
@@ -168,7 +167,7 @@ class DitStep:
             chosen_B = self._chosen(purpose, rows, share)
             # Ranks that gather weights must go together.
             estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
-        return Inputs(rows, purpose, quantile_B, t_B, image_B, chosen_B, estimated)
+        return Inputs(rows, purpose, quantile_B, t_B, self.grid(batch), chosen_B, estimated)
 
     def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
         return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
@@ -196,20 +195,29 @@ class DitStep:
         x_t: Tensor,
         t_B: Tensor,
         text: TextInputs,
-        image_B: Tensor | None,
+        grid: Grid,
         previous: Tensor | None,
     ) -> Tensor:
         """The network's output at x_t."""
-        time_B, grid = self.objective.path.time_embedding_input(t_B), self.grid(x_t.shape, image_B)
+        time_B = self.objective.path.time_embedding_input(t_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model[self.config.train.task](
             inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous
         )
 
-    def grid(self, latent_shape: Sequence[int], image_B: Tensor | None) -> Grid:
-        """Latents of a shape (..., T, H, W) in tokens."""
-        t, h, w = (n // size for n, size in zip(latent_shape[-3:], self.config.denoiser.patch, strict=True))
-        return Grid(t, h, w, image_B)
+    def grid(self, batch: Batch) -> Grid:
+        """The latents of a batch in tokens, which of its rows are images, and how fast the others run."""
+        num_images, image_B = len(batch.rows) - len(batch.clips.keys), None
+        if batch.images is not None:
+            image_B = torch.arange(len(batch.rows), device=self.device) >= len(batch.clips.keys)
+        tokens = self.tokens if batch.size is None else grid_of(self.config, *batch.size)
+        return Grid(*tokens, image_B, self.frame_rates([*batch.clips.fps, *[0.0] * num_images]))
+
+    def frame_rates(self, fps: Sequence[float]) -> Tensor | None:
+        """Frames a second of rows as the model takes them; None where it takes none."""
+        if not self.config.denoiser.frame_rate:
+            return None
+        return torch.tensor(fps, device=self.device, dtype=self.dtype)
 
     def latents(self, batch: Batch) -> Tensor:
         """Whitened latents of all rows (B, C, T, H, W): clips, then rows of T one-frame latents."""
@@ -277,7 +285,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.image_B, None)
+            first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.grid, None)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()

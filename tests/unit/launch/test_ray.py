@@ -7,8 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,9 +15,8 @@ import pytest
 from launch.folder import SCRIPT
 from launch.job import JobSpec, Task
 from launch.ray_backend import ADDRESSES, Backend
-from launch.ray_nodes import cause, config_of, node_counts, refusal
+from launch.ray_nodes import config_of, node_counts, refusal
 from launch.ray_order import Order, parse
-from launch.ray_ranks import Ended, NodeRanks
 from launch.site import Ray, Site
 from vidit.config import ConfigError, RunConfig
 
@@ -165,99 +163,6 @@ class TestDecisions:
         assert "(2 with CPU=4 GPU=2; 1 with CPU=8 GPU=0)" in told
         busy = refusal(2, {"CPU": 4.0, "GPU": 2.0}, nodes, 60)
         assert "2 such nodes are there but have not become free in 60 s" in busy
-
-    def test_the_cause_is_the_rank_that_was_killed_or_names_itself(self):
-        echo = Ended(rank=0, fault=0, code=1, message="connection closed")
-        blames = Ended(rank=0, fault=2, code=1, message="is silent")
-        killed = Ended(rank=1, fault=1, code=-9, message="ended by SIGKILL without a message")
-        lost = Ended(rank=1, fault=None, code=None, message="node 10.0.0.2 or its actor is gone")
-        well = Ended(rank=3, fault=3, code=0, message="")
-        assert cause([echo, killed, well]).startswith("rank 1: ended by SIGKILL")
-        assert cause([blames, well]) == "rank 2: is silent"
-        assert cause([well, lost]).startswith("node 10.0.0.2")
-        assert cause([well, Ended(rank=2, fault=2, code=None, message="")]) == "rank 2: did not leave when asked"
-        assert cause([well]).startswith("all ranks left before the run was done")
-
-
-STUB = """
-import os, signal, sys, time
-from pathlib import Path
-from launch.rank import own_place, rank_process
-
-place, fault = own_place(), sys.argv[1]
-with rank_process(place, Path("logs")):
-    came = []
-    signal.signal(signal.SIGTERM, lambda *_: came.append(1))
-    Path(f"begun-{place.rank}").touch()
-    if place.rank == 3 and fault == "raise":
-        raise ValueError("no such clip")
-    if place.rank == 3 and fault == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    while fault == "wait" and not came:
-        time.sleep(0.02)
-    print(f"rank {place.rank} of {place.world}, {place.local_world} here, {os.environ['MASTER_PORT']}", flush=True)
-"""
-
-
-class TestRanks:
-    """Ranks 2 and 3 of 4, as the second of two nodes has them."""
-
-    @pytest.fixture
-    def ranks(self) -> Iterator[NodeRanks]:
-        one = NodeRanks(2, 2, 4)
-        yield one
-        one.end()
-        assert not one.folder.exists()
-        assert all(process.poll() is not None for process in one.processes)
-
-    def begin(self, ranks: NodeRanks, folder: Path, fault: str) -> None:
-        (folder / "stub.py").write_text(STUB)
-        path = {"PYTHONPATH": str(Path(__file__).parents[3])}
-        command = [sys.executable, str(folder / "stub.py"), fault]
-        ranks.start(command, str(folder), ["127.0.0.1", "1234"], str(folder / "output"), path)
-
-    def begun(self, folder: Path) -> None:
-        deadline = time.monotonic() + 30
-        while len(list(folder.glob("begun-*"))) < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def test_they_know_their_place(self, ranks: NodeRanks, tmp_path: Path):
-        self.begin(ranks, tmp_path, "")
-        assert [(one["rank"], one["code"]) for one in ranks.wait()] == [(2, 0), (3, 0)]
-        assert (tmp_path / "logs/rank-2.log").read_text() == "rank 2 of 4, 2 here, 1234\n"
-
-    def test_the_error_of_one_is_told(self, ranks: NodeRanks, tmp_path: Path):
-        self.begin(ranks, tmp_path, "raise")
-        well, bad = ranks.wait()
-        assert well["code"] == 0
-        assert bad == Ended(rank=3, fault=3, code=1, message="no such clip")
-
-    def test_so_is_the_signal_that_ended_one(self, ranks: NodeRanks, tmp_path: Path):
-        self.begin(ranks, tmp_path, "kill")
-        assert ranks.wait()[1]["message"] == "ended by SIGKILL without a message"
-
-    def test_they_stop_when_asked(self, ranks: NodeRanks, tmp_path: Path):
-        self.begin(ranks, tmp_path, "wait")
-        self.begun(tmp_path)
-        ranks.stop()
-        assert [one["code"] for one in ranks.wait()] == [0, 0]
-
-    def test_who_is_asked_to_stop_starts_none(self, ranks: NodeRanks, tmp_path: Path):
-        ranks.stop()
-        self.begin(ranks, tmp_path, "wait")
-        assert ranks.wait() == []
-
-    def test_they_are_killed_with_what_is_left_of_them(self, ranks: NodeRanks, tmp_path: Path):
-        self.begin(ranks, tmp_path, "wait")
-        self.begun(tmp_path)
-        ranks.end()
-        assert [one["code"] for one in ranks.wait()] == [-9, -9]
-
-    def test_a_port_that_is_free(self, ranks: NodeRanks):
-        address, port = ranks.meeting_point("127.0.0.1")
-        assert address == "127.0.0.1"
-        assert int(port) > 1023
 
 
 def test_the_back_end_needs_no_ray_to_render(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.restart import Ending, Restarts, newest_step
+from launch.ending import Ending
+from launch.restart import Restarts, newest_step
 from parallel.failure import RankError, may_pass
 from vidit.config import ConfigError
 from vidit.train.recovery import NonFiniteError

@@ -39,6 +39,7 @@ VARIATIONS = {
     "all": {"cross_attention": "all"},
     "text keys": {"cross_attention": "all", "cross_keys": "text"},
     "pooled": {"pooled_text": True},
+    "frame rate": {"frame_rate": True},
     "rank 0": {"adaln_rank": 0},
     "rank 5": {"adaln_rank": 5},
     "patch": {"patch": 2},
@@ -83,10 +84,11 @@ def inputs(rows=2, grid=GRID, patch=(1, 1, 1), tokens=5, seed=0):
     }
 
 
-def denoise(model, x_BCTHW, *rest, image_B=None, **more):
+def denoise(model, x_BCTHW, *rest, image_B=None, fps=24.0, **more):
     """The output for a latent, on the grid that it has."""
     frames, *space = x_BCTHW.shape[2:]
-    grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B)
+    fps_B = torch.full(x_BCTHW.shape[:1], fps) if model.config.frame_rate else None
+    grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B, fps_B)
     return model(x_BCTHW, grid, *rest, **more)
 
 
@@ -281,6 +283,17 @@ class TestRows:
         model, batch = build(pooled_text=True), inputs()
         moved = {**batch, name: batch[name] + 1}
         assert (denoise(model, **batch) - denoise(model, **moved)).abs().max() > 1e-3
+
+    def test_the_frame_rate_matters_once_it_is_trained(self):
+        """Added to a trained model it changes nothing at first: the last layer of its embedding is zero."""
+        batch, slow, fast = inputs(), 8.0, 24.0
+        model = build(frame_rate=True)
+        assert (denoise(model, **batch, fps=slow) - denoise(model, **batch, fps=fast)).abs().max() > 1e-3
+        with torch.no_grad():
+            for name, p in model.embed.conditioning.frame_rate.named_parameters():
+                p.copy_(initial_value(f"embed.conditioning.frame_rate.{name}", tuple(p.shape), 0))
+        assert torch.equal(denoise(model, **batch, fps=slow), denoise(model, **batch, fps=fast))
+        assert torch.equal(denoise(model, **batch, fps=slow), denoise(build(), **batch))
 
     def test_text_padding_does_not_matter(self):
         model, batch = build(cross_attention="all"), inputs()

@@ -21,6 +21,7 @@ VARIATIONS = {
     "text everywhere": {"cross_attention": "all"},
     "text keys": {"cross_attention": "all", "cross_keys": "text"},
     "pooled": {"pooled_text": True},
+    "frame rate": {"frame_rate": True},
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
     "table": {"modulation": "table"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,7 +60,8 @@ def inputs(rows: int = 2, frames: int = FRAMES, height: int = 7, width: int = 5,
     frame = torch.full((rows, 6), EVERY_FRAME)
     frame[:, 4:] = PADDING
     time = torch.linspace(100, 900, rows, dtype=torch.float64)
-    return x, Grid(frames, height, width, image_B), time, text, frame, text.mean(1)
+    grid = Grid(frames, height, width, image_B, torch.linspace(4, 30, rows, dtype=torch.float64))
+    return x, grid, time, text, frame, text.mean(1)
 
 
 def image_of(unet: VideoUnet, clip: tuple[Any, ...], row: int, frame: int) -> Tensor:
@@ -85,7 +87,7 @@ def test_any_size_comes_back(family: str, frames: int, height: int, width: int) 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("image_B", [None, torch.tensor([False, True])])
 def test_every_parameter_has_a_gradient(family: str, image_B: Tensor | None) -> None:
-    unet = build(config(family, pooled_text=True), 0.1)
+    unet = build(config(family, pooled_text=True, frame_rate=True), 0.1)
     unet(*inputs(image_B=image_B)).square().sum().backward()
     # A bias of keys, or of queries over one frame, has none; there is no such bias here.
     assert [n for n, p in unet.named_parameters() if p.grad is None or not bool(p.grad.any())] == []
@@ -161,6 +163,18 @@ def test_memory_formats_do_not_matter_where_image_layers_are_frozen() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_the_frame_rate_changes_nothing_until_it_is_trained() -> None:
+    plain, told = open_image_layers(build(config())), build(config(frame_rate=True))
+    missing, unknown = told.load_state_dict(plain.state_dict(), strict=False)
+    assert unknown == []
+    assert {name.partition(".")[0] for name in missing} == {"frame_rate"}
+    assert torch.equal(told(*inputs()), plain(*inputs()))
+    open_image_layers(told)
+    x, grid, *rest = inputs()
+    slower = replace(grid, fps_B=torch.full((2,), 1.0, dtype=torch.float64))
+    assert not torch.equal(told(x, grid, *rest), told(x, slower, *rest))
+
+
 def test_padding_is_not_seen() -> None:
     unet = build(config("video-ldm"), 0.1)
     x, grid, time, text, seen, pooled = inputs()
@@ -215,7 +229,12 @@ def test_the_compute_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "none"])
 def test_parameters_and_flops_are_counted_right(family: str) -> None:
-    c = config(family, pooled_text=family == "vdm", **({"temporal": "none"} if family == "none" else {}))
+    c = config(
+        family,
+        pooled_text=family == "vdm",
+        frame_rate=family == "make-a-video",
+        **({"temporal": "none"} if family == "none" else {}),
+    )
     unet = build(c)
     assert parameter_count(c, (FRAMES, 7, 5), 3, TEXT) == sum(p.numel() for p in unet.parameters())
     given = inputs(1)
@@ -223,7 +242,9 @@ def test_parameters_and_flops_are_counted_right(family: str) -> None:
         unet(*given)
     # The counter also counts the two matrices of the time embedding, one vector each, and what each block makes of it.
     counted = counter.get_total_flops() - sum(
-        2 * p.numel() for n, p in unet.named_parameters() if ("time." in n or "pooled" in n) and n.endswith("weight")
+        2 * p.numel()
+        for n, p in unet.named_parameters()
+        if ("time." in n or "pooled" in n or "frame_rate" in n) and n.endswith("weight")
     )
     assert counted == forward_flops(c, (FRAMES, 7, 5), 3, TEXT, 6)
 

@@ -13,6 +13,7 @@ from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
+from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train.ema import Ema
 from vidit.train.encode_clips import ClipEncoder
@@ -44,7 +45,7 @@ class Rig:
             self.model, self.step, tokenizer = build_vae(config, CPU, FP32), VaeStep(config, CPU), None
         else:
             vae = load_vae(Path(config.vae.weights), CPU, FP32)
-            text = text or build_text_encoder(config.text)
+            self.text = text = text or build_text_encoder(config.text)
             self.model, tokenizer = build_dit(config, text, CPU, FP32), text.tokenizer
             self.step = DitStep(config, vae, text, CPU)
             if store:
@@ -129,17 +130,48 @@ def test_an_image_does_not_reach_its_neighbours_output(configure: Configure) -> 
     batch = rig.batch(0)
     text = rig.step.text(rig.model, batch.tokens, 1)
     x = rig.step.latents(batch)
-    flags = torch.tensor([False, True])
-    out = rig.step.denoise(rig.model, x, torch.full((2,), 0.5), text, flags, None)
+    grid = rig.step.grid(batch)
+    out = rig.step.denoise(rig.model, x, torch.full((2,), 0.5), text, grid, None)
     x[1, :, 0] += 1
     batch.tokens.ids[1] = batch.tokens.ids[0]
     batch.tokens.mask_BL[1] = batch.tokens.mask_BL[0]
     changed = rig.step.denoise(
-        rig.model, x, torch.full((2,), 0.5), rig.step.text(rig.model, batch.tokens, 1), flags, None
+        rig.model, x, torch.full((2,), 0.5), rig.step.text(rig.model, batch.tokens, 1), grid, None
     )
     torch.testing.assert_close(changed[1, :, 1:], out[1, :, 1:], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(changed[0], out[0], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(changed[1, :, 0], out[1, :, 0], atol=1e-3)
+
+
+def test_each_row_is_told_its_frame_rate(configure: Configure, tmp_path: Path) -> None:
+    """A clip its own rate or the one it is resampled to, latents that of the clip they were made of; images 0."""
+    change = {"model": {"frame_rate": True}, "train": {"micro_batch": 3, "global_batch": 3}}
+    own = configure(tmp_path, data={"image_rows": 1}, **change)
+    resampled = configure(data={"image_rows": 1, "fps": 16.0}, **change)
+    rigs = {"own": Rig(own), "stored": Rig(own, store=True), "resampled": Rig(resampled)}
+    told = {name: rig.step.grid(rig.batch(0)).fps_B for name, rig in rigs.items()}
+    assert {name: fps_B.tolist() for name, fps_B in told.items() if fps_B is not None} == {
+        "own": [8.0, 8.0, 0.0], "stored": [8.0, 8.0, 0.0], "resampled": [16.0, 16.0, 0.0],
+    }  # fmt: skip
+    rig = rigs["own"]
+    batch = rig.batch(0)
+    before = rig.step(rig.model, batch, "train").rows_B.detach()
+    batch.clips.fps = (30.0, 8.0)
+    moved = (rig.step(rig.model, batch, "train").rows_B.detach() - before).abs()
+    assert moved[0] > 1e-4
+    assert moved[1:].max() < 1e-6
+    plain = Rig(configure())
+    assert plain.step.grid(plain.batch(0)).fps_B is None
+
+
+def test_a_video_is_drawn_for_its_frame_rate(configure: Configure) -> None:
+    def drawn(fps: float) -> Tensor:
+        rig = Rig(configure(model={"frame_rate": True}, data={"fps": fps}))
+        (video,) = draw(rig.config, rig.step, rig.model, rig.text, ["a red circle moves left"], seed=1)
+        return video.float()
+
+    assert torch.equal(drawn(0.0), drawn(8.0))  # which is what its file is written with
+    assert (drawn(8.0) - drawn(24.0)).abs().max() > 2
 
 
 def test_self_conditioning_is_keyed_by_row(configure: Configure) -> None:

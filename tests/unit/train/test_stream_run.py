@@ -184,3 +184,9 @@ def test_fewer_tars_than_readers(streamed: Configure, tmp_path: Path) -> None:
 def test_what_cannot_be_streamed(streamed: Configure, tmp_path: Path, data: dict[str, Any], fault: str) -> None:
     with pytest.raises(ConfigError, match=fault):
         resolve(streamed(tmp_path, data=data))
+
+
+def test_a_stream_knows_no_frame_rates_but_the_one_it_is_cut_to(streamed: Configure, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.frame_rate needs .* set data.fps"):
+        resolve(streamed(tmp_path, model={"frame_rate": True}))
+    resolve(streamed(tmp_path, model={"frame_rate": True}, data={"fps": 8.0}))

@@ -106,31 +106,40 @@ def test_it_learns(family: str, made: Configure) -> None:
 def test_images_then_video_with_the_image_layers_frozen(
     family: str, made: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    diffusion = BASELINES[family]
+    diffusion, told = BASELINES[family], family in ("make-a-video", "video-ldm")
     images = made("images", "none", diffusion=diffusion, data={"num_frames": 1}, train={"learning_rate": 1e-2})
     assert run(images)
     start = exported(images, tmp_path / "weights")
-    train = {"init_from": str(tmp_path / "weights"), "trainable": ("unet.*.temporal_*",), "learning_rate": 1e-2}
-    config = made("video", family, train=train)
+    trainable = ("unet.*.temporal_*", "unet.frame_rate.*")[: 1 + told]
+    train = {"init_from": str(tmp_path / "weights"), "trainable": trainable, "learning_rate": 1e-2}
+    config = made("video", family, train=train, unet={"frame_rate": told})
 
     image, video = built(images.model_copy(update={"run_dir": str(tmp_path / "none")})), built(config)
     image.load_state_dict(start)
     generator = torch.Generator().manual_seed(0)
     x, text = torch.randn(2, 4, 3, 7, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
-    given = (x, Grid(3, 7, 8), torch.tensor([100.0, 700.0]), text, torch.full((2, 5), -1), text.mean(1))
+    given = (
+        x,
+        Grid(3, 7, 8, fps_B=torch.tensor([8.0, 24.0])),
+        torch.tensor([100.0, 700.0]),
+        text,
+        torch.full((2, 5), -1),
+        text.mean(1),
+    )
     assert bool(image["unet"](*given).any())
     assert torch.equal(video["unet"](*given), image["unet"](*given)), "a video model begins as its image model"
 
     capsys.readouterr()
     assert run(config)
-    (note,) = (line for line in capsys.readouterr().out.splitlines() if "image model" in line)
+    (note,) = (line for line in capsys.readouterr().out.splitlines() if "begin at zero" in line)
     layers = {name.partition(TEMPORAL)[0] for name, _ in video.named_parameters() if TEMPORAL in name}
     assert all(layer + TEMPORAL in note for layer in layers)
     end = exported(config, tmp_path / "tuned")
     assert hashes({name: end[name] for name in start}) == hashes(start)
     new = [name for name in end if name not in start]
     assert new
-    assert all(TEMPORAL in name for name in new)
+    assert all(TEMPORAL in name or "frame_rate" in name for name in new)
+    assert any("frame_rate" in name for name in new) == told
     assert any(bool(end[name].any()) for name in new if "closing" in name or "parts" in name)
     # Samples are of the trained weights, frozen ones included.
     videos = list(sample_run(tmp_path / "video", ["a"], tmp_path / "out", 0, ["sample.num_steps=1"]))

@@ -89,7 +89,7 @@ class Family:
     def differences(self, c: Model) -> Iterator[str]:
         """What keeps a model from being of this family, one line each."""
         wanted = Model(**self.fields)
-        for field in (*self.fields, "pooled_text"):
+        for field in (*self.fields, "pooled_text", "frame_rate"):
             if getattr(c, field) != getattr(wanted, field):
                 yield f"model.{field}={getattr(c, field)} where {self.name} has {getattr(wanted, field)}"
 

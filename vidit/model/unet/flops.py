@@ -32,6 +32,7 @@ def unet_parameters(c: Unet, frames: int, channels: int, text_width: int) -> int
     """Parameters of the U-Net; equal to what `VideoUnet` allocates for clips of at most so many latent frames."""
     d, cond = c.channels, c.cond_width
     total = (d + 1) * cond + (cond + 1) * cond + ((text_width + 1) * cond if c.pooled_text else 0)
+    total += (d + 1) * cond + (cond + 1) * cond if c.frame_rate else 0
     total += 9 * channels * d + d + 2 * d + 9 * d * channels + channels
     total += sum(9 * width * width + width for width in (*c.widths[:-1], *c.widths[1:]))
     return total + sum(_cell_parameters(c, shape, text_width, frames) for shape in _all(c))

@@ -92,6 +92,7 @@ class VideoUnet(nn.Module):
             return [Cell(c, shape, text_width, grid[0]) for shape in own]
 
         self.time = TimeEmbed(c.channels, c.cond_width)
+        self.frame_rate = TimeEmbed(c.channels, c.cond_width) if c.frame_rate else None
         self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
         self.first = Conv2d(channels, c.channels)
         steps = [Conv2d(width, width, stride=2) for width in c.widths[:-1]]
@@ -114,6 +115,9 @@ class VideoUnet(nn.Module):
         """Predict the diffusion target. Arguments are those of `vidit.model.dit.DiT`; there is no self-conditioning."""
         assert previous_BCTHW is None, "a U-Net is not self-conditioned"
         cond_BD = self.time(time_B)
+        if self.frame_rate is not None:
+            assert grid.fps_B is not None, "unet.frame_rate is set, but the grid has no frames a second"
+            cond_BD = cond_BD + self.frame_rate(grid.fps_B)
         if self.pooled is not None:
             assert pooled_BE is not None, "unet.pooled_text is set, but the batch has no pooled text"
             cond_BD = cond_BD + self.pooled(widen(pooled_BE))
