@@ -1,5 +1,6 @@
 """A U-Net in two stages on procedural scenes: an image model, and a video model upon it (Align-your-Latents, SVD)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from vidit.config import UNET_FAMILIES, Data, Diffusion, RunConfig, Sample, Text, Train, Unet, Vae
@@ -19,7 +20,7 @@ def video() -> RunConfig:
     return _stage("unet-video", unet, num_frames=9, density_mean=1.0, train=train)
 
 
-def _stage(name: str, unet: Unet, num_frames: int, density_mean: float, train: dict[str, object]) -> RunConfig:
+def _stage(name: str, unet: Unet, num_frames: int, density_mean: float, train: Mapping[str, object]) -> RunConfig:
     batch = 32 if num_frames == 1 else 16
     steps = 600 if num_frames == 1 else 150
     return RunConfig(

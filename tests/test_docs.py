@@ -37,8 +37,8 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: the configs, the code of the pages; VIDEOS, as tables and tars too; trained
-    runs/clips, runs/unet-images and runs/tuned, the last also as a CHECKPOINT of diffusers, and a trained VAE as runs/tiny16; and
-    the VAE of a PIPELINE of diffusers.
+    runs/clips, runs/unet-images and runs/tuned, the last also as a CHECKPOINT of diffusers, and a trained VAE as
+    runs/tiny16; and the VAE of a PIPELINE of diffusers.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
