@@ -63,6 +63,10 @@ MODELS: dict[str, dict[str, Any]] = {
         **FAMILIES["cogvideox"], **PLAIN, "relative_position": "none", "absolute_position": "sincos",
     },
     "latte": {**FAMILIES["latte"], **PLAIN},
+    "hunyuanvideo": {
+        **FAMILIES["hunyuanvideo"], **PLAIN, "num_single_layers": 1, "relative_position": "none",
+        "rope_split": "quarter", "rope_theta": 10_000.0,
+    },
 }  # fmt: skip
 
 

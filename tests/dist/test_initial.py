@@ -41,14 +41,14 @@ def held(config: RunConfig) -> dict[str, Tensor]:
     return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox"])
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuanvideo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_takes_its_part(
     pool: Pool, configure: Callable[..., RunConfig], tmp_path: Path, layout: str, family: str
 ) -> None:
     config = configure(
         tmp_path / "run",
-        model={**FAMILIES[family], **SMALL},
+        model={**FAMILIES[family], **SMALL, **({"num_single_layers": 1} if family == "hunyuanvideo" else {})},
         train={"init_from": str(tmp_path / "weights"), "micro_batch": 1, "global_batch": 4},
         parallel=LAYOUTS[layout],
         sample={"prompts": ()},

@@ -42,7 +42,9 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2)), "cross_attention": "all"},
     **{name: {**fields, **PLAIN} for name, fields in FAMILIES.items()},
-    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox")},
+    "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "patch": 1, "num_single_layers": 1},
+    "wide norms of two streams": {**FAMILIES["flux"], **PLAIN, "qk_norm": "width"},
+    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox", "hunyuanvideo")},
 }  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def test_every_family(pool: Pool, layout: str, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
 
 
-@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen"])
+@pytest.mark.parametrize("family", ["wan seen", "cogvideox seen", "hunyuanvideo seen"])
 def test_padding_that_is_seen(pool: Pool, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD), family))
 

@@ -110,6 +110,13 @@ MODELS: dict[str, Case] = {
     "cogvideox on two sequence ranks": Case(
         {**PAIR, "sequence": 2}, model={**FAMILIES["cogvideox"], **PLAIN}, images=False
     ),
+    "two streams, then one": Case(PAIR, model={**FAMILIES["hunyuanvideo"], "patch": 1}, images=False),
+    "two streams, then one, weight gradients put off": Case(
+        {**PAIR, "tensor": 2}, "zero_bubble", model={**FAMILIES["hunyuanvideo"], "patch": 1}, images=False
+    ),
+    "two streams, then one, on two sequence ranks": Case(
+        {**PAIR, "sequence": 2}, model={**FAMILIES["flux"], "patch": 1, "num_single_layers": 3}, images=False
+    ),
     "latte": Case(PAIR, model={**FAMILIES["latte"], **PLAIN}),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip

@@ -221,6 +221,26 @@ class TestPresets:
     def test_a_family_has_no_faults(self, family):
         assert not list(Model(**FAMILIES[family]).faults())
 
+    @pytest.mark.parametrize(
+        ("changes", "says"),
+        [
+            ({"cross_attention": "all", "cross_keys": "text"},
+             "model.text_weights=own and model.num_single_layers=2 treat text as tokens beside the video's; set "
+             "model.cross_attention=joint"),
+            ({"num_single_layers": 24}, "model.num_single_layers=24 of model.num_layers=24: use fewer than 24"),
+            ({"num_single_layers": 25, "text_weights": "shared"}, "=25 of model.num_layers=24: use at most 24"),
+            ({"num_single_layers": 0}, "weights for text would reach no output; set model.num_single_layers to at"),
+            ({"adaln_rank": 2}, "set model.modulation=projected and model.adaln_rank=0"),
+            ({"modulation": "table"}, "set model.modulation=projected and model.adaln_rank=0"),
+            ({"norm_affine": True}, "no norms with scale and shift for the text; set model.norm_affine=false"),
+            ({"num_refiner_layers": 1, "text_embedding": "mlp"},
+             "model.num_refiner_layers=1 refines what text_embedding=linear gives, not mlp"),
+        ],
+    )  # fmt: skip
+    def test_what_streams_exclude(self, changes, says):
+        (fault,) = Model(**{**FAMILIES["flux"], **changes}).faults()
+        assert says in fault
+
     def test_yes_and_no_are_names(self):
         """Configs that were written when these were switches."""
         c = Model(qk_norm=True, absolute_position=False)

@@ -29,6 +29,12 @@ class Model(Section):
     """A spatiotemporal patch-token DiT: the parts of W.A.L.T. (2312.06662) by default, of other families by name."""
 
     num_layers: int = Field(24, gt=0)
+    num_single_layers: int = Field(
+        0,
+        ge=0,
+        description="the last so many of those have attention and MLP side by side and one set of weights for video "
+        "and text (FLUX, HunyuanVideo)",
+    )
     width: int = Field(1024, gt=0)
     num_heads: int = Field(16, gt=0)
     mlp_width: int = Field(4096, gt=0)
@@ -45,9 +51,11 @@ class Model(Section):
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
-    rope_split: Literal["quarter", "third"] = Field(
-        "quarter", description="a head's pairs for time: 1/4 (CogVideoX), or 1/3 (Wan); height and width share the rest"
+    rope_split: Literal["quarter", "third", "eighth"] = Field(
+        "quarter",
+        description="a head's pairs for time: 1/4 (CogVideoX), 1/3 (Wan), 1/8 (FLUX); height and width share the rest",
     )
+    rope_theta: float = Field(10_000.0, gt=1, description="base of the angles (HunyuanVideo: 256)")
     absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
         "learned",
         description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), or those of space "
@@ -59,10 +67,10 @@ class Model(Section):
     position_span: int = Field(
         0, ge=0, description="space_then_time: height and width count to that, however many tokens; 0 = to their number"
     )
-    qk_norm: Annotated[Literal["none", "head", "head_affine", "width"], _named("head")] = Field(
+    qk_norm: Annotated[Literal["none", "head", "head_affine", "head_rms", "width"], _named("head")] = Field(
         "head",
-        description="of queries and keys: layer norm of each head, with scale or with shift too, or RMS norm over all "
-        "heads (Wan); true = head",
+        description="of queries and keys: layer norm of each head, with scale or with shift too, RMS norm of each "
+        "(FLUX) or over all heads (Wan); true = head",
     )
     norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
     norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
@@ -70,6 +78,9 @@ class Model(Section):
         "per_frame",
         description="blocks that attend to text: those whose window is one latent frame, or all; joint: text tokens "
         "take part in self-attention (CogVideoX)",
+    )
+    text_weights: Literal["shared", "own"] = Field(
+        "shared", description="joint: text goes through the video's weights (CogVideoX) or through its own (MMDiT)"
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
     cross_norm: Literal["none", "bare", "affine"] = Field(
@@ -79,6 +90,11 @@ class Model(Section):
         False, description="as many output channels again, which nothing reads: Latte's checkpoints have them"
     )
     pooled_text: bool = Field(False, description="add the pooled caption to the time embedding (GenTron)")
+    pooled_embedding: Literal["linear", "mlp"] = Field("linear", description="of it: one layer, or two (FLUX)")
+    pooled_width: int = Field(0, ge=0, description="width of the pooled caption; 0 = that of the text features")
+    guidance: float = Field(
+        0.0, ge=0, description="the guidance scale that a distilled model is told beside the time; 0 = it takes none"
+    )
     frame_rate: bool = Field(
         False, description="add each clip's frames a second to the time embedding (Open-Sora 1.2); images have 0"
     )
@@ -92,6 +108,9 @@ class Model(Section):
         "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
     )
     text_embedding: Literal["mlp", "linear"] = "mlp"
+    num_refiner_layers: int = Field(
+        0, ge=0, description="blocks of attention within the caption behind text_embedding=linear (HunyuanVideo: 2)"
+    )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
     attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
@@ -134,8 +153,13 @@ class Model(Section):
         return 2 if self.learned_variance else 1
 
     @property
+    def num_double_layers(self) -> int:
+        """The first blocks, those that are not single-stream."""
+        return self.num_layers - self.num_single_layers
+
+    @property
     def num_vectors(self) -> int:
-        """Modulation vectors of a block: six for each stream."""
+        """Modulation vectors of a block that is not single-stream: six for each stream."""
         return 12 if self.is_joint else 6
 
     @property
@@ -176,8 +200,14 @@ class Model(Section):
             )
         if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
             yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
+        if self.num_refiner_layers and self.text_embedding != "linear":
+            yield (
+                f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "
+                f"{self.text_embedding}; set that, or num_refiner_layers=0"
+            )
         if self.is_joint:
             yield from self._joint_faults()
+        yield from self._stream_faults()
         if any(size < 0 for window in self.windows for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
         if self.attention_backend == "flash" and self.relative_position == "bias":
@@ -210,6 +240,32 @@ class Model(Section):
             )
         if self.attention_backend == "flash" and self.text_padding == "masked":
             yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
+
+    def _stream_faults(self) -> Iterator[str]:
+        """What single-stream blocks and weights of the text's own exclude."""
+        own, single = self.text_weights == "own", self.num_single_layers
+        given = {"model.text_weights=own": own, f"model.num_single_layers={single}": single > 0}
+        told = [name for name, is_set in given.items() if is_set]
+        if told and not self.is_joint:
+            yield f"{' and '.join(told)} treat text as tokens beside the video's; set model.cross_attention=joint"
+        if single > self.num_layers or (own and single == self.num_layers):
+            least = "fewer than" if own else "at most"
+            yield (
+                f"model.num_single_layers={single} of model.num_layers={self.num_layers}: use {least} {self.num_layers}"
+                + (", since text_weights=own is for the other blocks" if own else "")
+            )
+        if own and not single:
+            yield (
+                "model.text_weights=own without single-stream blocks: the last block's weights for text would reach no "
+                "output; set model.num_single_layers to at least 1"
+            )
+        if single and self.shares_modulation:
+            yield (
+                f"model.num_single_layers={single}: such a block has other modulation vectors than the rest, so "
+                "none are for all; set model.modulation=projected and model.adaln_rank=0"
+            )
+        if own and self.norm_affine:
+            yield "model.text_weights=own has no norms with scale and shift for the text; set model.norm_affine=false"
 
 
 def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:

@@ -22,13 +22,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
+    "hunyuanvideo": {
+        "num_single_layers": 2, "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame",
+        "relative_position": "rope", "rope_split": "eighth", "rope_theta": 256.0, "absolute_position": False,
+        "qk_norm": "head_rms", "cross_attention": "joint", "text_weights": "own", "pooled_text": True,
+        "pooled_embedding": "mlp", "guidance": 6.0, "adaln_rank": 0, "text_embedding": "linear",
+        "num_refiner_layers": 2, "activation": "gelu_tanh", "self_conditioning": 0.0,
+    },
+    "flux": {
+        "num_single_layers": 2, "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame",
+        "relative_position": "rope", "rope_split": "eighth", "absolute_position": False, "qk_norm": "head_rms",
+        "cross_attention": "joint", "text_weights": "own", "pooled_text": True, "pooled_embedding": "mlp",
+        "adaln_rank": 0, "text_embedding": "linear", "text_padding": "seen", "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
 }  # fmt: skip
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
 # blocks; L and XL are its UCF models (313M, 460M), SR1 and SR2 its super-resolution stages (1.3B, 419M).
 # 3B takes 9216, printed as the hidden size, for the MLP width: the width itself is unpublished.
 # Wan 2.1's text-to-video models are those of 2503.20314, table 1; CogVideoX's (2408.06072) those of its checkpoints, in
-# which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames.
+# which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames. HunyuanVideo's (2412.03603)
+# is the distilled text-to-video model, 20 blocks of two streams and 40 of one; Open-Sora 2.0's (2503.09642) has FLUX's
+# 19 and 38.
 # COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
@@ -49,5 +65,7 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),
     "cogvideox-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "time_frequencies": 3072}),
     "cogvideox-1.5-5B": (42, 3072, 48, 12288, {**FAMILIES["cogvideox"], "patch": (2, 2, 2), "time_frequencies": 3072}),
+    "hunyuanvideo": (60, 3072, 24, 12288, {**FAMILIES["hunyuanvideo"], "num_single_layers": 40, "pooled_width": 768}),
+    "opensora-2": (57, 3072, 24, 12288, {**FAMILIES["flux"], "num_single_layers": 38, "pooled_width": 768}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
 }

@@ -1,7 +1,8 @@
 """One transformer block: modulated self-attention, cross-attention to text, modulated MLP.
 
 Every family of the project is this block with other parts, chosen by the config: which modulation, which norms, which
-attention reads the text.
+attention reads the text, whether text tokens have weights of their own. Blocks in which attention and MLP stand side by
+side are another class (`single.py`).
 """
 
 import torch.nn.functional as F
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
-from vidit.model.joint import JointAttention, Streams
+from vidit.model.joint import Streams, joint_attention
 from vidit.model.linear import Linear
 from vidit.model.modulation import block_modulation
 from vidit.model.norm import Norm, modulate
@@ -24,12 +25,12 @@ GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 class Mlp(nn.Module):
-    """D -> F -> D with a GELU, exact or by tanh."""
+    """D -> F -> D with a GELU, exact or by tanh; `bias` of the output."""
 
-    def __init__(self, width: int, hidden: int, activation: str):
+    def __init__(self, width: int, hidden: int, activation: str, bias: bool = True):
         super().__init__()
         self.up = Linear(width, hidden)
-        self.down = Linear(hidden, width)
+        self.down = Linear(hidden, width, bias=bias)
         self.approximate = GELU[activation]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -48,11 +49,12 @@ class Block(nn.Module):
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
         self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
-        self.attn = JointAttention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
+        self.attn = joint_attention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
         bare = c.cross_norm == "bare"
         self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
         self.mlp = Mlp(c.width, c.mlp_width, c.activation)
+        self.text_mlp = Mlp(c.width, c.mlp_width, c.activation) if c.text_weights == "own" else None
 
     def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
         streams = as_streams(x)
@@ -71,7 +73,8 @@ class Block(nn.Module):
             asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
             streams = [video + self.cross(asking, text, positions, grid)]
         inner = [modulate(self.mlp_norm(s), v[3], v[4]).to(dtype) for s, v in zip(streams, own, strict=True)]
-        streams = [s + (v[5] * self.mlp(i)).to(dtype) for s, v, i in zip(streams, own, inner, strict=True)]
+        mlps = (self.mlp, self.mlp if self.text_mlp is None else self.text_mlp)[: len(streams)]
+        streams = [s + (v[5] * mlp(i)).to(dtype) for s, v, i, mlp in zip(streams, own, inner, mlps, strict=True)]
         return streams[0] if len(streams) == 1 else Streams(*streams)
 
 

@@ -11,11 +11,13 @@ from vidit.config import Model
 from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block, Tokens
-from vidit.model.embed import Head, PatchEmbed, TextEmbed, TimeEmbed
+from vidit.model.embed import Head, PatchEmbed, TextEmbed
 from vidit.model.flops import crosses, window_of
 from vidit.model.joint import Streams
 from vidit.model.linear import Linear
 from vidit.model.position import TokenPositions, absolute_position
+from vidit.model.single import SingleBlock
+from vidit.model.vector import TimeEmbed, VectorEmbed
 from vidit.model.windows import Grid
 
 
@@ -23,13 +25,20 @@ class Conditioning(nn.Module):
     """Time, pooled text and frame rate -> (B, R, D) fp32: c, then A_1, the modulation that all blocks share, if any.
 
     The frame rate is embedded like the time and added (Open-Sora 1.2).
+    Of a model that was distilled with guidance its scale, 1000 times as large, enters in the same way.
     """
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
         self.num_vectors = c.num_vectors
         self.time = TimeEmbed(c.time_frequencies, c.cond_width)
-        self.pooled = Linear(text_width, c.cond_width) if c.pooled_text else None
+        pooled_width = c.pooled_width or text_width
+        self.pooled: nn.Module | None = None
+        if c.pooled_text:
+            kind = VectorEmbed if c.pooled_embedding == "mlp" else Linear
+            self.pooled = kind(pooled_width, c.cond_width)
+        self.guidance_scale = c.guidance
+        self.guidance = TimeEmbed(c.time_frequencies, c.cond_width) if c.guidance else None
         self.frame_rate = TimeEmbed(c.time_frequencies, c.cond_width) if c.frame_rate else None
         self.shared = Linear(c.width, c.num_vectors * c.width) if c.shares_modulation else None
 
@@ -38,6 +47,8 @@ class Conditioning(nn.Module):
         if self.pooled is not None:
             assert pooled_BE is not None, "model.pooled_text is set, but the batch has no pooled text"
             c_BD = c_BD + self.pooled(widen(pooled_BE))
+        if self.guidance is not None:
+            c_BD = c_BD + self.guidance(torch.full_like(time_B, 1000 * self.guidance_scale))
         if self.frame_rate is not None:
             assert fps_B is not None, "model.frame_rate is set, but the grid has no frames a second"
             c_BD = c_BD + self.frame_rate(fps_B)
@@ -91,10 +102,12 @@ class Embed(nn.Module):
         tokens = self.patch(x, previous_BCTHW)
         if self.position is not None:
             tokens = tokens + self.position(grid, tokens.device)
-        features = text_BLE if self.text is None else self.text(text_BLE.to(dtype))
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
-        text = TextContext(features, None if self.sees_padding else text_frame_BL)
-        return self.tokens(tokens, grid, features, dtype), text, self.conditioning(time_B, pooled_BE, grid.fps_B)
+        frame, features = None if self.sees_padding else text_frame_BL, text_BLE
+        if self.text is not None:
+            features = self.text(text_BLE.to(dtype), time_B, frame, grid.image_B is not None)
+        tokens = self.tokens(tokens, grid, features, dtype)
+        return tokens, TextContext(features, frame), self.conditioning(time_B, pooled_BE, grid.fps_B)
 
 
 class DiT(nn.Module):
@@ -108,16 +121,19 @@ class DiT(nn.Module):
         super().__init__()
         self.dtype = torch.float32
         self.config, self.channels, self.text_width = c, channels, text_width
-        blocks = {}
+        blocks: dict[str, nn.Module] = {}
         for layer in range(c.num_layers):
             window = window_of(c, layer)
             identity_images = window[0] != 1 and c.image_attention == "identity"
             if c.relative_position == "bias":  # its table has the size of the window on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
-            blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)
+            if layer >= c.num_double_layers:
+                blocks[str(layer)] = SingleBlock(c, window)
+            else:
+                blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)
         self.embed = Embed(c, channels, grid, text_width)
-        self.positions = TokenPositions(c.width // c.num_heads, c.rope_split)
+        self.positions = TokenPositions(c.width // c.num_heads, c.rope_split, c.rope_theta)
         self.blocks = nn.ModuleDict(blocks)
         self.head: nn.Module = Head(c, channels)
 

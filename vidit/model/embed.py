@@ -16,6 +16,7 @@ from vidit.model.block import GELU, Tokens, as_streams
 from vidit.model.linear import Linear
 from vidit.model.modulation import output_modulation
 from vidit.model.norm import Norm, modulate
+from vidit.model.refiner import Refiner
 from vidit.model.windows import Grid
 
 
@@ -40,35 +41,19 @@ class PatchEmbed(nn.Module):
         return self.project(x.flatten(4).flatten(1, 3))
 
 
-class TimeEmbed(nn.Module):
-    """Sinusoids of the diffusion time (about 0 to 1000), or of a frame rate, through a two-layer MLP, fp32.
-
-    (B,) -> (B, D)
-    """
-
-    def __init__(self, frequencies: int, width: int):
-        super().__init__()
-        self.up = Linear(frequencies, width)
-        self.out = Linear(width, width)
-
-    def forward(self, time_B: Tensor) -> Tensor:
-        half = self.up.in_features // 2
-        steps = torch.arange(half, dtype=torch.float32, device=time_B.device)
-        angle = widen(time_B)[:, None] * torch.exp(-math.log(10_000) * steps / half)
-        return self.out(F.silu(self.up(torch.cat((angle.cos(), angle.sin()), dim=-1))))
-
-
 class TextEmbed(nn.Module):
-    """Text features E -> model width D, two layers or one."""
+    """Text features E -> model width D, two layers or one, token by token; then what refines captions, if they are."""
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
         self.approximate = GELU[c.activation]
         self.up = Linear(text_width, c.width) if c.text_embedding == "mlp" else None
         self.out = Linear(c.width if self.up else text_width, c.width)
+        self.refiner = Refiner(c, text_width) if c.num_refiner_layers else None
 
-    def forward(self, text_BLE: Tensor) -> Tensor:
-        return self.out(text_BLE if self.up is None else F.gelu(self.up(text_BLE), approximate=self.approximate))
+    def forward(self, text_BLE: Tensor, time_B: Tensor, frame_BL: Tensor | None, images: bool) -> Tensor:
+        x = self.out(text_BLE if self.up is None else F.gelu(self.up(text_BLE), approximate=self.approximate))
+        return x if self.refiner is None else self.refiner(x, text_BLE, time_B, frame_BL, images)
 
 
 class Head(nn.Module):

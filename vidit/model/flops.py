@@ -8,6 +8,9 @@ out, as every published MFU does.
 from vidit.config import Model, Unet, Window, whole_window
 from vidit.model.unet.flops import unet_flops, unet_parameters
 
+REFINER_RATIO = 4
+"""Hidden width of a refiner's MLP over the model's."""
+
 
 def crosses(c: Model, layer: int) -> bool:
     """Whether a block attends to text."""
@@ -34,7 +37,7 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
     window = t * h * w
     total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
     if c.is_joint:
-        both = tokens + text_tokens
+        both = tokens + text_tokens  # whether one set of weights or two, in turn or side by side
         return both * (8 * d * d + 4 * d * c.mlp_width + 4 * both * d)
     if crosses(c, layer):
         joint = c.cross_keys == "video_and_text"
@@ -53,7 +56,9 @@ def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
     """Of the text embedding and one caption."""
     if c.cross_attention == "none":
         return 0
-    return 2 * text_tokens * (text_width + (c.width if c.text_embedding == "mlp" else 0)) * c.width
+    d, refined = c.width, c.num_refiner_layers
+    embedded = 2 * text_tokens * (text_width + (d if c.text_embedding == "mlp" else 0)) * d
+    return embedded + refined * text_tokens * (8 * d * d + 4 * REFINER_RATIO * d * d + 4 * text_tokens * d)
 
 
 def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
@@ -69,24 +74,39 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
-    total += (c.time_frequencies + 1 + cond + 1) * cond * (2 if c.frame_rate else 1)
-    total += (text_width + 1) * cond if c.pooled_text else 0
+    numbers = 1 + c.frame_rate + (c.guidance > 0)
+    total += (c.time_frequencies + 1 + cond + 1) * cond * numbers
+    if c.pooled_text:
+        total += ((c.pooled_width or text_width) + 1) * cond + (cond + 1) * cond * (c.pooled_embedding == "mlp")
     if c.cross_attention != "none":
         total += (text_width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
+        total += refiner_parameters(c, text_width) if c.num_refiner_layers else 0
     total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position == "learned" else 0
     total += (d + 1) * vectors if c.shares_modulation else 0
-    qk = {"none": 0, "head": 2 * head_dim, "head_affine": 4 * head_dim, "width": 2 * d}[c.qk_norm]
-    attention = 4 * d * d + 4 * d + qk
+    of_heads = {"head": 2 * head_dim, "head_rms": 2 * head_dim, "head_affine": 4 * head_dim}
+    attention = 4 * d * d + 4 * d + {"none": 0, "width": 2 * d, **of_heads}[c.qk_norm]
+    mlp = 2 * d * f + d + f
     cross = attention + (2 * d if c.cross_norm == "affine" else 0)
     own = c.adaln_rank * (cond + vectors) if c.adaln_rank else (cond + 1) * vectors
-    for layer in range(c.num_layers):
-        total += attention + (cross if crosses(c, layer) else 0) + 2 * d * f + d + f + 2 * norm
+    # Three vectors, one norm, one bias of the output.
+    total += c.num_single_layers * (attention + mlp - d + norm + 3 * d * (cond + 1))
+    for layer in range(c.num_double_layers):
+        total += (attention + mlp) * (2 if c.text_weights == "own" else 1) + 2 * norm
+        total += cross if crosses(c, layer) else 0
         total += vectors if c.modulation == "table" else own
         if c.relative_position == "bias":
             t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
     total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
     return total + (d + 1) * patch * c.out_factor + 2 * norm  # head
+
+
+def refiner_parameters(c: Model, text_width: int) -> int:
+    """Of the token refiner: two vectors of conditioning, then blocks with norms, attention, MLP and two gates."""
+    d = c.width
+    vectors = (c.time_frequencies + 1 + d + 1) * d + (text_width + 1 + d + 1) * d
+    mlp = 2 * REFINER_RATIO * d * d + (REFINER_RATIO + 1) * d
+    return vectors + c.num_refiner_layers * (4 * d + 4 * (d + 1) * d + mlp + 2 * d * (d + 1))
 
 
 def training_flops(forward: int, self_conditioning: float) -> float:

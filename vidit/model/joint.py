@@ -1,4 +1,6 @@
-"""Joint attention of video and text (CogVideoX, 2408.06072): text tokens ask as well, by the same projections.
+"""Joint attention of video and text: text tokens ask as well, by the same projections or by their own.
+
+The same are CogVideoX's (2408.06072), their own those of the MMDiT: SD3 (2403.03206), FLUX, HunyuanVideo (2412.03603).
 
 The two stay apart: `Streams` keeps the token axis of the video pure, so it can be divided over ranks while text is
 whole on each. Only the core sees both; to it the text's queries, keys and values are an argument of their own.
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.model.attention import EVERY_FRAME, PADDING, Positions, SelfAttention, TextContext, attend
+from vidit.model.linear import Linear
+from vidit.model.norm import query_key_norm
 from vidit.model.windows import Grid
 
 
@@ -82,6 +86,40 @@ class JointAttention(SelfAttention):
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, positions: Positions, grid: Grid, text: TextContext
     ) -> Streams:
-        words = TextStream(*self.heads(text.features_BLD, None), text.frame_BL)
+        words = TextStream(*self.text_heads(text.features_BLD), text.frame_BL)
         video, said = self.core(*self.heads(x_BSD, positions), grid, None, words)
-        return Streams(self.out(video.flatten(-2)), self.out(said.flatten(-2)))
+        return Streams(self.out(video.flatten(-2)), self.text_output(said.flatten(-2)))
+
+    def text_heads(self, text_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the text, (B, L, N, K)."""
+        return self.heads(text_BLD, None)
+
+    def text_output(self, said_BLD: Tensor) -> Tensor:
+        """What text tokens have found, back to the width of the stream."""
+        out: Tensor = self.out(said_BLD)
+        return out
+
+
+class DualAttention(JointAttention):
+    """The same, with projections and norms of the text's own."""
+
+    def __init__(self, c: Model, window: tuple[int, int, int]):
+        super().__init__(c, window)
+        self.text_query, self.text_key, self.text_value, self.text_out = (Linear(c.width, c.width) for _ in range(4))
+        self.text_query_norm, self.text_key_norm = query_key_norm(c), query_key_norm(c)
+
+    def text_heads(self, text_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (-1, self.head_dim)
+        q = self.text_query_norm(self.text_query(text_BLD).unflatten(-1, heads))
+        k = self.text_key_norm(self.text_key(text_BLD).unflatten(-1, heads))
+        v = self.text_value(text_BLD).unflatten(-1, heads)
+        return q.to(v.dtype), k.to(v.dtype), v
+
+    def text_output(self, said_BLD: Tensor) -> Tensor:
+        out: Tensor = self.text_out(said_BLD)
+        return out
+
+
+def joint_attention(c: Model, window: tuple[int, int, int]) -> JointAttention:
+    """What `model.text_weights` says, for a block that is not single-stream."""
+    return DualAttention(c, window) if c.text_weights == "own" else JointAttention(c, window)

@@ -1,8 +1,8 @@
 """The norms of a DiT, in at least fp32 whatever the tokens' dtype.
 
 On tokens a layer norm, bare where a modulation carries scale and shift. On queries and keys (QK-norm, 2302.05442) one
-of two kinds: over the head dim, so that ranks which divide heads need nothing of one another, or over all heads at
-once (Wan, 2503.20314), where `mean` is the seam at which such ranks average.
+of two kinds: over the head dim, as layer or RMS norm, so that ranks which divide heads need nothing of one another, or
+over all heads at once (Wan, 2503.20314), where `mean` is the seam at which such ranks average.
 """
 
 import torch
@@ -50,6 +50,17 @@ class HeadNorm(nn.Module):
         return F.layer_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), bias, eps=EPS)
 
 
+class HeadRms(nn.Module):
+    """RMS norm over the head dim, scale only (FLUX): (B, S, N, K), in at least fp32."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim))
+
+    def forward(self, x_BSNK: Tensor) -> Tensor:
+        return F.rms_norm(widen(x_BSNK), self.weight.shape, widen(self.weight), eps=EPS)
+
+
 class MeanSquare(nn.Module):
     """Mean of x^2 over the heads and their dims: (B, S, N, K) -> (B, S, 1, 1)."""
 
@@ -77,4 +88,6 @@ def query_key_norm(c: Model) -> nn.Module:
         return nn.Identity()
     if c.qk_norm == "width":
         return WidthNorm(c.width)
+    if c.qk_norm == "head_rms":
+        return HeadRms(c.width // c.num_heads)
     return HeadNorm(c.width // c.num_heads, affine=c.qk_norm == "head_affine")

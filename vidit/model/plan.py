@@ -56,9 +56,10 @@ def sharding_plan(c: Model) -> Plan:
     """The plan of a model with this config."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
     wide_norms = [f"blocks.*.{name}.{norm}" for name in ("attn", *["cross"] * cross) for norm in QK_NORMS]
+    wide_norms += [f"blocks.*.attn.text_{norm}" for norm in QK_NORMS] * (c.text_weights == "own")
     parameters = _outside(c) | _attention("attn", c)
     # The tokens, and beside them the text's: features of cross-attention, or a stream.
-    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0, 3) if c.is_joint else (0,), "blocks.*.mlp": (0,)}
+    regions: dict[str, tuple[int, ...]] = {"blocks.*.attn": (0, 3) if c.is_joint else (0,)}
     cores = ["blocks.*.attn.core"]
     if c.relative_position == "bias":
         parameters["blocks.*.attn.bias.table"] = "column"
@@ -67,7 +68,9 @@ def sharding_plan(c: Model) -> Plan:
         regions["blocks.*.cross"] = (0, 1)
         if c.cross_keys == "video_and_text":
             cores.append("blocks.*.cross.core")
-    parameters |= {"blocks.*.mlp.up.*": "column", "blocks.*.mlp.down.*": "row"}
+    for mlp in ("mlp", *["text_mlp"] * (c.text_weights == "own")):
+        parameters |= {f"blocks.*.{mlp}.up.*": "column", f"blocks.*.{mlp}.down.*": "row"}
+        regions[f"blocks.*.{mlp}"] = (0,)
     return Plan(
         parameters=parameters,
         regions=regions,
@@ -89,9 +92,13 @@ def _outside(c: Model) -> dict[str, Kind]:
     """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
     table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
-    patterns += ["embed.conditioning.pooled.*"] * c.pooled_text
+    patterns += ["embed.conditioning.guidance.*.*"] * (c.guidance > 0)
+    pooled = "embed.conditioning.pooled.*" + ".*" * (c.pooled_embedding == "mlp")
+    patterns += [pooled] * c.pooled_text
     patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
     patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
+    refiner = ["embed.text.refiner.*.*.*", "embed.text.refiner.blocks.*.*.*"]
+    patterns += refiner * (c.num_refiner_layers > 0)
     patterns += ["embed.position.*"] * (c.absolute_position == "learned")
     patterns += ["embed.conditioning.shared.*"] * c.shares_modulation
     patterns += ["blocks.*.modulation.table" if table else "blocks.*.modulation.*.*"]
@@ -102,7 +109,9 @@ def _outside(c: Model) -> dict[str, Kind]:
 def _affine_norms(c: Model) -> list[str]:
     """Norms of tokens with scale and shift."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
-    own = ["blocks.*.attn_norm", "blocks.*.mlp_norm", "head.final_norm", "head.norm"] * c.norm_affine
+    single = ["blocks.*.norm"] * (c.num_single_layers > 0)
+    double = ["blocks.*.attn_norm", "blocks.*.mlp_norm"] * (c.num_double_layers > 0)
+    own = [*double, *single, "head.final_norm", "head.norm"] * c.norm_affine
     return own + ["blocks.*.cross_norm"] * (cross and c.cross_norm == "affine")
 
 
@@ -113,4 +122,6 @@ def _attention(name: str, c: Model) -> dict[str, Kind]:
         kind: Kind = "column" if c.qk_norm == "width" else "per_head"
         own = ("weight", "bias") if c.qk_norm == "head_affine" else ("weight",)
         kinds |= {f"blocks.*.{name}.{norm}.{parameter}": kind for norm in QK_NORMS for parameter in own}
+    if name == "attn" and c.text_weights == "own":
+        kinds |= {f"blocks.*.attn.text_{pattern.split('.', 3)[3]}": kind for pattern, kind in kinds.items()}
     return kinds

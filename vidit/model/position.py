@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.model.attention import Positions
-from vidit.model.rope import Split, rope_angles
+from vidit.model.rope import THETA, Split, rope_angles
 from vidit.model.windows import Grid
 
 
@@ -119,11 +119,11 @@ def absolute_position(c: Model, grid: tuple[int, int, int]) -> nn.Module | None:
 class TokenPositions(nn.Module):
     """The (t, h, w) place of every token of the grid, and its rotary angles."""
 
-    def __init__(self, head_dim: int, split: Split = "quarter"):
+    def __init__(self, head_dim: int, split: Split = "quarter", theta: float = THETA):
         super().__init__()
-        self.head_dim, self.split = head_dim, split
+        self.head_dim, self.split, self.theta = head_dim, split, theta
 
     def forward(self, grid: Grid, device: torch.device) -> Positions:
         axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid.shape), indexing="ij")
         position_S3 = torch.stack([axis.flatten() for axis in axes], dim=-1)
-        return Positions(position_S3, *rope_angles(position_S3, self.head_dim, self.split))
+        return Positions(position_S3, *rope_angles(position_S3, self.head_dim, self.split, self.theta))

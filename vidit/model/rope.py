@@ -14,25 +14,28 @@ from vidit.dtypes import widen
 THETA = 10_000.0
 
 
-Split = Literal["quarter", "third"]
+Split = Literal["quarter", "third", "eighth"]
 
 
 def axis_pairs(head_dim: int, split: Split = "quarter") -> tuple[int, int, int]:
     """How many of a head's K/2 rotated pairs time, height and width have, what does not divide being time's.
 
-    `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314).
+    `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314); `eighth`: 1/8, 7/16,
+    7/16 (FLUX; HunyuanVideo, 2412.03603).
     """
     pairs = head_dim // 2
-    space = pairs // 3 if split == "third" else pairs * 3 // 8
+    space = {"quarter": pairs * 3 // 8, "third": pairs // 3, "eighth": pairs * 7 // 16}[split]
     return pairs - 2 * space, space, space
 
 
-def rope_angles(position_S3: Tensor, head_dim: int, split: Split = "quarter") -> tuple[Tensor, Tensor]:
+def rope_angles(
+    position_S3: Tensor, head_dim: int, split: Split = "quarter", theta: float = THETA
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each (S, K/2) fp32, time first, then height and width."""
     angles = []
     for axis, pairs in enumerate(axis_pairs(head_dim, split)):
         steps = torch.arange(pairs, device=position_S3.device, dtype=torch.float32)
-        angles.append(position_S3[:, axis, None].float() * THETA ** (-steps / pairs))
+        angles.append(position_S3[:, axis, None].float() * theta ** (-steps / pairs))
     angle_SK = torch.cat(angles, dim=-1)
     return angle_SK.cos(), angle_SK.sin()
 

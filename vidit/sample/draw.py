@@ -30,8 +30,6 @@ def draw(
     Raises ConfigError for a size that the VAE's strides and the patch do not divide.
     """
     d, s = config.data, config.sample
-    path = step.objective.path
-    times = path.sampling_times(s.num_steps, step.shift)
     r = resolve(config)
     shape = (config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
     videos: list[Tensor] = []
@@ -39,15 +37,23 @@ def draw(
         chunk = list(prompts[start : start + s.micro_batch])
         numbers = list(range(start, start + len(chunk)))
         noise = keys.normal(shape, seed, "sample", numbers).to(step.device, step.dtype)
-        condition = _conditions(step, text, chunk)
-        empty = _conditions(step, text, [""] * len(chunk))
-        denoise = guided(_Denoiser(config, step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
-        latent = sample(s.sampler, denoise, path, noise, times)
+        latent = draw_latents(config, step, model, text, chunk, noise)
         pixels = decode_clip(step.vae, step.vae.unwhiten(latent.float()), config.vae)
         frames = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         videos += [video.contiguous() for video in rearrange(frames, "n c t h w -> n t h w c").cpu()]
     assert all(v.shape == (d.num_frames, d.height, d.width, 3) for v in videos)
     return videos
+
+
+@torch.no_grad()
+def draw_latents(
+    config: RunConfig, step: DitStep, model: nn.ModuleDict, text: TextEncoder, prompts: Sequence[str], noise: Tensor
+) -> Tensor:
+    """Whitened latents of as many prompts as there is standard normal noise, both (B, C, T, H, W)."""
+    s, path = config.sample, step.objective.path
+    condition, empty = (_conditions(step, text, said) for said in (list(prompts), [""] * len(prompts)))
+    denoise = guided(_Denoiser(config, step, model), condition, empty, s.guidance, rescale=s.guidance_rescale)
+    return sample(s.sampler, denoise, path, noise, path.sampling_times(s.num_steps, step.shift))
 
 
 def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:

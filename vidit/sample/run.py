@@ -28,7 +28,7 @@ from vidit.whole_file import full_disk_explained, write_whole
 SAMPLING = (
     "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.micro_batch",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
-    "diffusion.shift", "diffusion.shift_value", "vae.max_frames", "vae.tile", "vae.tile_overlap",
+    "diffusion.shift", "diffusion.shift_value", "model.guidance", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip
 MAX_STEM_BYTES = 120
 
@@ -59,7 +59,7 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
     text = build_text_encoder(config.text, dtype).to(device)
-    model = build_dit(trained, text, device, dtype).eval()
+    model = build_dit(trained.model_copy(update={"model": config.model}), text, device, dtype).eval()
     # What is frozen has no average.
     named = {f"{'ema' if p.requires_grad else 'model'}.{name}": p.data for name, p in model.named_parameters()}
     checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named, prefix="ema.")
@@ -79,6 +79,12 @@ def requested(trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
         except ConfigError as error:
             found += error.faults
     found += [*faults(config), *_table_faults(trained, config)]
+    asked, told = config.model.guidance, trained.model.guidance
+    if bool(asked) != bool(told):
+        found.append(
+            f"model.guidance={asked:g} of a model that was trained with {told:g}: "
+            + ("it has to be told a scale; use one above 0" if told else "it takes no scale; use sample.guidance")
+        )
     refuse(found)
     return config
 

@@ -19,6 +19,7 @@ from vidit.config import RunConfig
 from vidit.model.block import Block
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
+from vidit.model.single import SingleBlock
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.model.unet.unet import UNITS, Cell, VideoUnet
 from vidit.resolve import resolve
@@ -40,6 +41,11 @@ def build_dit(
 
     With a mesh the config is one that `with_layout` has completed, and the denoiser this rank's part.
     """
+    if (pooled := config.model.pooled_width) not in (0, text.width) and config.model.pooled_text:
+        raise ValueError(
+            f"model.pooled_width={pooled}, but text.kind={config.text.kind} gives pooled captions of {text.width}; use "
+            f"model.pooled_width=0, or an encoder of {pooled}"
+        )
     task, channels, grid = config.train.task, config.vae.latent_channels, resolve(config).largest_grid
     with torch.device("meta"):
         if task == "unet":
@@ -134,7 +140,7 @@ def _finish(
     if dtype == torch.float64:
         model.double()
     for module in model.modules():
-        if isinstance(module, Block | Cell | ResBlock):
+        if isinstance(module, Block | SingleBlock | Cell | ResBlock):
             if c.activation_checkpointing != "none":
                 recompute(module, c.activation_checkpointing)
             if c.compile:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from vidit.cli import main
 from vidit.config import Model, RunConfig
 from vidit.export.diffusers import from_diffusers, to_diffusers
-from vidit.export.diffusers.convert import family_of, imported
+from vidit.export.diffusers.convert import exported, family_of, imported
+from vidit.export.diffusers.family import Geometry
 from vidit.export.diffusers.store import import_diffusers
-from vidit.model.attention import EVERY_FRAME
-from vidit.model.dit import DiT
+from vidit.model.dit import DiT, text_frames
 from vidit.model.flops import parameter_count
 from vidit.model.windows import Grid
 from vidit.sample.run import sample_run
 from vidit.train.run import run
+from vidit.train.weights_folder import Weights
 
 diffusers: Any = pytest.importorskip("diffusers")
 
@@ -34,6 +35,10 @@ get_3d_rotary_pos_embed: Any = pytest.importorskip("diffusers.models.embeddings"
 ROWS, TEXT = 2, 10
 UNKNOWN = ("sample_frames", "sample_height", "sample_width")
 WAN = {"in_channels": 4, "out_channels": 4, "text_dim": TEXT}
+
+
+HUNYUAN = "HunyuanVideoTransformer3DModel"
+POOLED = 6
 
 
 class Case(NamedTuple):
@@ -69,6 +74,16 @@ def latte(layers: int, heads: int, dim: int, latent: tuple[int, int, int], **mor
     return Case("LatteTransformer3DModel", {**sizes, **more}, latent)
 
 
+def hunyuan(layers: int, single: int, heads: int, dim: int, latent: tuple[int, int, int], **more: Any) -> Case:
+    space = dim // 2 * 7 // 16 * 2
+    sizes = {
+        "num_layers": layers, "num_single_layers": single, "num_attention_heads": heads, "attention_head_dim": dim,
+        "num_refiner_layers": 2, "in_channels": 4, "out_channels": 4, "text_embed_dim": TEXT,
+        "pooled_projection_dim": POOLED, "rope_axes_dim": (dim - 2 * space, space, space), "guidance_embeds": True,
+    }  # fmt: skip
+    return Case(HUNYUAN, {**sizes, **more}, latent)
+
+
 CASES = {
     "wan": wan(2, 2, 12, (3, 6, 10)),
     "wan, odd grid": wan(3, 3, 16, (5, 10, 6)),
@@ -80,6 +95,12 @@ CASES = {
     "cogvideox, sinusoids, odd grid": cog(2, 1, 48, (5, 6, 10), rope=False, spatial_interpolation_scale=1.5),
     "wan, frames in a patch": wan(1, 2, 12, (4, 6, 6), patch_size=(2, 2, 1)),
     "cogvideox 1.5": cog(2, 2, 16, (6, 10, 6), patch_size_t=2),
+    "hunyuanvideo": hunyuan(2, 3, 2, 16, (3, 6, 10)),
+    "hunyuanvideo, one of each, odd grid": hunyuan(1, 1, 3, 32, (5, 10, 6), num_refiner_layers=1, mlp_ratio=3.0),
+    "hunyuanvideo, not distilled, frames in a patch": hunyuan(
+        2, 1, 2, 16, (4, 4, 6), guidance_embeds=False, patch_size_t=2, rope_axes_dim=(4, 6, 6), rope_theta=100.0
+    ),
+    "hunyuanvideo, pooled as wide as text": hunyuan(1, 2, 2, 16, (3, 8, 8), pooled_projection_dim=TEXT),
     "latte": latte(2, 2, 16, (3, 8, 8)),
     "latte, odd grid": latte(1, 3, 16, (5, 6, 10)),
     "latte, one frame": latte(2, 2, 24, (1, 10, 6)),
@@ -94,7 +115,8 @@ def theirs(case: Case, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(
-                torch.randn_like(p) / max(4, p[0].numel()) ** 0.5 + (1.0 if "norm" in name and "weight" in name else 0)
+                torch.randn_like(p) / max(4, p[0].numel()) ** 0.5
+                + float("norm" in name and "weight" in name and p.ndim == 1)
             )
     return module.eval()
 
@@ -103,12 +125,19 @@ class Inputs(NamedTuple):
     x_BCTHW: Tensor
     time_B: Tensor
     text_BLE: Tensor
+    mask_BL: Tensor
+    pooled_BE: Tensor
 
 
 def inputs(case: Case) -> Inputs:
     g = torch.Generator().manual_seed(1)
     x = torch.randn(ROWS, 4, *case.latent, generator=g)
-    return Inputs(x, torch.tensor([3.0, 871.0]), torch.randn(ROWS, case.tokens, TEXT, generator=g))
+    width = case.geometry.get("pooled_projection_dim", POOLED)
+    text, pooled = (torch.randn(ROWS, *shape, generator=g) for shape in ((case.tokens, TEXT), (width,)))
+    mask = torch.ones(ROWS, case.tokens, dtype=torch.bool)
+    if case.cls == HUNYUAN:  # the others of these know no padding
+        mask[0, 4:] = False
+    return Inputs(x, torch.tensor([3.0, 871.0]), text, mask, pooled)
 
 
 def call_theirs(module: Any, given: Inputs) -> Tensor:
@@ -121,6 +150,9 @@ def call_theirs(module: Any, given: Inputs) -> Tensor:
             frames = x.shape[1] // (c.patch_size_t or 1)
             rotary = get_3d_rotary_pos_embed(c.attention_head_dim, ((0, 0), sizes), sizes, frames)
             more["image_rotary_emb"] = rotary
+    if type(module).__name__ == HUNYUAN:
+        more = {"encoder_attention_mask": given.mask_BL, "pooled_projections": given.pooled_BE}
+        more |= {"guidance": torch.full((ROWS,), 6000.0)} if c.guidance_embeds else {}
     out: Tensor = module(x, timestep=given.time_B, encoder_hidden_states=given.text_BLE, return_dict=False, **more)[0]
     # Of twice the channels the second half are a variance.
     return out.transpose(1, 2) if frames_first else out[:, : given.x_BCTHW.shape[1]]
@@ -129,8 +161,7 @@ def call_theirs(module: Any, given: Inputs) -> Tensor:
 def call_ours(dit: DiT, given: Inputs) -> Tensor:
     frames, height, width = given.x_BCTHW.shape[2:]
     grid = Grid(*(n // p for n, p in zip((frames, height, width), dit.config.patch, strict=True)))
-    seen = torch.full(given.text_BLE.shape[:2], EVERY_FRAME)
-    out: Tensor = dit(given.x_BCTHW, grid, given.time_B, given.text_BLE, seen)
+    out: Tensor = dit(given.x_BCTHW, grid, given.time_B, given.text_BLE, text_frames(given.mask_BL), given.pooled_BE)
     return out
 
 
@@ -151,19 +182,18 @@ def test_outputs_and_gradients(case: Case) -> None:
     (out * weight).sum().backward()
     grads = {name: p.grad for name, p in module.named_parameters()}
     floor = 1e-6 * max(float(g.norm()) for g in grads.values() if g is not None)
-    family, met = family_of(dit.config), set()
-    for name, p in dit.named_parameters():
-        place = family.place(name)
-        assert p.grad is not None, name
-        for key, ours in zip(place.names, place.form.theirs(p.grad, dit.config), strict=True):
-            grad = grads[key]
-            assert grad is not None, key
-            # Nothing but rounding: a shift of all keys alike, and queries of a softmax over one key.
-            nothing = float(grad.norm()) <= floor
-            error = float(ours.norm()) if nothing else float((ours - grad).norm())
-            assert error <= (floor if nothing else 1e-4 * float(grad.norm())), key
-            met.add(key)
-    assert met == grads.keys()
+    own = {name: p.grad for name, p in dit.named_parameters() if p.grad is not None}
+    assert own.keys() == dict(dit.named_parameters()).keys()
+    shapes = {name: tuple(grad.shape) for name, grad in own.items()}
+    geometry = Geometry(dit.config, dit.channels, dit.text_width)
+    converted = exported(geometry, Weights(shapes, own.__getitem__))[1]
+    assert converted.shapes.keys() == grads.keys()
+    for key, grad in grads.items():
+        assert grad is not None, key
+        # Nothing but rounding: a shift of all keys alike, and queries of a softmax over one key.
+        nothing, ours = float(grad.norm()) <= floor, converted.get(key)
+        error = float(ours.norm()) if nothing else float((ours - grad).norm())
+        assert error <= (floor if nothing else 1e-4 * float(grad.norm())), key
 
 
 def test_weights_come_back_bit_for_bit(case: Case) -> None:
@@ -263,6 +293,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "attention_bias": True, "sample_size": 64, "patch_size": 2, "activation_fn": "gelu-approximate",
         "norm_type": "ada_norm_single", "norm_elementwise_affine": False, "norm_eps": 1e-6, "caption_channels": 4096,
     },
+    "hunyuanvideo": {},
     "cogvideox-5B": {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
 }  # fmt: skip
 
@@ -278,7 +309,37 @@ def test_presets_are_the_published_geometries(preset: str) -> None:
     assert parameter_count(geometry.model, (1, 1, 1), geometry.channels, geometry.text_width) == parameters
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "cogvideox, sinusoids", "latte", "latte, variance, scaled space"])
+def test_open_sora_2_has_the_parameters_of_flux() -> None:
+    """No class is its own, and its parts are FLUX's, of which it began: one to one, the layers of each kind too."""
+    with torch.device("meta"):
+        flux = diffusers.FluxTransformer2DModel(guidance_embeds=False)
+        dit = DiT(Model.preset("opensora-2"), 16, (1, 1, 1), 4096)
+    kinds = (flux.transformer_blocks, flux.single_transformer_blocks)
+    assert [len(kind) for kind in kinds] == [dit.config.num_double_layers, dit.config.num_single_layers]
+    for blocks, own in zip(kinds, (dit.blocks["0"], dit.blocks["56"]), strict=True):
+        assert sum(p.numel() for p in blocks[0].parameters()) == sum(p.numel() for p in own.parameters())
+    assert sum(p.numel() for p in flux.parameters()) == sum(p.numel() for p in dit.parameters())
+
+
+def test_rotation_over_axes_that_are_unknown_here() -> None:
+    module = theirs(hunyuan(1, 1, 1, 16, (1, 2, 2), rope_axes_dim=(4, 4, 8)))
+    with pytest.raises(
+        ValueError, match=re.escape("rope_axes_dim=[4, 4, 8] of heads of 16 is none of those known here")
+    ):
+        from_diffusers(module)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "wan",
+        "cogvideox",
+        "cogvideox, sinusoids",
+        "latte",
+        "latte, variance, scaled space",
+        "hunyuanvideo, pooled as wide as text",
+    ],
+)
 def test_import_train_sample_export(
     configure: Callable[..., RunConfig], tmp_path: Path, capsys: Any, name: str
 ) -> None:
@@ -298,7 +359,8 @@ def test_import_train_sample_export(
     )
     assert run(config)
     shutil.rmtree(tmp_path / "ours")  # a run that has a checkpoint reads it no more
-    assert list(sample_run(config.directory, ["a blue disc"], tmp_path / "drawn", 0, []))
+    told = ["model.guidance=3", "sample.guidance=1"] if "hunyuan" in name else []
+    assert list(sample_run(config.directory, ["a blue disc"], tmp_path / "drawn", 0, told))
     for weights in ("ema", "model"):
         out = str(tmp_path / weights)
         assert main(["export", config.run_dir, "--format", "diffusers", "--weights", weights, "--out", out]) == 0

@@ -279,6 +279,19 @@ class TestRope:
         own = torch.arange(3).repeat_interleave(torch.tensor(pairs))
         assert torch.equal(changed[1:], own == torch.arange(3)[:, None])
 
+    @pytest.mark.parametrize(
+        ("head_dim", "pairs"), [(6, (1, 1, 1)), (16, (2, 3, 3)), (64, (4, 14, 14)), (128, (8, 28, 28))]
+    )
+    def test_an_eighth_for_time(self, head_dim, pairs):
+        """FLUX's axes of 16, 56 and 56 dims."""
+        assert axis_pairs(head_dim, "eighth") == pairs
+
+    def test_the_base_of_the_angles(self):
+        at = torch.tensor([[0, 0, 5]])
+        cos, _ = rope_angles(at, 128, "eighth", theta=256.0)
+        torch.testing.assert_close(cos[0, -1], torch.tensor(5 * 256.0 ** (-27 / 28)).cos())
+        assert not torch.equal(cos, rope_angles(at, 128, "eighth")[0])
+
     @pytest.mark.parametrize("head_dim", [1, 2, 4, 25])
     def test_head_dims_that_rope_refuses_still_have_positions(self, head_dim):
         """A model without RoPE asks for the angles too, and does not read them."""

@@ -31,6 +31,7 @@ TINY = {
 }
 JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
 JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
+STREAMS_2B = {**FAMILIES["hunyuanvideo"], "relative_position": "none", "pooled_text": False}
 VARIATIONS = {
     "default": {},
     "rope": {"relative_position": "rope"},
@@ -53,6 +54,15 @@ VARIATIONS = {
     "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
     "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
     "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
+    "two streams, then one, alike": {**JOINT, "adaln_rank": 0, "num_single_layers": 2, "norm_affine": True},
+    "one stream alone": {**JOINT, "adaln_rank": 0, "num_single_layers": 4, "qk_norm": "head_rms"},
+    "captions refined for cross-attention": {
+        "text_embedding": "linear",
+        "num_refiner_layers": 2,
+        "cross_attention": "all",
+    },
+    "guidance": {"guidance": 3.0, "pooled_text": True, "pooled_embedding": "mlp"},
+    "wide norms of two streams": {**FAMILIES["flux"], "qk_norm": "width", "num_single_layers": 1},
     "text by one layer": {"text_embedding": "linear", "time_frequencies": 64, "time_width": 20, "adaln_rank": 0},
     **FAMILIES,
 }
@@ -112,12 +122,15 @@ class TestParameters:
             ("SR1", {}, (5, 16, 28), 2048, 1.3e9, 0.045),
             ("SR2", {}, (5, 16, 28), 2048, 419e6, 0.01),
             ("3B", {}, (5, 16, 16), 2048, 3.0e9, 0.04),
+            # 2412.03603 and 2503.09642; of the second's backbone, FLUX.1's, 12B is said elsewhere.
+            ("hunyuanvideo", {}, (33, 45, 80), 4096, 13e9, 0.015),
+            ("opensora-2", {}, (33, 48, 48), 4096, 11e9, 0.085),
         ],
     )
     def test_paper(self, name, changes, grid, text, printed, tolerance):
-        c = Model.preset(name, **changes)
-        assert c.self_conditioning > 0
-        assert num_parameters(meta(c, 8, grid, text)) == pytest.approx(printed, rel=tolerance)
+        c, channels = Model.preset(name, **changes), 16 if name in ("hunyuanvideo", "opensora-2") else 8
+        assert (c.self_conditioning > 0) == (channels == 8)
+        assert num_parameters(meta(c, channels, grid, text)) == pytest.approx(printed, rel=tolerance)
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_arithmetic_of_presets(self, name):
@@ -174,6 +187,8 @@ class TestFlops:
             JOINT,
             FAMILIES["wan"],
             {**FAMILIES["cogvideox"], "time_width": 0},
+            {**FAMILIES["flux"], "qk_norm": "none", "pooled_text": False},
+            {**FAMILIES["hunyuanvideo"], "num_single_layers": 3, "pooled_text": False},
             {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
         ],
     )
@@ -311,6 +326,20 @@ class TestRows:
             assert bool(moved[0].any()) == (padding == "seen")
             assert not moved[1].any()
 
+    def test_a_refiner_reads_no_padding(self):
+        """Nor does what fills a caption change what its tokens become."""
+        model, batch = build(**{**STREAMS_2B, "patch": 1}), inputs()
+        text = batch["text_BLE"].clone()
+        text[0, -2:] = 9.0
+        torch.testing.assert_close(denoise(model, **{**batch, "text_BLE": text}), denoise(model, **batch))
+        text[0, 0] = 9.0
+        assert (denoise(model, **{**batch, "text_BLE": text}) - denoise(model, **batch))[0].abs().max() > 1e-3
+
+    def test_guidance_is_told(self):
+        one, other = (build(guidance=scale) for scale in (1.0, 6.0))
+        assert one.state_dict().keys() == other.state_dict().keys()
+        assert (denoise(one, **inputs()) - denoise(other, **inputs())).abs().max() > 1e-3
+
     def test_text_frames(self):
         assert text_frames(torch.tensor([[True, False]])).tolist() == [[EVERY_FRAME, PADDING]]
 
@@ -358,7 +387,11 @@ class TestImages:
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}
             torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **video), rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("family", [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B], ids=["wan", "latte", "joint"])
+    @pytest.mark.parametrize(
+        "family",
+        [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B, STREAMS_2B],
+        ids=["wan", "latte", "joint", "two streams, refined"],
+    )
     def test_in_every_family_it_is_a_video_of_one_frame(self, family):
         model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
         out = denoise(model, **batch)

@@ -25,6 +25,9 @@ VARIATIONS = {
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
     "table": {"modulation": "table"},
+    "one stream alone": {**FAMILIES["cogvideox"], "num_single_layers": 4},
+    "wide norms of two streams": {**FAMILIES["flux"], "qk_norm": "width", "num_single_layers": 1},
+    "refined captions": {"text_embedding": "linear", "num_refiner_layers": 1},
     "norms": {"qk_norm": "width", "cross_norm": "affine"},
     "one block without text": {"num_layers": 1, "windows": ((0, 0, 0),), "cross_attention": "none"},
 }

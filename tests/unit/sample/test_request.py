@@ -54,6 +54,15 @@ def test_a_smaller_size_is_granted():
     assert requested(TRAINED, []) == TRAINED
 
 
+def test_another_guidance_may_be_told_to_who_takes_one():
+    told = TRAINED.model_copy(update={"model": Model(patch=2, guidance=1.0)})
+    assert requested(told, ["model.guidance=6"]).model.guidance == 6
+    (fault,) = faults(told, "model.guidance=0")
+    assert fault.endswith("was trained with 1: it has to be told a scale; use one above 0")
+    (fault,) = faults(TRAINED, "model.guidance=6")
+    assert fault == "model.guidance=6 of a model that was trained with 0: it takes no scale; use sample.guidance"
+
+
 def test_every_fault_of_a_request_at_once():
     found = faults(
         TRAINED, "model.width=64", "sample.sampler=ddpm", "foo.bar=1", "data.height=33", "data.width=112", "word"

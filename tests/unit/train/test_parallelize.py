@@ -41,6 +41,14 @@ def loss_and_gradients(model: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_a_pooled_caption_of_another_width(configure: Configure) -> None:
+    model = {"pooled_text": True, "pooled_width": 7}
+    with pytest.raises(
+        ValueError, match=r"model\.pooled_width=7, but text\.kind=bytes gives pooled captions of 32; use"
+    ):
+        built(configure(model=model))
+
+
 @pytest.mark.parametrize("kept", ["full", "selective"])
 @pytest.mark.parametrize("task", ["dit", "vae"])
 def test_activation_checkpointing_changes_no_bit(configure: Configure, task: str, kept: str) -> None:

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.export.diffusers.cogvideox import COGVIDEOX
 from vidit.export.diffusers.family import Family, Geometry
+from vidit.export.diffusers.hunyuanvideo import HUNYUANVIDEO
 from vidit.export.diffusers.latte import LATTE
 from vidit.export.diffusers.wan import WAN
 from vidit.model.dit import DiT
 from vidit.train.weights_folder import Weights, open_weights, require_keys
 
-FAMILIES = (WAN, COGVIDEOX, LATTE)
+FAMILIES = (WAN, COGVIDEOX, LATTE, HUNYUANVIDEO)
 
 
 def from_diffusers(source: str | Path | nn.Module) -> DiT:
@@ -55,7 +56,7 @@ def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
     config, given = _of_module(source) if isinstance(source, nn.Module) else opened(Path(source))
     family = _family_of_class(config.get("_class_name"))
     geometry = family.geometry(config)
-    places = family.places(wanted := _shapes(on_meta(geometry)))
+    places = family.places(wanted := _shapes(on_meta(geometry)), geometry.model)
     require_keys({name for place in places.values() for name in place.names}, set(given.shapes), family.cls)
 
     def get(name: str) -> Tensor:
@@ -74,17 +75,22 @@ def exported(geometry: Geometry, given: Weights) -> tuple[dict[str, Any], Weight
     """Their config.json and the tensors under their names; `given` are ours."""
     family = family_of(geometry.model)
     require_keys(set(_shapes(on_meta(geometry))), set(given.shapes), "the model")
-    places, sources, shapes = family.places(given.shapes), {}, {}
-    for name, place in places.items():
-        parts = place.form.theirs(torch.empty(given.shapes[name], device="meta"), geometry.model)
-        for number, (theirs, part) in enumerate(zip(place.names, parts, strict=True)):
-            sources[theirs], shapes[theirs] = (name, number), tuple(part.shape)
+    places = family.places(given.shapes, geometry.model)
+    sources: dict[str, list[tuple[str, int]]] = {}
+    for name in sorted(places, key=lambda name: places[name].form.part):
+        for number, theirs in enumerate(places[name].names):
+            sources.setdefault(theirs, []).append((name, number))
 
-    def get(theirs: str) -> Tensor:
-        name, number = sources[theirs]
-        return places[name].form.theirs(given.get(name), geometry.model)[number].contiguous()
+    def made(theirs: str, ours: Callable[[str], Tensor]) -> Tensor:
+        parts = [places[name].form.theirs(ours(name), geometry.model)[number] for name, number in sources[theirs]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    return {"_class_name": family.cls, **family.fixed, **family.write(geometry)}, Weights(shapes, get)
+    def empty(name: str) -> Tensor:
+        return torch.empty(given.shapes[name], device="meta")
+
+    about = {"_class_name": family.cls, **family.fixed, **family.write(geometry)}
+    shapes = {theirs: tuple(made(theirs, empty).shape) for theirs in sources}
+    return about, Weights(shapes, lambda theirs: made(theirs, given.get).contiguous())
 
 
 def family_of(c: Model) -> Family:

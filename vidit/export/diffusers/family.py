@@ -4,7 +4,7 @@ A table says everything about names (`outside`, `block`); what is not in it is a
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from vidit.config import Model
@@ -36,6 +36,13 @@ def at(*names: str, form: Form = SAME) -> Place:
     return Place(names, form)
 
 
+# What only some families have: elsewhere it has to be at its default.
+EXTRAS = (
+    "pooled_text", "pooled_embedding", "pooled_width", "guidance", "num_refiner_layers", "num_single_layers",
+    "text_weights", "rope_theta", "frame_rate",
+)  # fmt: skip
+
+
 def require_same_channels(config: Mapping[str, Any]) -> None:
     """ValueError for a model of theirs that is given more than the noisy latent, such as an image."""
     if config["out_channels"] not in (None, config["in_channels"]):
@@ -56,7 +63,10 @@ class Family:
     read: their config.json -> geometry.
     write: geometry -> what differs between members in their config.json.
     layers: prefixes of their blocks, which ours fill in turn: {} is the number.
-    outside, block: our name, of a parameter or a module, without its block's prefix -> theirs.
+    outside, block: our name, of a parameter or a module, without its block's prefix -> theirs. A number within is * in
+        ours and {} in theirs.
+    single_layer, single: the same of single-stream blocks.
+    free: extras that members choose.
     """
 
     name: str
@@ -68,30 +78,39 @@ class Family:
     layers: tuple[str, ...]
     outside: Mapping[str, Place]
     block: Mapping[str, Place]
+    single_layer: str = ""
+    single: Mapping[str, Place] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
 
-    def place(self, name: str) -> Place:
-        """Where our parameter lies. ValueError where the table has no place for it."""
+    def place(self, name: str, c: Model) -> Place:
+        """Where a parameter of our model lies. ValueError where the table has no place for it."""
         prefix, table, own = "", self.outside, name
         if name.startswith("blocks."):
             _, layer, own = name.split(".", 2)
-            number, kind = divmod(int(layer), len(self.layers))
-            prefix, table = self.layers[kind].format(number) + ".", self.block
+            if int(layer) >= c.num_double_layers:
+                prefix, table = self.single_layer.format(int(layer) - c.num_double_layers) + ".", self.single
+            else:
+                number, kind = divmod(int(layer), len(self.layers))
+                prefix, table = self.layers[kind].format(number) + ".", self.block
+        inner = [part for part in own.split(".") if part.isdigit()]
+        own = ".".join("*" if part.isdigit() else part for part in own.split("."))
         module, _, last = own.rpartition(".")
         if own in table:
-            return Place(tuple(prefix + theirs for theirs in table[own].names), table[own].form)
+            return Place(tuple(prefix + theirs.format(*inner) for theirs in table[own].names), table[own].form)
         if module in table:
-            return Place(tuple(f"{prefix}{theirs}.{last}" for theirs in table[module].names), table[module].form)
+            names = tuple(f"{prefix}{theirs.format(*inner)}.{last}" for theirs in table[module].names)
+            return Place(names, table[module].form)
         raise ValueError(f"parameter {name} has no place in {self.cls}; the family {self.name} cannot be written")
 
-    def places(self, names: Iterable[str]) -> dict[str, Place]:
-        return {name: self.place(name) for name in names}
+    def places(self, names: Iterable[str], c: Model) -> dict[str, Place]:
+        return {name: self.place(name, c) for name in names}
 
     def differences(self, c: Model) -> Iterator[str]:
         """What keeps a model from being of this family, one line each."""
         wanted = Model(**self.fields)
-        for field in (*self.fields, "pooled_text", "frame_rate"):
-            if getattr(c, field) != getattr(wanted, field):
-                yield f"model.{field}={getattr(c, field)} where {self.name} has {getattr(wanted, field)}"
+        for name in dict.fromkeys((*self.fields, *EXTRAS)):
+            if name not in self.free and getattr(c, name) != getattr(wanted, name):
+                yield f"model.{name}={getattr(c, name)} where {self.name} has {getattr(wanted, name)}"
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """Of their config.json. ValueError with everything in it that no model here has."""

@@ -1,7 +1,8 @@
 """How one tensor of ours lies in another library: other order, other shape, the same numbers.
 
 A form is two functions, each the other's inverse, bit for bit. They work on meta tensors too, so shapes are known
-before anything is read.
+before anything is read. Where several tensors of ours lie in one of theirs, each form takes its own part out of it, and
+the parts beside each other in dim 1, by `part`, are the whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ from vidit.config import Model
 
 
 class Form(NamedTuple):
-    """`theirs`: (our tensor, model) -> their tensors; `ours`: the way back."""
+    """`theirs`: (our tensor, model) -> their tensors; `ours`: the way back; `part`: which of those that share one."""
 
     theirs: Callable[[Tensor, Model], tuple[Tensor, ...]]
     ours: Callable[[Sequence[Tensor], Model], Tensor]
+    part: int = 0
 
 
 def _apart(x: Tensor, c: Model) -> tuple[Tensor, ...]:
@@ -79,6 +81,11 @@ def _by_stream(parts: Sequence[Tensor], c: Model) -> Tensor:
     return torch.stack([x.unflatten(0, (2, 3 * c.width)) for x in parts], dim=1).flatten(0, 2)
 
 
+def _halves_swapped(x: Tensor, c: Model) -> tuple[Tensor, ...]:
+    """Shift, scale -> scale, shift, and the same way back."""
+    return (torch.cat(x.chunk(2)[::-1]),)
+
+
 SAME = Form(lambda x, c: (x,), lambda parts, c: parts[0])
 BATCHED = Form(lambda x, c: (x[None],), lambda parts, c: parts[0][0])
 PAIRS = Form(_apart, _together)
@@ -87,3 +94,8 @@ KERNEL_2D = Form(_kernel_2d, _from_2d)
 KERNEL_OR_FLAT = Form(_kernel_or_flat, _from_either)
 CHANNELS_FIRST = Form(_channels_first, _channels_last)
 BY_NORM = Form(_by_norm, _by_stream)
+STREAMS = Form(lambda x, c: x.chunk(2), lambda parts, c: torch.cat(list(parts)))
+SCALE_FIRST = Form(_halves_swapped, lambda parts, c: _halves_swapped(parts[0], c)[0])
+# The two that read (attention, MLP) of a single-stream block's output.
+FIRST_COLUMNS = Form(lambda x, c: (x,), lambda parts, c: parts[0][:, : c.width])
+LAST_COLUMNS = Form(lambda x, c: (x,), lambda parts, c: parts[0][:, c.width :], part=1)

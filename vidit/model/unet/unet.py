@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from vidit.config import Unet
 from vidit.dtypes import widen
 from vidit.model.attention import TextContext
-from vidit.model.embed import TimeEmbed
 from vidit.model.linear import Linear
 from vidit.model.unet.attention import SpatialAttention
 from vidit.model.unet.cells import CellShape, cells
 from vidit.model.unet.layers import Conv2d, GroupNorm
 from vidit.model.unet.residual import EPS, ResBlock
 from vidit.model.unet.temporal import TemporalAttention, TemporalConvs
+from vidit.model.vector import TimeEmbed
 from vidit.model.windows import Grid
 
 # Modules of a U-Net that are checkpointed, compiled and sharded as one, as patterns of names.
