@@ -91,9 +91,9 @@ def test_train_resume_and_sample(family: str, made: Configure, tmp_path: Path) -
     assert gif.is_file()
 
 
-@pytest.mark.parametrize("family", ["make-a-video", "video-ldm"])
-def test_it_learns(family: str, made: Configure) -> None:
+def test_it_learns(made: Configure) -> None:
     """On procedural clips: the loss of fixed noise and times falls."""
+    family = "video-ldm"
     train = {"steps": 60, "validate_every": 20, "checkpoint_every": 60, "ema_decay": 0.9, "learning_rate": 1e-2}
     config = made("learns", family, train=train, sample={"prompts": ()})
     values = losses(config)
