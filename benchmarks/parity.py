@@ -50,6 +50,8 @@ VAE = {
     "decoder_res_blocks": (0, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
 SMALL = {"width": 32, "num_heads": 4, "mlp_width": 48, "patch": 1, "attention_backend": "sdpa"}
+SKIPS = (("single", 3), ("group", 3))
+GIVEN = ({"kind": "random", "share": 0.7},)
 PLAIN = {"patch": 1, "text_padding": "masked"}
 MODELS: dict[str, dict[str, Any]] = {
     "walt": {"windows": ((1, 0, 0), (0, 2, 2)), "self_conditioning": 0.5, "pooled_text": True},
@@ -67,6 +69,11 @@ MODELS: dict[str, dict[str, Any]] = {
         **FAMILIES["hunyuanvideo"], **PLAIN, "num_single_layers": 1, "relative_position": "none",
         "rope_split": "quarter", "rope_theta": 10_000.0,
     },
+    # An image has 15 tokens: groups of 3, so that they are whole in a row of images.
+    "opensora_plan": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "given_channels": True},
+    "skiparse": {**FAMILIES["opensora_plan"], **PLAIN, "windows": SKIPS, "full_ends": 0},
+    "gentron": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
+    "stdit3": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True},
 }  # fmt: skip
 
 
@@ -163,6 +170,7 @@ class Case:
                     "device": "cpu", "precision": self.dtype, **self.row.train,
                 },
                 "parallel": dict(self.row.parallel),
+                "diffusion": {"given": GIVEN if {"frame_times", "given_channels"} & MODELS[self.model].keys() else ()},
             }
         )  # fmt: skip
         return with_layout(c, self.row.ranks)

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
-from parallel.dealing import Window, dealing_faults, imbalance
+from parallel.dealing import AnyWindow, Window, dealing_faults, imbalance
 from parallel.layout import Layout, divisors, words
 
 SequenceKind = Literal["ulysses", "ring", "ulysses_ring", "window"]
@@ -26,7 +26,7 @@ MOST_IMBALANCE = 1.3
 def choose_kind(
     layout: Layout,
     num_heads: int,
-    windows: Iterable[Window],
+    windows: Iterable[AnyWindow],
     grids: Iterable[Window],
     ranks_per_node: int | None = None,
 ) -> SequenceKind:
@@ -54,7 +54,7 @@ def sequence_faults(
     kind: SequenceKind,
     layout: Layout,
     num_heads: int,
-    windows: Iterable[Window],
+    windows: Iterable[AnyWindow],
     grids: Iterable[Window],
     ulysses: int = 0,
     ranks_per_node: int | None = None,

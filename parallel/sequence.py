@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import gather, split
-from parallel.dealing import Window
+from parallel.dealing import AnyWindow
 from parallel.kinds import SequenceKind
 from parallel.mesh import Mesh
 from parallel.names import PlanError, modules
@@ -41,7 +41,8 @@ class Seams(Protocol):
     cores: patterns of the modules that mix tokens.
     windows: name -> attention window of every block of the whole model, in order, also of those that other pipeline
         stages have. A core belongs to the block that its name begins with.
-    positions: pattern among `split` -> argument of a block that holds its outputs, which have no gradient.
+    positions: pattern among `split` -> argument of a block, and of `counted` where that takes them, that holds its
+        outputs, which have no gradient.
     """
 
     @property
@@ -53,7 +54,7 @@ class Seams(Protocol):
     @property
     def cores(self) -> Sequence[str]: ...
     @property
-    def windows(self) -> Mapping[str, Window]: ...
+    def windows(self) -> Mapping[str, AnyWindow]: ...
     @property
     def positions(self) -> Mapping[str, int]: ...
 
@@ -112,11 +113,21 @@ def _deal_windows(module: nn.Module, seams: Seams, mesh: DeviceMesh) -> None:
             here[name].register_forward_pre_hook(Switch(before, window, deals, held))
     for pattern, dim in seams.gather.items():
         _make_whole(module, pattern, seams.counted, DealWhole(dim, deals, windows[-1]))
+        for found in modules(module, [seams.counted]).values():
+            found.register_forward_pre_hook(Switch(None, windows[-1], deals, held))
+    cut_by: dict[Any, Any] = {}
     for name, core in modules(module, seams.cores).items():
         found_windows = [w for block, w in seams.windows.items() if name.startswith(f"{block}.")]
         if len(found_windows) != 1:
             raise PlanError(
                 f"core {name} lies in {len(found_windows)} of {len(windows)} blocks with a window; it must lie in 1"
+            )
+        block = next(block for block in seams.windows if name.startswith(f"{block}."))
+        own: Any = getattr(core, "window", None)
+        if cut_by.setdefault(block, own) != own:
+            raise PlanError(
+                f"{block} mixes tokens in windows of {cut_by[block]} and of {own}, and 1 rank holds 1 kind of them "
+                "whole; use parallel.sequence_kind=ulysses, ring or ulysses_ring"
             )
         _replace(module, name, DealtCore(core, found_windows[0], deals))
 

@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import deal, gather, split
-from parallel.dealing import Window, dealing_faults, owners, runs, whole_window, window_tokens
+from parallel.dealing import (
+    AnyWindow,
+    Window,
+    dealing_faults,
+    entries,
+    owners,
+    runs,
+    skipped_to,
+    whole_window,
+    window_tokens,
+)
 from parallel.layout import LayoutError
 from parallel.shares import grid_of, pad_to
 
@@ -66,11 +76,11 @@ class Deals:
     compiled.
     """
 
-    def __init__(self, windows: Sequence[Window], mesh: DeviceMesh):
+    def __init__(self, windows: Sequence[AnyWindow], mesh: DeviceMesh):
         self.windows = list(dict.fromkeys(windows))
         self.mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
-        self.deals: dict[tuple[Window, Window], Deal] = {}
-        self.moves: dict[tuple[Window, Window, Window], Move] = {}
+        self.deals: dict[tuple[AnyWindow, Window], Deal] = {}
+        self.moves: dict[tuple[AnyWindow, AnyWindow, Window], Move] = {}
 
     def prepare(self, grid: Window, device: torch.device) -> None:
         """Raises LayoutError where a window of the model cannot be whole on this grid."""
@@ -87,29 +97,40 @@ class Deals:
                 for other in (w for w in distinct if w != window):
                     self.moves[other, window, grid] = _move(other, window, grid, self.rank, self.size, device)
 
-    def distinct(self, grid: Window) -> list[Window]:
+    def distinct(self, grid: Window) -> list[AnyWindow]:
         """The windows of the model on a grid, without those that are the same there."""
         return list(dict.fromkeys(whole_window(window, grid) for window in self.windows))
 
-    def deal(self, window: Window, grid: Window) -> Deal:
+    def deal(self, window: AnyWindow, grid: Window) -> Deal:
         return self.deals[whole_window(window, grid), grid]
 
-    def move(self, before: Window, after: Window, grid: Window) -> Move | None:
+    def move(self, before: AnyWindow, after: AnyWindow, grid: Window) -> Move | None:
         """None where tokens stay."""
         old, new = whole_window(before, grid), whole_window(after, grid)
         return None if old == new else self.moves[old, new, grid]
 
 
-def _dealt(window: Window, grid: Window, ranks: int) -> tuple[Tensor, Tensor, list[int]]:
+def _dealt(window: AnyWindow, grid: Window, ranks: int) -> tuple[Tensor, Tensor, list[int]]:
     """(the clip's tokens in the order of windows, the place of each among all entries of windows, tokens a rank)."""
+    windows, places = _numbered(window, grid)
+    entry = windows * entries(window, grid) + places
+    order = entry.argsort()
+    sizes = window_tokens(window, grid)
+    return order, entry[order], [sum(sizes[first:last]) for first, last in runs(sizes, ranks)]
+
+
+def _numbered(window: AnyWindow, grid: Window) -> tuple[Tensor, Tensor]:
+    """(window of each token of the clip, its place there)."""
+    if len(window) == 2:
+        kind, k = window
+        number = torch.arange(grid[0] * grid[1] * grid[2])
+        places = number // k if kind == "single" else number // (k * k) * k + number % k
+        return skipped_to(number, window), places
     windows, places = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
     axes = torch.meshgrid(*(torch.arange(axis) for axis in grid), indexing="ij")
     for index, size, axis in zip(axes, window, grid, strict=True):
         windows, places = windows * -(-axis // size) + index // size, places * size + index % size
-    entry = (windows * window[0] * window[1] * window[2] + places).flatten()
-    order = entry.argsort()
-    sizes = window_tokens(window, grid)
-    return order, entry[order], [sum(sizes[first:last]) for first, last in runs(sizes, ranks)]
+    return windows.flatten(), places.flatten()
 
 
 def _part(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
@@ -117,11 +138,11 @@ def _part(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
     return x[start : start + counts[rank]]
 
 
-def _deal(window: Window, grid: Window, rank: int, ranks: int, device: torch.device) -> Deal:
-    order, entries, counts = _dealt(window, grid, ranks)
+def _deal(window: AnyWindow, grid: Window, rank: int, ranks: int, device: torch.device) -> Deal:
+    order, entry, counts = _dealt(window, grid, ranks)
     first, last = runs(window_tokens(window, grid), ranks)[rank]
-    entries_each = window[0] * window[1] * window[2]
-    places = _part(entries, counts, rank) - first * entries_each
+    entries_each = entries(window, grid)
+    places = _part(entry, counts, rank) - first * entries_each
     padded = torch.cat([pad_to(_part(order, counts, r), 0, max(counts)) for r in range(ranks)])
     starts = torch.arange(ranks).repeat_interleave(torch.tensor(counts)) * max(counts)
     within = torch.cat([torch.arange(count) for count in counts])
@@ -134,7 +155,7 @@ def _deal(window: Window, grid: Window, rank: int, ranks: int, device: torch.dev
     )  # fmt: skip
 
 
-def _move(before: Window, after: Window, grid: Window, rank: int, ranks: int, device: torch.device) -> Move:
+def _move(before: AnyWindow, after: AnyWindow, grid: Window, rank: int, ranks: int, device: torch.device) -> Move:
     old, _, old_counts = _dealt(before, grid, ranks)
     new, _, new_counts = _dealt(after, grid, ranks)
     old_owner, new_owner = (torch.tensor(owners(window, grid, ranks)) for window in (before, after))
@@ -156,7 +177,7 @@ class DealCut:
     The grid is among the arguments of the module, or of the one around it, whose pre-hook is `count`.
     """
 
-    def __init__(self, dims: Mapping[int, int], deals: Deals, window: Window):
+    def __init__(self, dims: Mapping[int, int], deals: Deals, window: AnyWindow):
         self.dims, self.deals, self.window = dims, deals, window
         self.around: tuple[Any, ...] = ()
 
@@ -188,10 +209,13 @@ class Switch:
 
     Args:
         before: window of the block before; None for the first of the model.
-        positions: number of the argument that holds what `PositionsCut` made, and the dims that it cut.
+        positions: number of the argument, where there are so many, that holds what `PositionsCut` made, and the dims
+            that it cut.
     """
 
-    def __init__(self, before: Window | None, window: Window, deals: Deals, positions: Mapping[int, Mapping[int, int]]):
+    def __init__(
+        self, before: AnyWindow | None, window: AnyWindow, deals: Deals, positions: Mapping[int, Mapping[int, int]]
+    ):
         self.before, self.window, self.deals, self.positions = before, window, deals, positions
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -201,7 +225,7 @@ class Switch:
         if move is not None:
             given[0] = moved(given[0], move, self.deals.mesh)
         own = self.deals.deal(self.window, grid).counts[self.deals.rank]
-        for argument, dims in self.positions.items():
+        for argument, dims in ((a, dims) for a, dims in self.positions.items() if a < len(given)):
             start = self._start(grid)
             given[argument] = each(given[argument], dims, lambda x, dim, start=start: x.narrow(dim, start, own))
         return tuple(given)
@@ -222,7 +246,7 @@ def moved(x_BsD: Tensor, move: Move, mesh: DeviceMesh) -> Tensor:
 class DealWhole:
     """A forward hook that gathers the tokens of the last block's deal, and a pre-hook that is told the grid."""
 
-    def __init__(self, dim: int, deals: Deals, window: Window):
+    def __init__(self, dim: int, deals: Deals, window: AnyWindow):
         self.dim, self.deals, self.window = dim, deals, window
         self.grid: Window | None = None
 
@@ -239,7 +263,7 @@ class DealWhole:
 class DealtCore(nn.Module):
     """A core on the tokens of this rank's windows: (B, s, N, K) in and out, s the rank's count."""
 
-    def __init__(self, inner: nn.Module, window: Window, deals: Deals):
+    def __init__(self, inner: nn.Module, window: AnyWindow, deals: Deals):
         super().__init__()
         self.inner, self.window, self.deals = inner, window, deals
 
@@ -247,19 +271,19 @@ class DealtCore(nn.Module):
         self, q_BsNK: Tensor, k_BsNK: Tensor, v_BsNK: Tensor, grid: Any, bias: Any = None, text: Any = None
     ) -> Tensor:
         found = self.deals.deal(self.window, grid.shape)
-        t, h, w = whole_window(self.window, grid.shape)
+        size = entries(self.window, grid.shape)
         windows = found.windows.stop - found.windows.start
         inner: Any = self.inner
-        q, k, v = (to_windows(x, found.places, windows, t * h * w) for x in (q_BsNK, k_BsNK, v_BsNK))
+        q, k, v = (to_windows(x, found.places, windows, size) for x in (q_BsNK, k_BsNK, v_BsNK))
         return from_windows(inner.within(q, k, v, grid, bias, text, found.windows), found.places, windows)
 
 
-def to_windows(x_BsNK: Tensor, places: Tensor | None, windows: int, entries: int) -> Tensor:
+def to_windows(x_BsNK: Tensor, places: Tensor | None, windows: int, size: int) -> Tensor:
     """(B, s, N, K) -> (B * windows, W, N, K), zeros where a window has no token."""
     if places is not None:
-        empty = x_BsNK.new_zeros(x_BsNK.shape[0], windows * entries, *x_BsNK.shape[2:])
+        empty = x_BsNK.new_zeros(x_BsNK.shape[0], windows * size, *x_BsNK.shape[2:])
         x_BsNK = empty.index_copy(1, places, x_BsNK)
-    return x_BsNK.reshape(-1, entries, *x_BsNK.shape[2:])
+    return x_BsNK.reshape(-1, size, *x_BsNK.shape[2:])
 
 
 def from_windows(x_XWNK: Tensor, places: Tensor | None, windows: int) -> Tensor:

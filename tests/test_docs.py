@@ -8,12 +8,13 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import AutoencoderKLWan
 
 from vidit.cli import main, parse
-from vidit.config import Model, RunConfig
+from vidit.config import Model, RunConfig, Section
 from vidit.data.encode import encode_mp4
 from vidit.data.scenes import caption, render, sample_scene
 from vidit.export.diffusers.store import export_diffusers
@@ -37,8 +38,8 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: the configs, the code of the pages; VIDEOS, as tables and tars too; trained
-    runs/clips, runs/unet-images and runs/tuned, the last also as a CHECKPOINT of diffusers, and a trained VAE as
-    runs/tiny16; and the VAE of a PIPELINE of diffusers.
+    runs/clips, runs/given (which takes frames), runs/unet-images and runs/tuned, the last also as a CHECKPOINT of
+    diffusers, and a trained VAE as runs/tiny16; and the VAE of a PIPELINE of diffusers.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
@@ -57,6 +58,13 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
         for name in ("0.mp4", "0.txt", "1.mp4", "1.txt"):
             tar.add(folder / "VIDEOS" / name, name)
     assert run(configure(folder / "runs" / "clips", train={"steps": 2}, sample={"prompts": ()}))
+    given = {"given": ({"kind": "image_head", "share": 0.5},)}
+    assert run(
+        configure(
+            folder / "runs" / "given", model={"frame_times": True}, diffusion=given, train={"steps": 1},
+            sample={"prompts": ()},
+        )
+    )  # fmt: skip
     assert run(configure(folder / "runs" / "tiny16", train={"task": "vae", "steps": 2}))
     small = Model.preset("wan-1.3B", num_layers=1, width=24, num_heads=2, mlp_width=48)
     assert run(
@@ -127,3 +135,16 @@ def test_every_paths_row_of_the_run_directory_is_written_by_the_code() -> None:
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "run_directory.md").read_text(), re.MULTILINE)
     for name in re.findall(r"`([\w./-]+)`", " ".join(rows)):
         assert name.rstrip("/").split("/")[0] in source, name
+
+
+def test_fragments_of_models() -> None:
+    """The Python of the page on models, beside the file of its commands: sections without a fault."""
+    text = (ROOT / "docs" / "models.md").read_text()
+    _, *fragments = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert fragments
+    for fragment in fragments:
+        names: dict[str, Any] = {}
+        exec(fragment, names)
+        made = [value for value in names.values() if isinstance(value, Section)]
+        assert made
+        assert [fault for section in made if hasattr(section, "faults") for fault in section.faults()] == []

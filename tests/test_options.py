@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 # They check and print options; what is read nowhere else steers nothing.
 RULES = {f"vidit/{name}.py" for name in ("config", "overrides", "resolve", "idle", "describe")}
 SAME_TYPE = {"model_copy", "model_validate", "model_validate_json", "preset"}
-ENTRIES = {"Bucket", "Source"}  # of lists that are empty by default: what makes one up is given
+ENTRIES = {"Bucket", "Given", "Source"}  # of lists that are empty by default: what makes one up is given
 SEQUENCES = {"tuple", "list", "Sequence", "Iterable"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Env = dict[str, str]

@@ -210,9 +210,12 @@ def scenes(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
     from vidit.sample.run import sample_run
 
+    first, count = arguments.first, arguments.first_frames
+    if count and not first:
+        raise ValueError(f"--first-frames={count} has no effect without --first; give a file, or leave it out")
     for path in sample_run(
         Path(arguments.run), arguments.prompt, Path(arguments.out or Path(arguments.run) / "samples"),
-        arguments.seed, arguments.overrides,
+        arguments.seed, arguments.overrides, Path(first) if first else None, count or 1,
     ):  # fmt: skip
         print(path)
     return 0

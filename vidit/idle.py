@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vidit.config import RunConfig
+from vidit.config import RunConfig, Section
 from vidit.overrides import flat
 
 
@@ -72,10 +72,16 @@ RULES = (
          "model.cross_attention=per_frame or all"),
     Rule(("model.text_embedding", "model.num_refiner_layers", "model.text_padding"),
          lambda c: c.model.cross_attention != "none", "a model.cross_attention"),
-    Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space_then_time"),
-         "model.absolute_position=sincos or space_then_time"),
-    Rule(("model.position_span",), lambda c: c.model.absolute_position == "space_then_time",
-         "model.absolute_position=space_then_time"),
+    Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space", "space_then_time"),
+         "model.absolute_position=sincos, space or space_then_time"),
+    Rule(("model.position_span",), lambda c: c.model.absolute_position in ("space", "space_then_time"),
+         "model.absolute_position=space or space_then_time"),
+    Rule(("model.motion_free", "sample.motion_guidance"), lambda c: c.model.temporal_attention,
+         "model.temporal_attention=true"),
+    Rule(("sample.motion_guidance",), lambda c: c.model.motion_free > 0, "a model that learned it (model.motion_free)"),
+    Rule(("model.frame_times", "model.given_channels"), lambda c: bool(c.diffusion.given), "diffusion.given"),
+    Rule(("diffusion.given",), lambda c: c.model.frame_times or c.model.given_channels,
+         "model.frame_times=true or model.given_channels=true"),
     Rule(("model.pooled_embedding", "model.pooled_width"), lambda c: c.model.pooled_text, "model.pooled_text=true"),
     Rule(("model.rope_split", "model.rope_theta"), lambda c: c.model.relative_position == "rope",
          "model.relative_position=rope"),
@@ -148,4 +154,4 @@ def _names(options: tuple[str, ...], name: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=Section.model_dump)

@@ -91,6 +91,8 @@ def takes_sample(p: Parser) -> None:
     p.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     p.add_argument("--out", help="folder; default RUN/samples")
     p.add_argument("--seed", type=whole(0), default=0)
+    p.add_argument("--first", metavar="FILE", help="an image or video with which each begins")
+    p.add_argument("--first-frames", type=whole(1), help="how many of its frames; default 1")
 
 
 def takes_evaluate(p: Parser) -> None:

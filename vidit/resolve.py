@@ -8,7 +8,7 @@ config first (`vidit/vae/stored.py`). No torch.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vidit.config import RunConfig, Window, refuse, whole_window
+from vidit.config import AnyWindow, RunConfig, refuse, whole_window
 from vidit.data.selection import rule_faults
 from vidit.idle import idle_faults
 
@@ -29,7 +29,7 @@ class Resolved:
     grid: Grid
     largest_grid: Grid
     tokens_per_clip: int
-    windows: tuple[Window, ...]
+    windows: tuple[AnyWindow, ...]
     head_dim: int
     num_ranks: int
     data_ranks: int
@@ -126,6 +126,12 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
                 f"data.image_rows={c.data.image_rows} puts images at times that rotation shows to the text beside them "
                 "(model.cross_attention=joint, relative_position=rope); use a bucket of num_frames=1 instead"
             )
+        yield from _skip_faults(c)
+        if c.model.frame_times and c.diffusion.given and c.diffusion.path != "flow":
+            yield (
+                f"model.frame_times=true shows given frames clean at time 0, which path {c.diffusion.path} does not "
+                "condition on; use diffusion.path=flow, or model.given_channels=true"
+            )
         if c.model.patch[0] > 1 and c.data.image_rows:
             yield (
                 f"model.patch={list(c.model.patch)} puts latent frames together, but of data.image_rows="
@@ -145,6 +151,20 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
                 f"would repeat; use at most {d.num_train_steps}"
             )
     yield from idle_faults(c)
+
+
+def _skip_faults(c: RunConfig) -> Iterator[str]:
+    """Groups of k tokens begin anew in a clip, not in each image of a row."""
+    groups = [
+        w for w in (c.model.window(layer) for layer in range(c.model.num_layers)) if len(w) == 2 and w[0] == "group"
+    ]
+    _, height, width = grid_of(c, c.data.num_frames, c.data.height, c.data.width)
+    for k in dict.fromkeys(k for _, k in groups if height * width % k and c.data.image_rows):
+        yield (
+            f"model.windows=(group, {k}) counts tokens in groups of {k}, and an image of data.image_rows="
+            f"{c.data.image_rows} has {height * width}: its groups would depend on its place in the row; use a size "
+            f"with a multiple of {k} tokens, or a bucket of num_frames=1"
+        )
 
 
 def _size_faults(c: RunConfig) -> Iterator[str]:

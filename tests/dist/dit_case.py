@@ -80,13 +80,16 @@ def batch(case: Case) -> dict[str, Tensor | None]:
         frame[image_B] = torch.arange(TOKENS) % frames
         frame[1, -1] = PADDING
     shape = (rows, CHANNELS, *case.grid)
+    given = torch.randn(rows, CHANNELS + 1, *case.grid, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return {
         "x_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
-        "time_B": torch.rand(rows, generator=g, dtype=torch.float64) * 1000,
+        "time_B": torch.rand(rows, *[frames] * case.config.frame_times, generator=g, dtype=torch.float64) * 1000,
         "text_BLE": torch.randn(rows, TOKENS, TEXT, generator=g, dtype=torch.float64),
         "text_frame_BL": frame,
         "pooled_BE": torch.randn(rows, TEXT, generator=g, dtype=torch.float64),
         "image_B": image_B,
+        "given_BCTHW": given if case.config.given_channels else None,
+        "still_B": torch.tensor([True, False, False, False]) if case.config.motion_free else None,
         "previous_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
         "target": torch.randn(shape, generator=g, dtype=torch.float64),
     }
@@ -103,7 +106,7 @@ def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B")), **inputs)
+    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B"), still_B=inputs.pop("still_B"), given_BCTHW=inputs.pop("given_BCTHW")), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 

@@ -62,6 +62,7 @@ class Case:
     stages_per_rank: int = 1
     micro_batches: int = 4
     model: dict[str, Any] = field(default_factory=dict)
+    given: tuple[dict[str, Any], ...] = ()
     images: bool = True
     trained_text: bool = True
     checkpoint: bool = False
@@ -83,6 +84,7 @@ class Case:
                 "train": {"global_batch": ROWS * self.micro_batches, "micro_batch": ROWS, "seed": SEED},
                 "parallel": {**layout, **pipeline, **sequence},
                 "sample": {"num_steps": 2, "guidance": 2.0},
+                "diffusion": {"given": self.given},
             }
         )  # fmt: skip
 

@@ -42,6 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "four windows": {"windows": ((1, 0, 0), (0, 1, 1), (2, 2, 2)), "cross_attention": "all"},
     **{name: {**fields, **PLAIN} for name, fields in FAMILIES.items()},
+    "skips": {
+        "windows": (("single", 4), ("group", 5)), "relative_position": "rope", "image_attention": "frame",
+        "cross_attention": "all",
+    },
+    "gentron still": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
+    "channels of frames": {"given_channels": True},
+    "times of frames": {"frame_times": True, "pooled_text": True},
+    "stdit3 frames": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "pooled_text": True},
     "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "patch": 1, "num_single_layers": 1},
     "wide norms of two streams": {**FAMILIES["flux"], **PLAIN, "qk_norm": "width"},
     **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox", "hunyuanvideo")},
@@ -77,7 +85,7 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
 @pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m])
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
-    images = model in ("images in frame", "four windows", "rope, text keys", *FAMILIES)
+    images = model in ("images in frame", "four windows", "rope, text keys", "times of frames", "skips", "gentron still", *FAMILIES)
     checkpoint = model == "four windows"
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, images, checkpoint=checkpoint), model))
 

@@ -35,7 +35,10 @@ REFERENCES: dict[str, Case] = {}
 
 
 def measured(pool: Pool, case: Case) -> dict[str, float]:
-    alone = Case(micro_batches=case.micro_batches, model=case.model, images=case.images, trained_text=case.trained_text)
+    alone = Case(
+        micro_batches=case.micro_batches, model=case.model, images=case.images, trained_text=case.trained_text,
+        given=case.given,
+    )  # fmt: skip
     REFERENCES[repr(alone)] = alone
     one = reference(repr(alone))
     results = pool.run(Layout(**case.layout).world, on_ranks, case)
@@ -118,6 +121,14 @@ MODELS: dict[str, Case] = {
         {**PAIR, "sequence": 2}, model={**FAMILIES["flux"], "patch": 1, "num_single_layers": 3}, images=False
     ),
     "latte": Case(PAIR, model={**FAMILIES["latte"], **PLAIN}),
+    "stdit3": Case(PAIR, model={**FAMILIES["stdit3"], **PLAIN}),
+    "stdit3, frames given": Case(
+        PAIR, "zero_bubble", model={**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "self_conditioning": 0.6},
+        given=({"kind": "random", "share": 0.7},),
+    ),
+    "opensora_plan": Case(PAIR, model={**FAMILIES["opensora_plan"], **PLAIN}, images=False),
+    "gentron": Case(PAIR, model={**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5, "self_conditioning": 0.6}),
+    "frames given beside": Case(PAIR, model={"given_channels": True}, given=({"kind": "random", "share": 0.7},)),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip
 

@@ -40,6 +40,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "one block": {"num_layers": 1},
     "wan": {**FAMILIES["wan"], "patch": 1, "pooled_text": False},
     "latte": {**FAMILIES["latte"], "patch": 1, "pooled_text": False},
+    "stdit3": {**FAMILIES["stdit3"], "patch": 1, "pooled_text": False},
+    "stdit3 frames": {**FAMILIES["stdit3"], "patch": 1, "frame_times": True},
+    "opensora_plan": {**FAMILIES["opensora_plan"], "patch": 1, "pooled_text": False},
+    "gentron": {**FAMILIES["gentron"], "patch": 1, "motion_free": 0.5, "norm_affine": True},
     "norms with scale and shift": {"norm_affine": True, "qk_norm": "head_affine"},
     "bare": {"cross_attention": "none", "qk_norm": False, "adaln_rank": 0, "relative_position": "none"},
 }

@@ -3,7 +3,20 @@
 import pytest
 from pydantic import ValidationError
 
-from vidit.config import ConfigError, Data, Diffusion, Launch, Model, Parallel, RunConfig, Sample, Text, Train, Vae
+from vidit.config import (
+    ConfigError,
+    Data,
+    Diffusion,
+    Given,
+    Launch,
+    Model,
+    Parallel,
+    RunConfig,
+    Sample,
+    Text,
+    Train,
+    Vae,
+)
 from vidit.resolve import faults as all_faults
 from vidit.resolve import resolve
 
@@ -110,6 +123,13 @@ class TestResolve:
                 ["even head dim of at least 6, not 4"],
             ),
             ({"model": Model(width=63, num_heads=7, relative_position="rope")}, ["even head dim of at least 6, not 9"]),
+            (
+                {
+                    "model": Model(frame_times=True),
+                    "diffusion": Diffusion(path="vp", target="v", given=(Given(kind="random", share=1),)),
+                },
+                ["model.frame_times=true shows given frames clean", "diffusion.path=flow"],
+            ),
             ({"model": Model(windows=((1, -1, 0),))}, ["model.windows", "negative"]),
             ({"model": Model(**{**JOINT, "windows": ((1, 0, 0),)})}, ["=joint attends to all tokens", "[[0,0,0]]"]),
             ({"model": Model(**{**JOINT, "relative_position": "bias"})}, ["no position bias", "rope or none"]),

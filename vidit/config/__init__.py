@@ -8,8 +8,17 @@ needs to know of a rule (`LEGAL_TARGETS`) stands here, as data.
 """
 
 from vidit.config.data import Bucket, Data, Source
-from vidit.config.diffusion import LEGAL_DENSITIES, LEGAL_TARGETS, Density, Diffusion, ForwardProcess, Target
-from vidit.config.model import Model, Window, whole_window
+from vidit.config.diffusion import (
+    LEGAL_DENSITIES,
+    LEGAL_TARGETS,
+    Density,
+    Diffusion,
+    ForwardProcess,
+    Given,
+    GivenKind,
+    Target,
+)
+from vidit.config.model import AnyWindow, Model, Skip, Window, whole_window
 from vidit.config.parallel import Launch, Parallel
 from vidit.config.presets import FAMILIES, PRESETS
 from vidit.config.run import RunConfig
@@ -30,12 +39,15 @@ __all__ = [
     "UNET_FAMILIES",
     "UNET_PRESETS",
     "VAE_PRESETS",
+    "AnyWindow",
     "Bucket",
     "ConfigError",
     "Data",
     "Density",
     "Diffusion",
     "ForwardProcess",
+    "Given",
+    "GivenKind",
     "Launch",
     "Model",
     "Parallel",
@@ -43,6 +55,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "Section",
+    "Skip",
     "Source",
     "Target",
     "Text",

@@ -22,6 +22,23 @@ LEGAL_DENSITIES: dict[ForwardProcess, tuple[Density, ...]] = {
 }
 
 
+GivenKind = Literal[
+    "image_head", "image_tail", "image_head_tail", "image_random",
+    "quarter_head", "quarter_tail", "quarter_head_tail", "quarter_random",
+    "random", "interpolate",
+]  # fmt: skip
+
+
+class Given(Section):
+    """A share of the training clips of which some latent frames are given."""
+
+    kind: GivenKind = Field(
+        description="image: one frame, quarter: up to a quarter of them, at the head, the tail, both, or anywhere; "
+        "random: each with a chance of 0.1 to 0.9; interpolate: every second one"
+    )
+    share: float = Field(gt=0, le=1, description="of the clips")
+
+
 class Diffusion(Section):
     """Forward process, target, timestep density, loss weight."""
 
@@ -45,8 +62,14 @@ class Diffusion(Section):
     weighting: Literal["none", "min_snr"] = "none"
     min_snr_gamma: float = Field(5.0, gt=0)
 
+    given: tuple[Given, ...] = Field(
+        (),
+        description="latent frames that are given to some clips in training, as frame_times or given_channels say",
+    )
+
     def faults(self) -> Iterator[str]:
         yield from self.path_faults()
+        yield from self.given_faults()
         yield from self.target_faults()
         yield from self.density_faults()
 
@@ -63,6 +86,14 @@ class Diffusion(Section):
                 f"diffusion.sigma_min={self.sigma_min:g} is not below diffusion.sigma_max={self.sigma_max:g}; "
                 "lower sigma_min"
             )
+
+    def given_faults(self) -> Iterator[str]:
+        total = sum(given.share for given in self.given)
+        if total > 1 + 1e-9:
+            yield f"diffusion.given takes shares of {total:g} in all, of clips there is 1; lower some"
+        kinds = [given.kind for given in self.given]
+        for kind in sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            yield f"diffusion.given names {kind} {kinds.count(kind)} times; give it once, with the sum of the shares"
 
     def target_faults(self) -> Iterator[str]:
         if self.target not in LEGAL_TARGETS[self.path]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import BeforeValidator, Field, PositiveFloat
 
@@ -10,9 +10,14 @@ from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
 
 Window = tuple[int, int, int]
+Skip = tuple[Literal["single", "group"], Positive]
+AnyWindow = Window | Skip
+"""Three numbers, or a pair that skips."""
 
 # RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
 MIN_ROPE_HEAD_DIM = 6
+# Every token of a clip is to attend to all of it.
+MIN_SKIP = 2
 
 
 def _named(yes: str) -> BeforeValidator:
@@ -41,36 +46,52 @@ class Model(Section):
     patch: Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_flat)] = Field(
         (1, 1, 1), description="latent frames, rows and columns of a token; one number p is (1, p, p)"
     )
-    windows: tuple[Window, ...] = Field(
+    windows: tuple[AnyWindow, ...] = Field(
         ((1, 0, 0), (0, 8, 8)),
         min_length=1,
-        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis",
+        description="attention windows (t, h, w) in tokens, used by the blocks in turn; 0 = the whole axis; or "
+        "(single, k), (group, k): every k-th token of the clip, or group of k (Skiparse, Open-Sora-Plan)",
+    )
+    full_ends: int = Field(0, ge=0, description="blocks at either end that attend to all tokens instead")
+    temporal_attention: bool = Field(
+        False,
+        description="behind the attention to text another one, of each place through time, whose output starts at zero "
+        "(GenTron)",
+    )
+    motion_free: float = Field(
+        0.0, ge=0, le=1, description="share of the training clips in which that sees its own frame alone (GenTron)"
     )
     image_attention: Literal["identity", "frame"] = Field(
         "identity",
         description="images in windows that span frames: pass unchanged (W.A.L.T.), or attend within their frame",
     )
     relative_position: Literal["bias", "rope", "none"] = "bias"
-    rope_split: Literal["quarter", "third", "eighth"] = Field(
+    rope_split: Literal["quarter", "third", "eighth", "time"] = Field(
         "quarter",
-        description="a head's pairs for time: 1/4 (CogVideoX), 1/3 (Wan), 1/8 (FLUX); height and width share the rest",
+        description="a head's pairs for time: 1/4 (CogVideoX), 1/3 (Wan), 1/8 (FLUX), height and width sharing the "
+        "rest; or all of them (STDiT3)",
     )
     rope_theta: float = Field(10_000.0, gt=1, description="base of the angles (HunyuanVideo: 256)")
-    absolute_position: Annotated[Literal["none", "learned", "sincos", "space_then_time"], _named("learned")] = Field(
+    absolute_position: Annotated[
+        Literal["none", "learned", "sincos", "space", "space_then_time"], _named("learned")
+    ] = Field(
         "learned",
-        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), or those of space "
-        "at the start and of time before the first block that spans latent frames (Latte); true = learned",
+        description="added to the tokens: tables of time and space, sinusoids of both (CogVideoX), of space alone "
+        "(STDiT3), or those of space at the start and of time before the first block that spans latent frames (Latte); "
+        "true = learned",
     )
     position_scale: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = Field(
         (1.0, 1.0, 1.0), description="what the sinusoids divide the places (t, h, w) by"
     )
     position_span: int = Field(
-        0, ge=0, description="space_then_time: height and width count to that, however many tokens; 0 = to their number"
+        0,
+        ge=0,
+        description="space, space_then_time: height and width count to that, however many tokens; 0 = to their number",
     )
     qk_norm: Annotated[Literal["none", "head", "head_affine", "head_rms", "width"], _named("head")] = Field(
         "head",
         description="of queries and keys: layer norm of each head, with scale or with shift too, RMS norm of each "
-        "(FLUX) or over all heads (Wan); true = head",
+        "(FLUX, STDiT3) or over all heads (Wan); true = head",
     )
     norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
     norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
@@ -102,6 +123,14 @@ class Model(Section):
         "projected", description="AdaLN by projection of the time, or adaLN-single: one for all blocks + a table each"
     )
     adaln_rank: int = Field(2, ge=0, description="AdaLN-LoRA rank; 0 gives every block a modulation of its own")
+    frame_times: bool = Field(
+        False, description="a diffusion time for each latent frame, so that given ones are clean (diffusion.given)"
+    )
+    given_channels: bool = Field(
+        False,
+        description="given latent frames and their mask beside the noisy latent, by weights that start at zero "
+        "(Open-Sora-Plan; diffusion.given)",
+    )
     time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
     text_padding: Literal["masked", "seen"] = Field(
@@ -134,6 +163,12 @@ class Model(Section):
         """Places of the latent in a token."""
         return math.prod(self.patch)
 
+    def window(self, layer: int) -> AnyWindow:
+        """The attention window of a block, as configured."""
+        if min(layer, self.num_layers - 1 - layer) < self.full_ends:
+            return 0, 0, 0
+        return self.windows[layer % len(self.windows)]
+
     @property
     def is_joint(self) -> bool:
         """Whether text tokens are a stream of their own beside the video's."""
@@ -144,8 +179,12 @@ class Model(Section):
         """The block before which sinusoids of time are added, where that is not the start."""
         if self.absolute_position != "space_then_time":
             return None
-        spanning = (n for n in range(self.num_layers) if self.windows[n % len(self.windows)][0] != 1)
+        spanning = (n for n in range(self.num_layers) if self.window(n)[0] != 1)
         return next(spanning, None)
+
+    @property
+    def _spans_frames(self) -> bool:
+        return self.full_ends > 0 or self.temporal_attention or any(window[0] != 1 for window in self.windows)
 
     @property
     def out_factor(self) -> int:
@@ -188,7 +227,12 @@ class Model(Section):
                 f"model.absolute_position=space_then_time, but none of model.windows={self.windows} spans latent "
                 "frames; add such a window, or use absolute_position=learned"
             )
-        if self.absolute_position in ("sincos", "space_then_time") and self.width % 16:
+        if self.absolute_position == "space" and self.position_scale[0] != 1:
+            yield (
+                f"model.position_scale={list(self.position_scale)} scales time by {self.position_scale[0]:g}, which "
+                "model.absolute_position=space does not have; begin it with 1"
+            )
+        if self.absolute_position in ("sincos", "space", "space_then_time") and self.width % 16:
             yield (
                 f"model.absolute_position={self.absolute_position} needs a model.width divisible by 16, not "
                 f"{self.width}; use {self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
@@ -208,8 +252,26 @@ class Model(Section):
         if self.is_joint:
             yield from self._joint_faults()
         yield from self._stream_faults()
-        if any(size < 0 for window in self.windows for size in window):
+        if self.temporal_attention and self.relative_position == "bias":
+            yield "model.temporal_attention=true takes no position bias; set model.relative_position=rope or none"
+        if self.frame_times and self.num_refiner_layers:
+            yield (
+                f"model.frame_times=true gives no time to a whole caption, which model.num_refiner_layers="
+                f"{self.num_refiner_layers} needs; use num_refiner_layers=0, or given_channels instead of frame_times"
+            )
+        if self.frame_times and self.patch[0] > 1:
+            yield (
+                f"model.frame_times=true gives a time to each latent frame, but model.patch={list(self.patch)} puts "
+                f"{self.patch[0]} of them into a token; use a patch of one frame"
+            )
+        if self.rope_split == "time" and self.relative_position == "rope" and not self._spans_frames:
+            yield (
+                f"model.rope_split=time turns by time alone, but none of model.windows={self.windows} spans latent "
+                "frames; add such a window or temporal_attention, or use rope_split=third"
+            )
+        if any(size < 0 for window in self.windows if len(window) == 3 for size in window):
             yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
+        yield from self._skip_faults()
         if self.attention_backend == "flash" and self.relative_position == "bias":
             yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
         if (
@@ -224,15 +286,42 @@ class Model(Section):
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
             )
 
+    def _skip_faults(self) -> Iterator[str]:
+        """What windows through the whole clip exclude."""
+        skips = [window for window in self.windows if len(window) == 2]
+        if any(k < MIN_SKIP for _, k in skips):
+            yield f"model.windows={self.windows} skips by 1, which is to attend to all; use (0, 0, 0), or k above 1"
+        if skips and self.relative_position == "bias":
+            yield (
+                "model.relative_position=bias has an entry for each offset in a window, and tokens of one that skips "
+                f"lie anywhere (model.windows={self.windows}); use rope or none"
+            )
+        if 2 * self.full_ends >= self.num_layers or (self.full_ends and set(self.windows) == {(0, 0, 0)}):
+            yield (
+                f"model.full_ends={self.full_ends} with model.num_layers={self.num_layers} and model.windows="
+                f"{self.windows}: all blocks attend to all tokens; use windows=[[0,0,0]] and full_ends=0, or full_ends "
+                f"of at most {(self.num_layers - 1) // 2} beside other windows"
+            )
+
     def _joint_faults(self) -> Iterator[str]:
         """What text tokens in self-attention exclude."""
-        if any(any(window) for window in self.windows):
+        if self.temporal_attention:
+            yield (
+                "model.temporal_attention=true is of the video's tokens alone, not of the text's beside them (model."
+                "cross_attention=joint); leave it out, or use cross_attention=all"
+            )
+        if self.full_ends or any(any(window) for window in self.windows):
             yield (
                 f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "
                 "windows; use windows=[[0,0,0]], or cross_attention=all"
             )
         if self.relative_position == "bias":
             yield "model.cross_attention=joint takes no position bias; set model.relative_position=rope or none"
+        if self.frame_times:
+            yield (
+                "model.frame_times=true modulates the tokens of each latent frame, and the text's are of none "
+                "(model.cross_attention=joint); leave it out, or use cross_attention=all"
+            )
         if self.image_attention != "frame":
             yield (
                 "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "
@@ -268,7 +357,13 @@ class Model(Section):
             yield "model.text_weights=own has no norms with scale and shift for the text; set model.norm_affine=false"
 
 
-def whole_window(window: Window, grid: tuple[int, int, int]) -> Window:
-    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid."""
+@overload
+def whole_window(window: Window, grid: Window) -> Window: ...
+@overload
+def whole_window(window: AnyWindow, grid: Window) -> AnyWindow: ...
+def whole_window(window: AnyWindow, grid: Window) -> AnyWindow:
+    """Replace 0 (the whole axis) by the grid's size and clamp what is larger than the grid; one that skips stays."""
+    if len(window) == 2:
+        return window
     t, h, w = (min(size, axis) or axis for size, axis in zip(window, grid, strict=True))
     return t, h, w

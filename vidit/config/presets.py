@@ -22,6 +22,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
+    "stdit3": {
+        "patch": 2, "windows": ((1, 0, 0), (0, 1, 1)), "image_attention": "frame", "relative_position": "rope",
+        "rope_split": "time", "absolute_position": "space", "qk_norm": "head_rms", "cross_attention": "all",
+        "cross_keys": "text", "cross_norm": "none", "modulation": "table", "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
+    "gentron": {
+        "patch": 2, "windows": ((1, 0, 0),), "temporal_attention": True, "relative_position": "rope",
+        "rope_split": "time", "absolute_position": "space", "qk_norm": "none", "cross_attention": "all",
+        "cross_keys": "text", "pooled_text": True, "adaln_rank": 0, "activation": "gelu_tanh",
+        "self_conditioning": 0.0,
+    },
+    "opensora_plan": {
+        "patch": 2, "windows": (("single", 4), ("group", 4)), "full_ends": 1, "image_attention": "frame",
+        "relative_position": "rope", "rope_split": "third", "absolute_position": False, "qk_norm": "none",
+        "cross_attention": "all", "cross_keys": "text", "cross_norm": "none", "modulation": "table",
+        "activation": "gelu_tanh", "self_conditioning": 0.0,
+    },
     "hunyuanvideo": {
         "num_single_layers": 2, "patch": 2, "windows": ((0, 0, 0),), "image_attention": "frame",
         "relative_position": "rope", "rope_split": "eighth", "rope_theta": 256.0, "absolute_position": False,
@@ -45,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # which 2B has 30 heads, not 32; Latte's (2401.03048) is that of Latte-1, text to 16 frames. HunyuanVideo's (2412.03603)
 # is the distilled text-to-video model, 20 blocks of two streams and 40 of one; Open-Sora 2.0's (2503.09642) has FLUX's
 # 19 and 38.
+# GenTron's (2312.04557) XL/2 and G/2 have unpublished heads, taken to be 16, and places in time, here a rotation.
+# Open-Sora 1.2 is STDiT3-XL/2: 28 spatial and 28 temporal blocks in turn; Open-Sora-Plan 1.3 (2412.00131) is its 2.7B.
 # COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
@@ -68,4 +88,8 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "hunyuanvideo": (60, 3072, 24, 12288, {**FAMILIES["hunyuanvideo"], "num_single_layers": 40, "pooled_width": 768}),
     "opensora-2": (57, 3072, 24, 12288, {**FAMILIES["flux"], "num_single_layers": 38, "pooled_width": 768}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
+    "gentron-XL": (28, 1152, 16, 4608, FAMILIES["gentron"]),
+    "gentron-G": (48, 1664, 16, 6656, FAMILIES["gentron"]),
+    "opensora-plan-1.3": (32, 2304, 24, 9216, {**FAMILIES["opensora_plan"], "full_ends": 2}),
+    "opensora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True, "frame_rate": True}),
 }

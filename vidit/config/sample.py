@@ -15,6 +15,9 @@ class Sample(Section):
     sampler: Sampler = "euler"
     num_steps: int = Field(50, gt=0)
     guidance: float = Field(7.5, ge=0, description="classifier-free guidance scale s: u + s (c - u)")
+    motion_guidance: float = Field(
+        1.0, ge=0, description="scale of what attention through time changes (GenTron: 1.0 to 1.3); 1 is none"
+    )
     guidance_rescale: float = Field(0.0, ge=0, le=1)
     micro_batch: int = Field(8, gt=0)
     prompts: tuple[str, ...] = Field((), description="captions sampled during training")

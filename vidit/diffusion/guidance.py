@@ -34,25 +34,43 @@ def guidance_rescale(guided: Tensor, cond: Tensor, strength: float) -> Tensor:
 
 
 def guided(
-    denoise: ConditionalDenoise, cond: Condition, uncond: Condition, scale: float, *, rescale: float = 0.0
+    denoise: ConditionalDenoise,
+    cond: Condition,
+    uncond: Condition,
+    scale: float,
+    *,
+    rescale: float = 0.0,
+    still: Condition | None = None,
+    motion: float = 1.0,
 ) -> Denoise:
     """A denoiser for `sample` that guides from uncond towards cond, in one call on 2 B clips, uncond first.
+
+    Motion-free guidance (GenTron, 2312.04557) adds a third pass, which comes first: n + m (u - n) + s (c - u), where
+    n is of a model that does not attend through time and knows no caption.
 
     Args:
         denoise: the conditional denoiser.
         cond, uncond: the same names, the same shapes.
         scale: s; 1 is the plain conditional model, a call on B clips.
         rescale: strength of `guidance_rescale`.
+        still: the condition of n, where `motion` is not 1.
+        motion: m.
     """
     if cond.keys() != uncond.keys():
         raise ValueError(f"conditions hold {sorted(cond)} but unconditional holds {sorted(uncond)}; give the same")
-    pair = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+    if (motion == 1) != (still is None):
+        raise ValueError(f"motion={motion} needs the condition of a clip without motion (still), 1 takes none")
+    parts = [part for part in (still, uncond, cond) if part is not None]
+    together = {name: torch.cat([part[name] for part in parts]) for name in cond}
 
     def call(x: Tensor, t_B: Tensor) -> Tensor:
-        if scale == 1:
+        if scale == 1 and motion == 1:
             return denoise(x, t_B, cond)
-        u, c = denoise(torch.cat([x, x]), torch.cat([t_B, t_B]), pair).chunk(2)
+        n = len(parts)
+        *free, u, c = denoise(torch.cat([x] * n), torch.cat([t_B] * n), together).chunk(n)
         g = guide(u, c, scale)
+        if free:
+            g = g + (motion - 1) * (u - free[0])
         return guidance_rescale(g, c, rescale) if rescale else g
 
     return call

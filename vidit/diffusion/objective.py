@@ -96,11 +96,18 @@ class Objective:
         snr = (self.path.alpha(t) / self.path.sigma(t)) ** 2
         return snr.clamp(max=self.min_snr_gamma) * self._error_ratio(t)
 
-    def loss(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """weight(t) |y - y_hat|^2, averaged over all but dim 0: (B,) fp32 (fp64 for fp64 input)."""
+    def loss(self, output: Tensor, x: Tensor, noise: Tensor, t: Tensor, given_BT: Tensor | None = None) -> Tensor:
+        """weight(t) |y - y_hat|^2, averaged over all but dim 0: (B,) fp32 (fp64 for fp64 input).
+
+        Of x (B, C, T, ...) the frames marked in `given_BT` do not count; fewer than all of a row are.
+        """
         dtype = torch.promote_types(wide(x.dtype), output.dtype)
         error = (output.to(dtype) - self.target(x.to(dtype), noise.to(dtype), t)) ** 2
-        return (error * expand(self.weight(t), error)).flatten(1).mean(1)
+        error = error * expand(self.weight(t), error)
+        if given_BT is None:
+            return error.flatten(1).mean(1)
+        counted_BT = (~given_BT).to(dtype)
+        return (error * expand(counted_BT[:, None], error)).flatten(1).mean(1) / counted_BT.mean(1)
 
 
 def build_objective(c: Diffusion) -> Objective:

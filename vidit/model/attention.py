@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidit.config import Model, whole_window
+from vidit.config import AnyWindow, Model, Window, whole_window
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
 from vidit.model.rope import rotate
@@ -104,7 +104,7 @@ def kept_values(v: Tensor, q: Tensor, k: Tensor, bias_NWW: Tensor | None) -> Ten
 
 
 class WindowCore(nn.Module):
-    """Attention inside windows; 0 in `window` is the whole axis, so (0, 0, 0) is full attention.
+    """Attention inside windows; 0 in `window` is the whole axis, so (0, 0, 0) is full attention. Some skip (`folded`).
 
     q, k, v (B, S, N, K) hold every token of `grid`; `bias_NWW` is added to the logits of each window; `text`
     adds keys that all windows see. Images in a window that spans latent frames (T of them in a row, or one as
@@ -113,7 +113,7 @@ class WindowCore(nn.Module):
     `within`, `pairs` and `reach` tell the same to who has some of the windows, or some of the tokens.
     """
 
-    def __init__(self, window: tuple[int, int, int], backend: str = "auto", identity_images: bool = False):
+    def __init__(self, window: AnyWindow, backend: str = "auto", identity_images: bool = False):
         super().__init__()
         self.window = window
         self.backend = backend
@@ -182,7 +182,7 @@ class WindowCore(nn.Module):
         sees_text = None if text is None else (text.frame_BL != PADDING)[:, None]
         if grid.image_B is not None:
             frame_S = torch.arange(grid.frames, device=device).repeat_interleave(grid.height * grid.width)
-            if window[0] > 1 and not self.identity_images:
+            if window[0] != 1 and not self.identity_images:
                 group = torch.where(grid.image_B[:, None], window_S * grid.frames + frame_S, window_S * grid.frames)
             if text is not None:
                 sees_text = visible(text.frame_BL, frame_S)
@@ -190,10 +190,13 @@ class WindowCore(nn.Module):
 
     def reach(self, grid: Grid, first: int, last: int) -> tuple[int, int]:
         """Outside of which tokens the tokens first .. last - 1 see nothing: whole latent frames, as [first, last)."""
-        t, plane = whole_window(self.window, grid.shape)[0], grid.height * grid.width
+        window, plane = whole_window(self.window, grid.shape), grid.height * grid.width
+        if len(window) == 2:
+            return 0, grid.num_tokens
+        t = window[0]
         return first // plane // t * t * plane, min(grid.frames, ((last - 1) // plane // t + 1) * t) * plane
 
-    def _own_keys(self, window: tuple[int, int, int], grid: Grid, q: Tensor, own: slice) -> Tensor | None:
+    def _own_keys(self, window: AnyWindow, grid: Grid, q: Tensor, own: slice) -> Tensor | None:
         """Which tokens of its window each token sees: (B * windows, 1, 1 or W, W), or None for all of them."""
         real_XW = padding_mask(window, grid, q.device)
         if real_XW is not None:
@@ -202,28 +205,32 @@ class WindowCore(nn.Module):
             if real_XW is None:
                 return None
             return real_XW.repeat(q.shape[0] // real_XW.shape[0], 1)[:, None, None, :]
-        frame_W = torch.arange(window[0], device=q.device).repeat_interleave(window[1] * window[2])
-        num_windows = q.shape[0] // grid.image_B.shape[0]
-        image_X = grid.image_B.repeat_interleave(num_windows)[:, None, None]
-        sees = (frame_W[:, None] == frame_W) | ~image_X
+        frame_XW = self._frames(window, grid, q.device)[own]
+        image_X = grid.image_B.repeat_interleave(len(frame_XW))[:, None, None]
+        sees = (frame_XW[:, :, None] == frame_XW[:, None, :]).repeat(len(grid.image_B), 1, 1) | ~image_X
         if real_XW is not None:
             sees = sees & real_XW.repeat(len(grid.image_B), 1)[:, None, :]
         return sees[:, None]
 
     def _with_text(
-        self, mask: Tensor | None, frame_BL: Tensor, window: tuple[int, int, int], grid: Grid, q: Tensor, own: slice
+        self, mask: Tensor | None, frame_BL: Tensor, window: AnyWindow, grid: Grid, q: Tensor, own: slice
     ) -> Tensor:
         """The mask over (window keys, text keys): (B * windows, 1, W or 1, W + L)."""
         num_windows = q.shape[0] // frame_BL.shape[0]
         if grid.image_B is None:
             sees_text = (frame_BL != PADDING).repeat_interleave(num_windows, 0)[:, None, :]
         else:
-            frame_S = torch.arange(grid.frames, device=q.device).repeat_interleave(grid.height * grid.width)
-            frame_XW = partition(frame_S[None, :, None], window, grid)[own, :, 0]
+            frame_XW = self._frames(window, grid, q.device)[own]
             sees_text = visible(frame_BL, frame_XW.flatten()).reshape(q.shape[0], q.shape[1], -1)
         own_keys = sees_text.new_ones(q.shape[0], 1, q.shape[1]) if mask is None else mask[:, 0]
         rows = max(own_keys.shape[1], sees_text.shape[1])
         return torch.cat((own_keys.expand(-1, rows, -1), sees_text.expand(-1, rows, -1)), dim=-1)[:, None]
+
+    @staticmethod
+    def _frames(window: AnyWindow, grid: Grid, device: torch.device) -> Tensor:
+        """The latent frame of every token of every window: (windows, W), 0 past the grid."""
+        frame_S = torch.arange(grid.frames, device=device).repeat_interleave(grid.height * grid.width)
+        return partition(frame_S[None, :, None], window, grid)[..., 0]
 
 
 def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
@@ -243,7 +250,7 @@ def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid) -> Tens
 class RelativeBias(nn.Module):
     """A learned logit for every offset inside a window: (N, W, W) from a table of the 3D offsets (Swin, eq. 4)."""
 
-    def __init__(self, window: tuple[int, int, int], num_heads: int):
+    def __init__(self, window: Window, num_heads: int):
         super().__init__()
         self.window = window
         offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
@@ -263,13 +270,14 @@ class RelativeBias(nn.Module):
 class SelfAttention(nn.Module):
     """Windowed self-attention: (B, S, D) -> (B, S, D)."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int], identity_images: bool):
+    def __init__(self, c: Model, window: AnyWindow, identity_images: bool):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
         self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
-        self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" else None
-        self.rope = c.relative_position == "rope"
+        self.bias = RelativeBias(window, c.num_heads) if c.relative_position == "bias" and len(window) == 3 else None
+        # Within one frame angles of time turn queries and keys alike.
+        self.rope = c.relative_position == "rope" and not (c.rope_split == "time" and window[0] == 1)
         self.core: nn.Module = WindowCore(window, c.attention_backend, identity_images)
 
     def forward(self, x_BSD: Tensor, positions: Positions, grid: Grid) -> Tensor:
@@ -291,7 +299,7 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Video tokens attend to text, and with `cross_keys=video_and_text` to the tokens of their own window as well."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int]):
+    def __init__(self, c: Model, window: AnyWindow):
         super().__init__()
         self.head_dim = c.width // c.num_heads
         self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))

@@ -1,18 +1,18 @@
 """One transformer block: modulated self-attention, cross-attention to text, modulated MLP.
 
 Every family of the project is this block with other parts, chosen by the config: which modulation, which norms, which
-attention reads the text, whether text tokens have weights of their own. Blocks in which attention and MLP stand side by
-side are another class (`single.py`).
+attention reads the text, whether text tokens have weights of their own, whether attention through time follows
+(GenTron). Blocks in which attention and MLP stand side by side are another class (`single.py`).
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import AnyWindow, Model
 from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
 from vidit.model.joint import Streams, joint_attention
 from vidit.model.linear import Linear
-from vidit.model.modulation import block_modulation
+from vidit.model.modulation import FrameVectors, block_modulation
 from vidit.model.norm import Norm, modulate
 from vidit.model.position import TimePosition
 from vidit.model.windows import Grid
@@ -44,21 +44,26 @@ class Block(nn.Module):
     unchanged, `adds_time` whether sinusoids of time come first.
     """
 
-    def __init__(self, c: Model, window: tuple[int, int, int], cross: bool, identity_images: bool, adds_time: bool):
+    def __init__(self, c: Model, window: AnyWindow, cross: bool, identity_images: bool, adds_time: bool):
         super().__init__()
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
+        self.frames = FrameVectors() if c.frame_times else None
         self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
         self.attn = joint_attention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
         bare = c.cross_norm == "bare"
         self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
         self.cross = CrossAttention(c, window) if cross else None
+        self.temporal_norm = Norm(c.width, c.norm_affine, c.norm_eps) if c.temporal_attention else None
+        self.temporal = SelfAttention(c, (0, 1, 1), identity_images=False) if c.temporal_attention else None
         self.mlp = Mlp(c.width, c.mlp_width, c.activation)
         self.text_mlp = Mlp(c.width, c.mlp_width, c.activation) if c.text_weights == "own" else None
 
     def forward(self, x: Tokens, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Tokens:
         streams = as_streams(x)
         dtype, vectors = streams[0].dtype, self.modulation(cond_BRD)
+        if self.frames is not None:
+            vectors = self.frames(vectors, positions, grid)
         if self.time is not None:
             streams[0] = streams[0] + self.time(positions, grid).to(dtype)
         # Of each stream shift, scale and gate of the attention, then of the MLP.
@@ -72,6 +77,9 @@ class Block(nn.Module):
             (video,) = streams
             asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
             streams = [video + self.cross(asking, text, positions, grid)]
+        if self.temporal is not None and self.temporal_norm is not None:
+            (video,) = streams
+            streams = [video + self.temporal(self.temporal_norm(video).to(dtype), positions, grid.through_time)]
         inner = [modulate(self.mlp_norm(s), v[3], v[4]).to(dtype) for s, v in zip(streams, own, strict=True)]
         mlps = (self.mlp, self.mlp if self.text_mlp is None else self.text_mlp)[: len(streams)]
         streams = [s + (v[5] * mlp(i)).to(dtype) for s, v, i, mlp in zip(streams, own, inner, mlps, strict=True)]

@@ -81,12 +81,13 @@ class Embed(nn.Module):
 
     def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
         super().__init__()
-        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0)
+        self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0, c.given_channels)
         self.conditioning = Conditioning(c, text_width)
         self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)
         self.sees_padding = c.text_padding == "seen"
+        self.frame_times = c.frame_times
 
     def forward(
         self,
@@ -99,7 +100,7 @@ class Embed(nn.Module):
         previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
     ) -> tuple[Tokens, TextContext, Tensor]:
-        tokens = self.patch(x, previous_BCTHW)
+        tokens = self.patch(x, previous_BCTHW, grid.given_BCTHW)
         if self.position is not None:
             tokens = tokens + self.position(grid, tokens.device)
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
@@ -107,7 +108,11 @@ class Embed(nn.Module):
         if self.text is not None:
             features = self.text(text_BLE.to(dtype), time_B, frame, grid.image_B is not None)
         tokens = self.tokens(tokens, grid, features, dtype)
-        return tokens, TextContext(features, frame), self.conditioning(time_B, pooled_BE, grid.fps_B)
+        fps_B = grid.fps_B
+        if self.frame_times:
+            time_B = (time_B if time_B.ndim > 1 else time_B[:, None].expand(-1, grid.frames)).flatten()
+            pooled_BE, fps_B = (None if x is None else x.repeat_interleave(grid.frames, 0) for x in (pooled_BE, fps_B))
+        return tokens, TextContext(features, frame), self.conditioning(time_B, pooled_BE, fps_B)
 
 
 class DiT(nn.Module):
@@ -125,7 +130,7 @@ class DiT(nn.Module):
         for layer in range(c.num_layers):
             window = window_of(c, layer)
             identity_images = window[0] != 1 and c.image_attention == "identity"
-            if c.relative_position == "bias":  # its table has the size of the window on the largest grid
+            if c.relative_position == "bias" and len(window) == 3:  # the table has the size it has on the largest grid
                 t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
                 window = (t, h, w)
             if layer >= c.num_double_layers:
@@ -153,7 +158,7 @@ class DiT(nn.Module):
             x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
                 the stage before.
             grid: the latent in tokens, which rows are images, and how fast the others run.
-            time_B: what the path conditions on, about 0 to 1000.
+            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame.
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
             previous_BCTHW: the self-conditioning estimate; zeros when None.
@@ -162,7 +167,7 @@ class DiT(nn.Module):
         positions = self.positions(grid, cond.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)
-        return self.head(tokens, cond, grid)
+        return self.head(tokens, cond, grid, positions)
 
 
 def text_frames(mask_BL: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
+from vidit.model.attention import Positions
 from vidit.model.block import GELU, Tokens, as_streams
 from vidit.model.linear import Linear
-from vidit.model.modulation import output_modulation
+from vidit.model.modulation import FrameVectors, output_modulation
 from vidit.model.norm import Norm, modulate
 from vidit.model.refiner import Refiner
 from vidit.model.windows import Grid
@@ -24,21 +25,42 @@ class PatchEmbed(nn.Module):
     """(B, C, T, H, W) -> (B, S, D) with S = T/t H/h W/w for patches of (t, h, w).
 
     With `self_conditioned` the estimate of a first pass takes as many channels again; None is an estimate of zeros.
+    With `given` a second projection, which starts at zero, sees given frames and their mask (`Grid`); None adds zero.
     """
 
-    def __init__(self, channels: int, patch: tuple[int, int, int], width: int, self_conditioned: bool = False):
+    def __init__(
+        self,
+        channels: int,
+        patch: tuple[int, int, int],
+        width: int,
+        self_conditioned: bool = False,
+        given: bool = False,
+    ):
         super().__init__()
         self.patch, self.self_conditioned = patch, self_conditioned
         self.project = Linear(channels * (2 if self_conditioned else 1) * math.prod(patch), width)
+        self.given = Linear((channels + 1) * math.prod(patch), width, bias=False) if given else None
 
-    def forward(self, x_BCTHW: Tensor, previous_BCTHW: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BCTHW: Tensor, previous_BCTHW: Tensor | None = None, given_BCTHW: Tensor | None = None
+    ) -> Tensor:
         if self.self_conditioned:
             previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
             x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
+        tokens = self.project(self.fold(x_BCTHW))
+        if self.given is None:
+            return tokens
+        if given_BCTHW is None:  # its weights take part all the same: ranks that divide them go together
+            channels = self.given.in_features // math.prod(self.patch)
+            given_BCTHW = x_BCTHW.new_zeros(len(x_BCTHW), channels, *x_BCTHW.shape[2:])
+        return tokens + self.given(self.fold(given_BCTHW))
+
+    def fold(self, x_BCTHW: Tensor) -> Tensor:
+        """The numbers of each patch side by side: (B, S, t h w C)."""
         b, c, t, h, w = x_BCTHW.shape
         pt, ph, pw = self.patch
         x = x_BCTHW.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
-        return self.project(x.flatten(4).flatten(1, 3))
+        return x.flatten(4).flatten(1, 3)
 
 
 class TextEmbed(nn.Module):
@@ -68,11 +90,15 @@ class Head(nn.Module):
         self.final_norm = Norm(c.width, affine=True, eps=c.norm_eps) if c.norm_affine else nn.Identity()
         self.norm = Norm(c.width, c.norm_affine, c.norm_eps)
         self.modulation = output_modulation(c)
+        self.frames = FrameVectors() if c.frame_times else None
         self.project = Linear(c.width, c.patch_size * channels * c.out_factor)
 
-    def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid) -> Tensor:
+    def forward(self, tokens: Tokens, cond_BRD: Tensor, grid: Grid, positions: Positions | None = None) -> Tensor:
         x_BSD, *_ = as_streams(tokens)
-        shift, scale = self.modulation(cond_BRD)
+        vectors = self.modulation(cond_BRD)
+        if self.frames is not None:
+            vectors = self.frames(vectors, positions, grid)
+        shift, scale = vectors
         normed = self.norm(self.final_norm(x_BSD))
         x = widen(self.project(modulate(normed, shift, scale).to(x_BSD.dtype)))
         x = x.reshape(x.shape[0], *grid.shape, *self.patch, -1)[..., : self.channels]

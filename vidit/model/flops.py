@@ -5,7 +5,7 @@ papers.md section 0 and anchors.md section 8; training is three times the forwar
 out, as every published MFU does.
 """
 
-from vidit.config import Model, Unet, Window, whole_window
+from vidit.config import AnyWindow, Model, Unet, Window, whole_window
 from vidit.model.unet.flops import unet_flops, unet_parameters
 
 REFINER_RATIO = 4
@@ -17,9 +17,18 @@ def crosses(c: Model, layer: int) -> bool:
     return c.cross_attention == "all" or (c.cross_attention == "per_frame" and window_of(c, layer)[0] == 1)
 
 
-def window_of(c: Model, layer: int) -> Window:
+def window_of(c: Model, layer: int) -> AnyWindow:
     """The attention window of a block, as configured."""
-    return c.windows[layer % len(c.windows)]
+    return c.window(layer)
+
+
+def window_tokens(window: AnyWindow, grid: Window) -> int:
+    """Tokens of a window on a grid, those past its end included."""
+    if len(window) == 2:
+        k = window[1]
+        return -(-grid[0] * grid[1] * grid[2] // (k * k)) * k
+    t, h, w = whole_window(window, grid)
+    return t * h * w
 
 
 def forward_flops(c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
@@ -33,12 +42,13 @@ def forward_flops(c: Model | Unet, grid: tuple[int, int, int], channels: int, te
 def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: int) -> int:
     """Of one block and one clip, as `forward_flops` counts."""
     tokens, d = grid[0] * grid[1] * grid[2], c.width
-    t, h, w = whole_window(window_of(c, layer), grid)
-    window = t * h * w
+    window = window_tokens(window_of(c, layer), grid)
     total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
     if c.is_joint:
         both = tokens + text_tokens  # whether one set of weights or two, in turn or side by side
         return both * (8 * d * d + 4 * d * c.mlp_width + 4 * both * d)
+    if c.temporal_attention:
+        total += tokens * (8 * d * d + 4 * grid[0] * d)
     if crosses(c, layer):
         joint = c.cross_keys == "video_and_text"
         total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
@@ -49,7 +59,8 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
 def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     """Of the patch embedding and one clip."""
     tokens = grid[0] * grid[1] * grid[2]
-    return 2 * tokens * c.width * channels * c.patch_size * (2 if c.self_conditioning else 1)
+    seen = channels * (2 if c.self_conditioning else 1) + (channels + 1) * c.given_channels
+    return 2 * tokens * c.width * seen * c.patch_size
 
 
 def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
@@ -74,6 +85,7 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size
     total = patch * (2 if c.self_conditioning else 1) * d + d  # patch embedding
+    total += (channels + 1) * c.patch_size * d * c.given_channels
     numbers = 1 + c.frame_rate + (c.guidance > 0)
     total += (c.time_frequencies + 1 + cond + 1) * cond * numbers
     if c.pooled_text:
@@ -90,12 +102,14 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     own = c.adaln_rank * (cond + vectors) if c.adaln_rank else (cond + 1) * vectors
     # Three vectors, one norm, one bias of the output.
     total += c.num_single_layers * (attention + mlp - d + norm + 3 * d * (cond + 1))
+    total += c.num_double_layers * (attention + norm) * c.temporal_attention
     for layer in range(c.num_double_layers):
         total += (attention + mlp) * (2 if c.text_weights == "own" else 1) + 2 * norm
         total += cross if crosses(c, layer) else 0
         total += vectors if c.modulation == "table" else own
-        if c.relative_position == "bias":
-            t, h, w = (n or axis for n, axis in zip(window_of(c, layer), grid, strict=True))
+        window = window_of(c, layer)
+        if c.relative_position == "bias" and len(window) == 3:
+            t, h, w = (n or axis for n, axis in zip(window, grid, strict=True))
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
     total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
     return total + (d + 1) * patch * c.out_factor + 2 * norm  # head

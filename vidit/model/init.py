@@ -1,9 +1,10 @@
 """Initial values, one generator for each parameter, keyed by its full name.
 
 The numbers do not depend on the order of construction, on other parameters or on sharding. Layers that end
-a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748), as does the embedding of
-the frame rate, which may be added to a trained model; linear layers are Xavier uniform; tables are normal with std
-0.02, those of a modulation with 1 / sqrt(D) (PixArt-alpha, 2310.00426).
+a residual branch through a gate, and the output, start at zero (AdaLN-Zero, DiT 2212.09748), as does what may be added
+to a trained model: the embedding of the frame rate, the output of attention through time (GenTron, 2312.04557), what
+sees given frames (Open-Sora-Plan, 2412.00131). Linear layers are Xavier uniform; tables are normal with std 0.02, those
+of a modulation with 1 / sqrt(D) (PixArt-alpha, 2310.00426).
 """
 
 import math
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from vidit import keys
 
 ZERO = re.compile(
-    r"(\.|^)(modulation\.up|modulation|shared|frame_rate\.out|head\.project)\.(weight|bias)$|attn\.bias\.table$"
+    r"(\.|^)(modulation\.up|modulation|shared|frame_rate\.out|head\.project|temporal\.out|patch\.given)\.(weight|bias)$|"
+    r"attn\.bias\.table$"
 )
 # Of a U-Net what closes a residual branch, the parts over time in it, and how much of them is mixed in.
 CLOSING = re.compile(r"(\.|^)(closing|parts\.\d+\.\w+\.(out|down))\.(weight|bias)$|(\.|^)mix\.logit$")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import AnyWindow, Model
 from vidit.model.attention import EVERY_FRAME, PADDING, Positions, SelfAttention, TextContext, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
@@ -79,7 +79,7 @@ def sees(frame_BL: Tensor | None, grid: Grid) -> Tensor | None:
 class JointAttention(SelfAttention):
     """(B, S, D) and text (B, L, D) -> the same; rotation turns video tokens alone."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int]):
+    def __init__(self, c: Model, window: AnyWindow):
         super().__init__(c, window, identity_images=False)
         self.core = JointCore(c.attention_backend)
 
@@ -103,7 +103,7 @@ class JointAttention(SelfAttention):
 class DualAttention(JointAttention):
     """The same, with projections and norms of the text's own."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int]):
+    def __init__(self, c: Model, window: AnyWindow):
         super().__init__(c, window)
         self.text_query, self.text_key, self.text_value, self.text_out = (Linear(c.width, c.width) for _ in range(4))
         self.text_query_norm, self.text_key_norm = query_key_norm(c), query_key_norm(c)
@@ -120,6 +120,6 @@ class DualAttention(JointAttention):
         return out
 
 
-def joint_attention(c: Model, window: tuple[int, int, int]) -> JointAttention:
+def joint_attention(c: Model, window: AnyWindow) -> JointAttention:
     """What `model.text_weights` says, for a block that is not single-stream."""
     return DualAttention(c, window) if c.text_weights == "own" else JointAttention(c, window)

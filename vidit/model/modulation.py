@@ -6,6 +6,9 @@
 | projected, rank r | A_1 of the model + W_b W_a c                 | W.A.L.T. 2312.06662, sec. 3.3  |
 | table             | A_1 of the model + a table (adaLN-single)    | PixArt-alpha 2310.00426, sec. 2.3 |
 
+With a time for each latent frame (Open-Sora 1.2) there is a row of the conditioning for each of them, (B T, R, D), and
+`FrameVectors` gives every token those of its frame.
+
 The conditioning (B, R, D), fp32, has c in row 0 and behind it A_1, where the model has one. Each of the video's and, in
 a joint model, of the text's stream has six vectors: shift, scale and gate of the attention, then of the MLP.
 """
@@ -15,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model
+from vidit.model.attention import Positions
 from vidit.model.linear import Linear
+from vidit.model.windows import Grid
 
 
 class Modulation(nn.Module):
@@ -50,6 +55,14 @@ class OutputModulation(Linear):
 
     def forward(self, cond_BRD: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         return super().forward(F.silu(cond_BRD[:, 0])).unsqueeze(1).chunk(2, dim=-1)
+
+
+class FrameVectors(nn.Module):
+    """Vectors of latent frames, each (B T, 1, D) -> those of the tokens of this rank, each (B, S, D)."""
+
+    def forward(self, vectors: tuple[Tensor, ...], positions: Positions, grid: Grid) -> tuple[Tensor, ...]:
+        frame_S = positions.position_S3[:, 0]
+        return tuple(v.reshape(-1, grid.frames, v.shape[-1])[:, frame_S] for v in vectors)
 
 
 def block_modulation(c: Model) -> nn.Module:

@@ -51,7 +51,7 @@ class HeadNorm(nn.Module):
 
 
 class HeadRms(nn.Module):
-    """RMS norm over the head dim, scale only (FLUX): (B, S, N, K), in at least fp32."""
+    """RMS norm over the head dim, scale only (FLUX, STDiT3): (B, S, N, K), in at least fp32."""
 
     def __init__(self, head_dim: int):
         super().__init__()

@@ -8,7 +8,7 @@ and every pattern at least one name, so a new parameter without a rule is an err
 from dataclasses import dataclass
 from typing import Literal
 
-from vidit.config import Model, Window
+from vidit.config import AnyWindow, Model
 from vidit.model.flops import crosses, window_of
 
 Kind = Literal["column", "row", "per_head", "replicate"]
@@ -26,13 +26,13 @@ class Plan:
     counted: module around `gather` that is called with the grid, which tells how many tokens are real.
     cores: modules that mix video tokens.
     windows: attention window of every block, in order; a pipeline stage knows from it what came before.
-    positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block
-        that holds them.
+    positions: module among `split` whose outputs say where tokens are and carry no gradient -> the argument of a block,
+        and of `counted`, that holds them.
     vectors: modules whose outputs are one vector a row, which acts on every video token.
-    before: modules that are done when the tokens are cut.
+    before: modules that work on what is whole: they are done when the tokens are cut, or know nothing of tokens.
     beside: modules with parameters that work on tokens between the regions.
     means: modules whose output is a mean over heads.
-    placed: modules in blocks whose outputs follow the positions, one entry a token -> in which dim of which output.
+    placed: modules whose outputs follow the positions, one entry a token -> in which dim of which output.
     blocks: the repeated modules: units of checkpointing, compilation and sharding.
     """
 
@@ -42,7 +42,7 @@ class Plan:
     gather: dict[str, int]
     counted: str
     cores: tuple[str, ...]
-    windows: dict[str, Window]
+    windows: dict[str, AnyWindow]
     positions: dict[str, int]
     vectors: tuple[str, ...]
     before: tuple[str, ...]
@@ -55,7 +55,8 @@ class Plan:
 def sharding_plan(c: Model) -> Plan:
     """The plan of a model with this config."""
     cross = any(crosses(c, layer) for layer in range(c.num_layers))
-    wide_norms = [f"blocks.*.{name}.{norm}" for name in ("attn", *["cross"] * cross) for norm in QK_NORMS]
+    attending = ("attn", *["cross"] * cross, *["temporal"] * c.temporal_attention)
+    wide_norms = [f"blocks.*.{name}.{norm}" for name in attending for norm in QK_NORMS]
     wide_norms += [f"blocks.*.attn.text_{norm}" for norm in QK_NORMS] * (c.text_weights == "own")
     parameters = _outside(c) | _attention("attn", c)
     # The tokens, and beside them the text's: features of cross-attention, or a stream.
@@ -63,6 +64,10 @@ def sharding_plan(c: Model) -> Plan:
     cores = ["blocks.*.attn.core"]
     if c.relative_position == "bias":
         parameters["blocks.*.attn.bias.table"] = "column"
+    if c.temporal_attention:
+        parameters |= _attention("temporal", c)
+        regions["blocks.*.temporal"] = (0,)
+        cores.append("blocks.*.temporal.core")
     if cross:
         parameters |= _attention("cross", c)
         regions["blocks.*.cross"] = (0, 1)
@@ -71,6 +76,7 @@ def sharding_plan(c: Model) -> Plan:
     for mlp in ("mlp", *["text_mlp"] * (c.text_weights == "own")):
         parameters |= {f"blocks.*.{mlp}.up.*": "column", f"blocks.*.{mlp}.down.*": "row"}
         regions[f"blocks.*.{mlp}"] = (0,)
+    modulations = ("blocks.*.modulation", "head.modulation")
     return Plan(
         parameters=parameters,
         regions=regions,
@@ -80,18 +86,27 @@ def sharding_plan(c: Model) -> Plan:
         cores=tuple(cores),
         windows={f"blocks.{layer}": window_of(c, layer) for layer in range(c.num_layers)},
         positions={"positions": 3},
-        vectors=("blocks.*.modulation", "head.modulation"),
-        before=("embed",),
+        vectors=() if c.frame_times else modulations,
+        before=("embed", *modulations) if c.frame_times else ("embed",),
         beside=tuple(_affine_norms(c)),
         means=tuple(f"{norm}.mean" for norm in wide_norms) if c.qk_norm == "width" else (),
-        placed={} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}},
+        placed=_placed(c),
     )
+
+
+def _placed(c: Model) -> dict[str, dict[int, int]]:
+    """Sinusoids of time, and the vectors of frames."""
+    placed = {} if c.time_layer is None else {f"blocks.{c.time_layer}.time": {0: 1}}
+    if c.frame_times:
+        placed |= {"blocks.*.frames": dict.fromkeys(range(c.num_vectors), 1), "head.frames": {0: 1, 1: 1}}
+    return placed
 
 
 def _outside(c: Model) -> dict[str, Kind]:
     """What every tensor rank computes alike: narrow next to the blocks, or one vector a row."""
     table = c.modulation == "table"
     patterns = ["embed.patch.project.*", "embed.conditioning.time.*.*", "head.*.*"]
+    patterns += ["embed.patch.given.*"] * c.given_channels
     patterns += ["embed.conditioning.guidance.*.*"] * (c.guidance > 0)
     pooled = "embed.conditioning.pooled.*" + ".*" * (c.pooled_embedding == "mlp")
     patterns += [pooled] * c.pooled_text
@@ -112,6 +127,7 @@ def _affine_norms(c: Model) -> list[str]:
     single = ["blocks.*.norm"] * (c.num_single_layers > 0)
     double = ["blocks.*.attn_norm", "blocks.*.mlp_norm"] * (c.num_double_layers > 0)
     own = [*double, *single, "head.final_norm", "head.norm"] * c.norm_affine
+    own += ["blocks.*.temporal_norm"] * (c.norm_affine and c.temporal_attention)
     return own + ["blocks.*.cross_norm"] * (cross and c.cross_norm == "affine")
 
 

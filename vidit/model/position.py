@@ -59,7 +59,8 @@ class SincosPosition(nn.Module):
 
 
 class SpacePosition(nn.Module):
-    """Fixed sinusoids of width and height, half of D each: (S, D) fp32, the same in every frame (Latte, 2401.03048).
+    """Fixed sinusoids of width and height, half of D each: (S, D) fp32, the same in every frame (Latte, 2401.03048;
+    STDiT3).
 
     With a `span` the places of each axis go from 0 to that, however many tokens there are.
     """

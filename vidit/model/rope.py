@@ -14,17 +14,17 @@ from vidit.dtypes import widen
 THETA = 10_000.0
 
 
-Split = Literal["quarter", "third", "eighth"]
+Split = Literal["quarter", "third", "eighth", "time"]
 
 
 def axis_pairs(head_dim: int, split: Split = "quarter") -> tuple[int, int, int]:
     """How many of a head's K/2 rotated pairs time, height and width have, what does not divide being time's.
 
     `quarter`: 1/4, 3/8, 3/8 (CogVideoX, 2408.06072); `third`: a third each (Wan, 2503.20314); `eighth`: 1/8, 7/16,
-    7/16 (FLUX; HunyuanVideo, 2412.03603).
+    7/16 (FLUX; HunyuanVideo, 2412.03603); `time`: all of them (STDiT3).
     """
     pairs = head_dim // 2
-    space = {"quarter": pairs * 3 // 8, "third": pairs // 3, "eighth": pairs * 7 // 16}[split]
+    space = {"quarter": pairs * 3 // 8, "third": pairs // 3, "eighth": pairs * 7 // 16, "time": 0}[split]
     return pairs - 2 * space, space, space
 
 

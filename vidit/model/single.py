@@ -8,7 +8,7 @@ elsewhere. Their common output projection of (D + F) columns is `attn.out` besid
 
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import AnyWindow, Model
 from vidit.model.attention import Positions, TextContext
 from vidit.model.block import Mlp
 from vidit.model.joint import JointAttention, Streams
@@ -23,7 +23,7 @@ VECTORS = 3
 class SingleBlock(nn.Module):
     """`Streams` to `Streams`."""
 
-    def __init__(self, c: Model, window: tuple[int, int, int]):
+    def __init__(self, c: Model, window: AnyWindow):
         super().__init__()
         self.modulation = Modulation(VECTORS, c.width, c.cond_width, rank=0)
         self.norm = Norm(c.width, c.norm_affine, c.norm_eps)

@@ -67,6 +67,7 @@ def plan_of_stages(plan: Plan, dit: DiT) -> Plan:
         gather=_fitting(plan.gather, modules),
         cores=tuple(_fitting(dict.fromkeys(plan.cores), modules)),
         vectors=tuple(_fitting(dict.fromkeys(plan.vectors), modules)),
+        before=tuple(_fitting(dict.fromkeys(plan.before), modules)),
         beside=tuple(_fitting(dict.fromkeys(plan.beside), modules)),
         means=tuple(_fitting(dict.fromkeys(plan.means), modules)),
         placed=_fitting(plan.placed, modules),

@@ -3,13 +3,18 @@
 W.A.L.T. (2312.06662, section 3.2) alternates non-overlapping windows of one latent frame (1 x h x w) and of
 space-time (t x h' x w'). Full, spatial, temporal and window attention are the same thing with different
 sizes: (T, H, W), (1, H, W), (T, 1, 1), (t, h, w).
+
+Skiparse (Open-Sora-Plan, 2412.00131) numbers the tokens of a clip and takes every k-th (`single`), or every k-th group
+of k (`group`): one axis of a (n, k, k) grid of these numbers, so the same cutting serves (`folded`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from vidit.config import AnyWindow, Skip, Window
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class Grid:
 
     `image_B` marks rows that hold T independent images instead of a clip of T latent frames; None says that
     there are none, which keeps the cheap paths open. `fps_B` are the frames a second of each clip, 0 of images, where
-    `model.frame_rate` asks for them.
+    `model.frame_rate` asks for them. `still_B` marks clips without motion, whose temporal attention sees its own frame
+    alone. `given_BCTHW` are the given latent frames, zeros elsewhere, and behind them a channel of ones where they are.
     """
 
     frames: int
@@ -26,14 +32,33 @@ class Grid:
     width: int
     image_B: Tensor | None = None
     fps_B: Tensor | None = None
+    still_B: Tensor | None = None
+    given_BCTHW: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.frames, self.height, self.width
 
     @property
+    def through_time(self) -> "Grid":
+        """As temporal attention sees it, to which clips without motion are rows of images."""
+        if self.still_B is None:
+            return self
+        return replace(self, image_B=self.still_B if self.image_B is None else self.image_B | self.still_B)
+
+    @property
     def num_tokens(self) -> int:
         return self.frames * self.height * self.width
+
+
+def folded(skip: Skip, grid: Grid) -> tuple[Window, Grid]:
+    """The window of the same tokens on the grid (n, k, k) of their numbers i, some of the last past the clip.
+
+    Its axes are i // k^2, i // k mod k and i mod k.
+    """
+    kind, k = skip
+    planes = -(-grid.num_tokens // (k * k))
+    return (planes, k, 1) if kind == "single" else (planes, 1, k), Grid(planes, k, k)
 
 
 def counts(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
@@ -42,8 +67,11 @@ def counts(window: tuple[int, int, int], grid: Grid) -> tuple[int, int, int]:
     return t, h, w
 
 
-def partition(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
+def partition(x: Tensor, window: AnyWindow, grid: Grid) -> Tensor:
     """(B, S, ...) -> (B * windows, tokens of a window, ...), zeros where a window reaches past the grid."""
+    if len(window) == 2:
+        window, whole = folded(window, grid)
+        x, grid = F.pad(x, (0, 0) * (x.ndim - 2) + (0, whole.num_tokens - grid.num_tokens)), whole
     (t, h, w), (nt, nh, nw) = window, counts(window, grid)
     batch, rest = x.shape[0], x.shape[2:]
     if (nt, nh, nw) == (1, 1, 1):
@@ -58,8 +86,10 @@ def partition(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
     return x.reshape(batch * nt * nh * nw, t * h * w, *rest)
 
 
-def merge(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
+def merge(x: Tensor, window: AnyWindow, grid: Grid) -> Tensor:
     """The inverse of `partition`, padding dropped: (B * windows, tokens of a window, ...) -> (B, S, ...)."""
+    if len(window) == 2:
+        return merge(x, *folded(window, grid))[:, : grid.num_tokens]
     (t, h, w), (nt, nh, nw) = window, counts(window, grid)
     batch, rest = x.shape[0] // (nt * nh * nw), x.shape[2:]
     if (nt, nh, nw) == (1, 1, 1):
@@ -71,16 +101,22 @@ def merge(x: Tensor, window: tuple[int, int, int], grid: Grid) -> Tensor:
     return x.reshape(batch, grid.num_tokens, *rest)
 
 
-def padding_mask(window: tuple[int, int, int], grid: Grid, device: torch.device) -> Tensor | None:
+def padding_mask(window: AnyWindow, grid: Grid, device: torch.device) -> Tensor | None:
     """True where a window's token exists: (windows, tokens of a window), or None where all do."""
-    if all(n * size == axis for n, size, axis in zip(counts(window, grid), window, grid.shape, strict=True)):
+    size, whole = folded(window, grid) if len(window) == 2 else (window, grid)
+    if whole.num_tokens == grid.num_tokens and all(
+        n * s == axis for n, s, axis in zip(counts(size, whole), size, whole.shape, strict=True)
+    ):
         return None
     ones = torch.ones(1, grid.num_tokens, 1, dtype=torch.bool, device=device)
     return partition(ones, window, grid)[..., 0]
 
 
-def numbering(window: tuple[int, int, int], grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+def numbering(window: AnyWindow, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """(window of each token, its place there), both (S,): the rows and columns of what `partition` makes."""
+    if len(window) == 2:
+        of_window, place = numbering(*folded(window, grid), device)
+        return of_window[: grid.num_tokens], place[: grid.num_tokens]
     windows, places = torch.zeros((), dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device)
     axes = torch.meshgrid(*(torch.arange(axis, device=device) for axis in grid.shape), indexing="ij")
     for index, size, count in zip(axes, window, counts(window, grid), strict=True):

@@ -16,6 +16,7 @@ from vidit.data.encode import encode_mp4, write_gif
 from vidit.overrides import apply_overrides, field_names
 from vidit.resolve import faults, grid_of
 from vidit.sample.draw import draw
+from vidit.sample.given import first_latent, read_first
 from vidit.text.encoder import TextEncoder, build_text_encoder
 from vidit.train.parallelize import build_dit
 from vidit.train.precision import choose_device, choose_dtype
@@ -26,7 +27,8 @@ from vidit.whole_file import full_disk_explained, write_whole
 
 # What acts when sampling. The captions come with the request, everything else is in the weights.
 SAMPLING = (
-    "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.micro_batch",
+    "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.motion_guidance",
+    "sample.micro_batch",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
     "diffusion.shift", "diffusion.shift_value", "model.guidance", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip
@@ -43,9 +45,10 @@ class TrainedRun:
     text: TextEncoder
     trained_steps: int
 
-    def draw(self, prompts: Sequence[str], seed: int) -> list[Tensor]:
-        """One video (T, H, W, 3) uint8 for each prompt."""
-        return draw(self.config, self.step, self.model, self.text, prompts, seed)
+    def draw(self, prompts: Sequence[str], seed: int, first: Tensor | None = None) -> list[Tensor]:
+        """One video (T, H, W, 3) uint8 for each prompt, each beginning with the frames `first` (F, H, W, 3), if any."""
+        latent = None if first is None else first_latent(self.config, self.step, first)
+        return draw(self.config, self.step, self.model, self.text, prompts, seed, latent)
 
 
 def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
@@ -108,13 +111,25 @@ def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
             )
 
 
-def sample_run(run_dir: Path, prompts: Sequence[str], out: Path, seed: int, overrides: Sequence[str]) -> Iterator[Path]:
-    """Write one mp4 and one gif for each prompt, beside what is there; yields their paths."""
+def sample_run(
+    run_dir: Path,
+    prompts: Sequence[str],
+    out: Path,
+    seed: int,
+    overrides: Sequence[str],
+    first: Path | None = None,
+    num_first: int = 1,
+) -> Iterator[Path]:
+    """Write one mp4 and one gif for each prompt, beside what is there; yields their paths.
+
+    Each video begins with the first `num_first` frames of the file `first`, where there is one.
+    """
     trained = open_trained(run_dir, overrides)
+    frames = None if first is None else read_first(trained.config, first, num_first)
     fps = trained.config.data.shown_fps
     with full_disk_explained(out):
         out.mkdir(parents=True, exist_ok=True)
-        videos = trained.draw(prompts, seed)
+        videos = trained.draw(prompts, seed, frames)
         for number, (prompt, video) in enumerate(zip(prompts, videos, strict=True)):
             mp4, gif = _unused(out, f"{seed}-{number}-{stem_of(prompt)}")
             write_whole(mp4, encode_mp4(video.numpy(), fps))

@@ -3,11 +3,11 @@
 A folder of weights is one that `vidit export` or `vidit import` wrote. Of the parts of a run (dit, text, vae) it may
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
-A denoiser may begin with an image model, one without layers over time, or with one that is told no frame rate: what
-is new adds zero in the beginning, so it gives what that gave.
+Parts of a denoiser that begin by adding zero may be new to the weights (`NEW`): a model of images becomes one of videos
+(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
 """
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -17,8 +17,12 @@ from vidit.model.init import initial_value
 from vidit.train.rundir import newest_checkpoint
 from vidit.train.weights_folder import open_weights, require_keys
 
-# In the names of parameters that a model may begin without.
-OVER_TIME, FRAME_RATE = ".temporal", ".frame_rate."
+# By what is in their names: what they are, all of them or none in a folder.
+NEW = {
+    ".temporal": "attention through time",
+    ".frame_rate.": "frame rate",
+    ".patch.given.": "channels of given frames",
+}
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -34,7 +38,7 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     weights = open_weights(Path(c.init_from))
     parts = {_part(name) for name in weights.shapes}
     wanted = {name for name in names if _part(name) in parts}
-    wanted -= _added(wanted, weights.shapes)
+    wanted = {name for name in wanted if not any(part in name for part in _lacking(weights.shapes))}
     require_keys(wanted, set(weights.shapes), f"train.init_from={c.init_from}")
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
@@ -50,33 +54,37 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     return value
 
 
-def initial_notes(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """What to tell the user of a run that begins: which layers the folder of its weights lacked."""
-    c = config.train
-    if c.init_from is None:
+def new_parts(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """What to say of the parts of the denoiser that the folder of `train.init_from` lacks and that begin anew.
+
+    `names` are of every parameter of the model.
+    """
+    folder = config.train.init_from
+    if folder is None or newest_checkpoint(Path(config.directory)) is not None:
         return []
-    shapes = open_weights(Path(c.init_from)).shapes
-    parts = {_part(name) for name in shapes}
-    added = sorted(_added({name for name in names if _part(name) in parts}, shapes))
-    if not added:
+    shapes = open_weights(Path(folder)).shapes
+    if not any(_part(name) == config.train.task for name in shapes):
         return []
-    layers = dict.fromkeys(_layer(name) for name in added)
-    return [f"train.init_from={c.init_from} lacks {len(layers)} layers, which begin at zero: {' '.join(layers)}"]
+    said = []
+    for part in _lacking(shapes):
+        if new := [name for name in names if part in name]:
+            layers = " ".join(dict.fromkeys(_layer(name, part) for name in new))
+            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, which begins by adding zero")
+    return said
 
 
-def _added(wanted: set[str], given: Collection[str]) -> set[str]:
-    """Names of layers over time where the folder has none of a kind, and the same of the frame rate."""
-    found: set[str] = set()
-    for kind in (OVER_TIME, FRAME_RATE):
-        if not any(kind in name for name in given):
-            found |= {name for name in wanted if kind in name}
-    return found
+def _layer(name: str, part: str) -> str:
+    """The module of a U-Net that a parameter belongs to; of a DiT, whose blocks are alike, all of that kind."""
+    before, _, after = name.partition(part)
+    if _part(name) == "dit":
+        return f"dit.*{part}*"
+    return before + part.rstrip(".") + ("" if part.endswith(".") else after.partition(".")[0])
 
 
-def _layer(name: str) -> str:
-    """The module over time that a parameter belongs to, or the one that takes the frame rate."""
-    before, kind, after = name.partition(OVER_TIME if OVER_TIME in name else FRAME_RATE.rstrip("."))
-    return before + kind + after.partition(".")[0]
+def _lacking(names: Iterable[str]) -> list[str]:
+    """What of `NEW` is in none of the names."""
+    names = list(names)
+    return [part for part in NEW if not any(part in name for name in names)]
 
 
 def _part(name: str) -> str:

@@ -11,7 +11,7 @@ from parallel.kinds import SequenceKind, choose_kind, sequence_faults, ulysses_d
 from parallel.layout import Layout
 from parallel.parts import context_faults, row_faults
 from parallel.stages import cut, micro_batch_faults, stage_faults
-from vidit.config import Bucket, Launch, RunConfig, Window, refuse
+from vidit.config import AnyWindow, Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
 from vidit.resolve import faults, grid_of, latent_frames, resolve
 
@@ -36,7 +36,7 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
     has_tokens = config.train.task == "dit" and layout.sequence > 1
     if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
-        windows = [] if p.sharded_norms is True else _windows(fixed)
+        windows = [] if p.sharded_norms is True or m.temporal_attention else _windows(fixed)
         changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, _grids(fixed), ranks_per_node)
     kind = changes.get("sequence_kind", p.sequence_kind)
     if kind == "ulysses_ring" and not p.ulysses:
@@ -74,7 +74,7 @@ def own_tokens(config: RunConfig, grid: Window, layer: int, sequence_rank: int) 
     return tokens
 
 
-def _windows(config: RunConfig) -> list[Window]:
+def _windows(config: RunConfig) -> list[AnyWindow]:
     return [window_of(config.model, layer) for layer in range(config.model.num_layers)]
 
 
@@ -185,6 +185,11 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         yield (
             f"parallel.sequence_kind={kind} has no way to let text tokens ask (model.cross_attention=joint); use "
             f"ulysses, with a parallel.sequence that divides {m.num_heads // layout.tensor} heads"
+        )
+    if kind == "window" and m.temporal_attention:
+        yield (
+            "model.temporal_attention=true mixes tokens of a block in windows of two kinds, of which parallel."
+            "sequence_kind=window can keep one whole on a rank; use ulysses, ring or ulysses_ring"
         )
     if kind == "window" and p.sharded_norms is True:
         yield (

@@ -103,7 +103,7 @@ class PipelinePasses:
             return rows_B.mean() / len(batches)
 
         with self.around(True):
-            micro_batches = [self._micro_batch(batch, own) for batch, own in zip(batches, inputs, strict=True)]
+            micro_batches = [self._micro_batch(*given) for given in zip(batches, inputs, videos, strict=True)]
             estimates = self._estimates(inputs, videos, entering, micro_batches, shapes)
             for micro_batch, estimate in zip(micro_batches, estimates, strict=True):
                 micro_batch["previous"] = estimate
@@ -120,13 +120,13 @@ class PipelinePasses:
         assert video is not None
         return self.step.objective.network_input(video.x_t, inputs.t_B)
 
-    def _micro_batch(self, batch: Batch, inputs: Inputs) -> dict[str, Any]:
+    def _micro_batch(self, batch: Batch, inputs: Inputs, video: Video | None) -> dict[str, Any]:
         step, num_clips = self.step, len(batch.clips.keys)
         assert batch.tokens is not None
         tokens = batch.tokens.to(step.device)
         return {
-            "grid": inputs.grid,
-            "time_B": step.objective.path.time_embedding_input(inputs.t_B),
+            "grid": inputs.grid if video is None else step.shown(inputs, video),
+            "time_B": step.objective.path.time_embedding_input(inputs.times),
             # A frozen encoder runs once for all stages and passes of this rank, a trained one within each.
             "text": step.text(self.model, tokens, num_clips, batch.text) if step.frozen_text is not None else None,
             "tokens": tokens,

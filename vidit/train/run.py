@@ -20,7 +20,7 @@ from vidit.train.ema import Ema
 from vidit.train.encoding import require_same_encoders
 from vidit.train.entry import by_order
 from vidit.train.goodput import Ledger, report_goodput
-from vidit.train.initial import initial_notes
+from vidit.train.initial import new_parts
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
 from vidit.train.loop import Account, Beat, Watchers, train_loop
@@ -79,14 +79,13 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
             task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
         )
         ledger.started("model")
+        begun = new_parts(config, [name for name, _ in task.model.named_parameters()])
         held, notes = resume(config.directory / "checkpoints", state)
-        if not state.step:
-            notes += initial_notes(config, [name for name, _ in task.model.named_parameters()])
         ledger.started("checkpoint")
         if own_rank() == 0:
             ledger.keep(config.directory, state.step)
         try:
-            done = _train(task, state, splits, stop, held, notes, ledger, ranks.heartbeat.beat)
+            done = _train(task, state, splits, stop, held, [*begun, *notes], ledger, ranks.heartbeat.beat)
             if left and own_rank() == 0:
                 left(state.step, done, stop.signal.name if stop.signal else None)
             return done

@@ -5,7 +5,7 @@ depend on ranks, accumulation, workers or on what was resumed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from vidit.data.encoded import StoredText
 from vidit.data.loader import Batch
 from vidit.data.rows import Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
+from vidit.diffusion.given import given_frames
 from vidit.diffusion.objective import Objective, build_objective
 from vidit.model.attention import EVERY_FRAME, PADDING
 from vidit.model.windows import Grid
@@ -65,6 +66,8 @@ class TextInputs:
 class Inputs:
     """What is known of a batch before a look at its clips: times (B,), their quantiles (B,), the latents in tokens.
 
+    `given_BT` marks the latent frames that are given, None where none is; where frames have times of their own
+    (`own_times`), they are clean, at time 0 and without loss.
     `chosen_B` marks the rows that are self-conditioned, on the CPU; None in a model that never is. `estimated` says
     whether a first pass is made: where one of the rows is chosen that are worked on at the same time on all ranks.
     """
@@ -76,6 +79,18 @@ class Inputs:
     grid: Grid
     chosen_B: Tensor | None
     estimated: bool
+    given_BT: Tensor | None = None
+    own_times: bool = False
+
+    @property
+    def times(self) -> Tensor:
+        """What the network is told: the times of the rows (B,), or of their frames (B, T) where some are given."""
+        return self.t_B if self.clean is None else self.t_B[:, None].masked_fill(self.clean, 0.0)
+
+    @property
+    def clean(self) -> Tensor | None:
+        """The given frames that are shown in the place of noisy ones."""
+        return self.given_BT if self.own_times else None
 
 
 @dataclass
@@ -111,6 +126,12 @@ def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs
         torch.cat((nn.functional.pad(frame[:num_clips], (0, extra), value=PADDING), image_frame)),
         torch.cat((pooled[:num_clips], rearrange(pooled[num_clips:], "(r t) e -> r t e", t=per_row).mean(1))),
     )
+
+
+def beside(x_BCTHW: Tensor, given_BT: Tensor) -> Tensor:
+    """Given frames, zeros for the others, and behind them a channel that marks them: (B, C + 1, T, H, W)."""
+    mask = given_BT[:, None, :, None, None].to(x_BCTHW.dtype)
+    return torch.cat((x_BCTHW * mask, mask.expand(-1, 1, -1, *x_BCTHW.shape[3:])), dim=1)
 
 
 def merged(made: Tensor, stored: Tensor, places: Sequence[int]) -> Tensor:
@@ -152,7 +173,8 @@ class DitStep:
         video = self.video(batch, inputs)
         text = self.text(model, batch.tokens, len(batch.clips.keys), batch.text)
         previous = self.self_condition(model, inputs, video, text)
-        return self.loss(self.denoise(model, video.x_t, inputs.t_B, text, inputs.grid, previous), inputs, video)
+        grid = self.shown(inputs, video)
+        return self.loss(self.denoise(model, video.x_t, inputs.times, text, grid, previous), inputs, video)
 
     def updated(self, model: nn.ModuleDict, parts: Mapping[str, float]) -> None:
         """Nothing is remembered of a step."""
@@ -164,13 +186,36 @@ class DitStep:
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
         if share := self.config.denoiser.self_conditioning:
-            chosen_B = self._chosen(purpose, rows, share)
+            chosen_B = self._chosen(f"{purpose}/self_condition", rows, share)
             # Ranks that gather weights must go together.
-            estimated = purpose != "train" or bool(self._chosen(purpose, batch.round_rows, share).any())
-        return Inputs(rows, purpose, quantile_B, t_B, self.grid(batch), chosen_B, estimated)
+            others = self._chosen(f"{purpose}/self_condition", batch.round_rows, share)
+            estimated = purpose != "train" or bool(others.any())
+        grid = self.grid(batch)
+        if (share := self.config.model.motion_free) and purpose == "train":
+            grid = replace(grid, still_B=self._chosen("motion_free", rows, share).to(self.device))
+        given_BT = self.given(batch, purpose, grid.frames)
+        return Inputs(
+            rows, purpose, quantile_B, t_B, grid, chosen_B, estimated, given_BT, self.config.model.frame_times
+        )
+
+    def shown(self, inputs: Inputs, video: Video) -> Grid:
+        """The grid of a batch with the frames that the model sees beside the noisy ones."""
+        if inputs.given_BT is None or not self.config.model.given_channels:
+            return inputs.grid
+        return replace(inputs.grid, given_BCTHW=beside(video.x_BCTHW, inputs.given_BT))
+
+    def given(self, batch: Batch, purpose: str, frames: int) -> Tensor | None:
+        """Which latent frames of each row are given (B, T), in training; None where none may be."""
+        kinds = self.config.diffusion.given
+        if not kinds or purpose != "train":
+            return None
+        seed, clips = self.config.train.seed, batch.rows[: len(batch.clips.keys)]
+        rows = [given_frames(kinds, frames, keys.generator(seed, "given", row)) for row in clips]
+        rows += [[False] * frames] * (len(batch.rows) - len(clips))
+        return torch.tensor(rows, device=self.device)
 
     def _chosen(self, purpose: str, rows: Sequence[int], share: float) -> Tensor:
-        return keys.uniform(self.config.train.seed, f"{purpose}/self_condition", list(rows)) < share
+        return keys.uniform(self.config.train.seed, purpose, list(rows)) < share
 
     def _shift(self, num_frames: int, height: int, width: int) -> float:
         """Of the timestep density, for clips of that many frames and pixels."""
@@ -182,11 +227,14 @@ class DitStep:
         x = self.latents(batch).to(self.dtype)
         seed, purpose = self.config.train.seed, f"{inputs.purpose}/noise"
         noise = keys.normal(tuple(x.shape[1:]), seed, purpose, inputs.rows).to(self.device, self.dtype)
-        return Video(x, noise, self.objective.path.add_noise(x, noise, inputs.t_B))
+        x_t = self.objective.path.add_noise(x, noise, inputs.t_B)
+        if inputs.clean is not None:
+            x_t = torch.where(inputs.clean[:, None, :, None, None], x, x_t)
+        return Video(x, noise, x_t)
 
     def loss(self, output: Tensor, inputs: Inputs, video: Video) -> Losses:
         """Of each row, from the network's output for the batch."""
-        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B)
+        rows_B = self.objective.loss(output, video.x_BCTHW, video.noise, inputs.t_B, inputs.clean)
         return Losses(rows_B, inputs.quantile_B, {})
 
     def denoise(
@@ -198,7 +246,7 @@ class DitStep:
         grid: Grid,
         previous: Tensor | None,
     ) -> Tensor:
-        """The network's output at x_t."""
+        """The network's output at x_t; `t_B` is (B, T) where frames have times of their own."""
         time_B = self.objective.path.time_embedding_input(t_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model[self.config.train.task](
@@ -285,7 +333,7 @@ class DitStep:
         if not inputs.estimated:
             return torch.zeros_like(video.x_t)
         with torch.no_grad():
-            first = self.denoise(model, video.x_t, inputs.t_B, text, inputs.grid, None)
+            first = self.denoise(model, video.x_t, inputs.times, text, self.shown(inputs, video), None)
         return self.estimate(first, inputs, video)
 
     @torch.no_grad()
@@ -293,6 +341,8 @@ class DitStep:
         """x_hat of the output of a first pass, zeros for rows that are not chosen: what the second is given."""
         assert inputs.chosen_B is not None
         estimate = self.objective.denoised(first, video.x_t, inputs.t_B).to(self.dtype)
+        if inputs.clean is not None:
+            estimate = torch.where(inputs.clean[:, None, :, None, None], video.x_BCTHW, estimate)
         return estimate * inputs.chosen_B.to(self.device, estimate.dtype)[:, None, None, None, None]
 
 

@@ -88,3 +88,29 @@ def test_rescale():
 def test_faults_are_refused():
     with pytest.raises(ValueError, match="mu"):
         guided(Denoiser(), COND, {"mu": COND["mu"]}, 3.0)
+
+
+class Moving(Denoiser):
+    """Its mean is moved where the model attends through time."""
+
+    def __call__(self, x, t_B, condition):
+        return super().__call__(x, t_B, {**condition, "mu": condition["mu"] + (~condition["still"]).to(F64)[:, None]})
+
+
+@pytest.mark.parametrize(("scale", "motion"), [(7.5, 1.2), (1.0, 1.3), (3.0, 1.0), (2.0, 0.0)])
+def test_motion_free_guidance_is_its_formula(scale, motion):
+    """e(0,0) + s [e(T,M) - e(0,M)] + m [e(0,M) - e(0,0)] of GenTron, here of x_hat."""
+    still, moving = torch.tensor([True, True]), torch.tensor([False, False])
+    cond, uncond = ({**part, "still": moving} for part in (COND, UNCOND))
+    free = {**UNCOND, "still": still}
+    denoise, x, t = Moving(), NOISE + 0.3, torch.full((2,), 0.6, dtype=F64)
+    still_too = {} if motion == 1 else {"still": free}
+    found = guided(denoise, cond, uncond, scale, motion=motion, **still_too)(x, t)
+    assert denoise.batches == [4 if motion == 1 else 6]
+    tm, om, oo = (Moving()(x, t, part) for part in (cond, uncond, free))
+    torch.testing.assert_close(found, oo + scale * (tm - om) + motion * (om - oo))
+
+
+def test_a_scale_of_motion_needs_its_condition():
+    with pytest.raises(ValueError, match=r"motion=1\.2 needs the condition of a clip without motion"):
+        guided(Denoiser(), COND, UNCOND, 2.0, motion=1.2)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from dataclasses import replace
 from operator import mul
 
 import numpy as np
@@ -31,6 +32,8 @@ TINY = {
 }
 JOINT = {"cross_attention": "joint", "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame"}
 JOINT_2B = {**FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos"}
+# In which an image of a row is a clip of one frame.
+CLIPS = ("wan", "latte", "stdit3", "gentron")
 STREAMS_2B = {**FAMILIES["hunyuanvideo"], "relative_position": "none", "pooled_text": False}
 VARIATIONS = {
     "default": {},
@@ -54,6 +57,16 @@ VARIATIONS = {
     "joint table, norms": {**JOINT, "modulation": "table", "norm_affine": True, "qk_norm": "head_affine"},
     "sinusoids": {"absolute_position": "sincos", "position_scale": (1.0, 2.0, 1.5), "norm_affine": True},
     "space, then time": {"absolute_position": "space_then_time", "position_span": 7, "learned_variance": True},
+    "times of frames": {"frame_times": True, "pooled_text": True, "frame_rate": True},
+    "times of frames, table": {**FAMILIES["stdit3"], "frame_times": True},
+    "skips": {"windows": (("single", 2), ("group", 3)), "relative_position": "rope", "cross_attention": "all"},
+    "through time": {
+        "temporal_attention": True,
+        "relative_position": "rope",
+        "qk_norm": "width",
+        "norm_affine": True,
+    },
+    "channels of given frames": {"given_channels": True, "patch": (1, 2, 1)},
     "two streams, then one, alike": {**JOINT, "adaln_rank": 0, "num_single_layers": 2, "norm_affine": True},
     "one stream alone": {**JOINT, "adaln_rank": 0, "num_single_layers": 4, "qk_norm": "head_rms"},
     "captions refined for cross-attention": {
@@ -99,6 +112,8 @@ def denoise(model, x_BCTHW, *rest, image_B=None, fps=24.0, **more):
     frames, *space = x_BCTHW.shape[2:]
     fps_B = torch.full(x_BCTHW.shape[:1], fps) if model.config.frame_rate else None
     grid = Grid(*(n // p for n, p in zip((frames, *space), model.head.patch, strict=True)), image_B, fps_B)
+    if model.config.given_channels:
+        grid = replace(grid, given_BCTHW=torch.cat((x_BCTHW, x_BCTHW[:, :1]), dim=1))
     return model(x_BCTHW, grid, *rest, **more)
 
 
@@ -190,6 +205,9 @@ class TestFlops:
             {**FAMILIES["flux"], "qk_norm": "none", "pooled_text": False},
             {**FAMILIES["hunyuanvideo"], "num_single_layers": 3, "pooled_text": False},
             {**FAMILIES["latte"], "patch": (2, 2, 1), "learned_variance": True},
+            {**FAMILIES["stdit3"], "frame_times": True, "learned_variance": True},
+            {**FAMILIES["opensora_plan"], "num_layers": 5},
+            {**FAMILIES["gentron"], "pooled_text": False},
         ],
     )
     @pytest.mark.parametrize("rows", [1, 2])
@@ -355,6 +373,152 @@ class TestRows:
         assert missing == []
 
 
+class TestTimesOfFrames:
+    """A time for each latent frame: a row of frames at their own times, and the same as one where they are equal."""
+
+    @pytest.mark.parametrize("changes", [{}, {"adaln_rank": 0}, {**FAMILIES["stdit3"], "patch": 1}])
+    def test_equal_ones_are_the_time_of_the_row(self, changes):
+        model = build(pooled_text=True, frame_times=True, **changes)
+        plain = build(pooled_text=True, **changes)
+        assert list(model.state_dict()) == list(plain.state_dict())
+        batch = inputs()
+        each = {**batch, "time_B": batch["time_B"][:, None].expand(-1, 3)}
+        expected = denoise(plain, **batch)
+        torch.testing.assert_close(denoise(model, **batch), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(denoise(model, **each), expected, rtol=1e-5, atol=1e-6)
+
+    def test_each_modulates_its_own_frame(self):
+        """Where frames do not see each other, each is a clip of one frame at its time."""
+        model = build(windows=((1, 0, 0),), frame_times=True, absolute_position=False)
+        batch, times = inputs(), torch.tensor([[0.0, 500.0, 900.0], [20.0, 0.0, 7.0]])
+        out = denoise(model, **{**batch, "time_B": times})
+        for k in range(3):
+            one = {**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1], "time_B": times[:, k]}
+            torch.testing.assert_close(out[:, :, k : k + 1], denoise(model, **one), rtol=1e-4, atol=1e-5)
+        assert (out - denoise(model, **{**batch, "time_B": times.flip(1)})).abs().max() > 1e-3
+
+
+class TestRotationByTime:
+    """RoPE of temporal blocks alone (STDiT3): spatial ones are not turned, and would not change if they were."""
+
+    def test_of_a_frame_it_is_nothing(self):
+        changes = {**FAMILIES["stdit3"], "patch": 1, "windows": ((1, 0, 0),), "absolute_position": False}
+        turned = build(**{**changes, "windows": ((1, 0, 0), (0, 1, 1))})
+        assert [block.attn.rope for block in turned.blocks.values()] == [False, True] * 2
+        plain = build(**{**changes, "relative_position": "none"})
+        for block in plain.blocks.values():
+            block.attn.rope = True
+        expected = build(**{**changes, "relative_position": "none"})
+        torch.testing.assert_close(denoise(plain, **inputs()), denoise(expected, **inputs()), rtol=1e-4, atol=1e-4)
+
+    def test_places_through_time_matter_by_their_differences(self):
+        changes = {**FAMILIES["stdit3"], "patch": 1, "windows": ((0, 1, 1),)}
+        model, plain = build(**changes), build(**{**changes, "relative_position": "none"})
+        batch = inputs()
+        assert (denoise(model, **batch) - denoise(plain, **batch)).abs().max() > 1e-3
+        mirrored = {**batch, "x_BCTHW": batch["x_BCTHW"].flip(2)}
+        # Without places in time a clip played backwards gives the answer backwards.
+        torch.testing.assert_close(denoise(plain, **mirrored).flip(2), denoise(plain, **batch), rtol=1e-4, atol=1e-5)
+        assert (denoise(model, **mirrored).flip(2) - denoise(model, **batch)).abs().max() > 1e-3
+
+
+class TestChannelsOfGivenFrames:
+    """Open-Sora-Plan: given frames and their mask beside the noisy latent, which add nothing at first."""
+
+    def test_a_model_that_knew_none_stays_what_it_was(self):
+        plain, told = build(), build(filled=False, given_channels=True)
+        missing, unexpected = told.load_state_dict(plain.state_dict(), strict=False)
+        assert (missing, unexpected) == (["embed.patch.given.weight"], [])
+        assert torch.equal(denoise(told, **inputs()), denoise(plain, **inputs()))
+
+    def test_they_are_a_longer_patch(self):
+        """Two projections added are one of the channels side by side."""
+        patch, both = PatchEmbed(3, (1, 2, 2), 12, given=True), PatchEmbed(7, (1, 2, 2), 12)
+        initialise(patch, 0)
+        with torch.no_grad():
+            patch.given.weight.normal_()
+            joined = [m.weight.unflatten(1, (4, -1)) for m in (patch.project, patch.given)]
+            both.project.weight.copy_(torch.cat(joined, dim=2).flatten(1))
+            both.project.bias.copy_(patch.project.bias.normal_())
+        x, given = torch.randn(2, 3, 2, 4, 6), torch.randn(2, 4, 2, 4, 6)
+        torch.testing.assert_close(patch(x, None, given), both(torch.cat((x, given), 1)), rtol=1e-5, atol=1e-5)
+        assert torch.equal(patch(x), patch(x, None, torch.zeros_like(given)))
+
+    def test_they_matter_once_they_are_trained(self):
+        model, batch = build(given_channels=True), inputs()
+        rest = {k: v for k, v in batch.items() if k != "x_BCTHW"}
+        given = torch.zeros(2, CHANNELS + 1, *GRID)
+        none = model(batch["x_BCTHW"], Grid(*GRID), **rest)
+        assert torch.equal(none, model(batch["x_BCTHW"], Grid(*GRID, given_BCTHW=given), **rest))
+        given[1, :, 0] = 1
+        moved = (model(batch["x_BCTHW"], Grid(*GRID, given_BCTHW=given), **rest) - none).abs().amax((1, 2, 3, 4))
+        assert moved[0] == 0
+        assert moved[1] > 1e-3
+
+
+class TestThroughTime:
+    """GenTron: attention of places through time, which adds nothing at first, and nothing of others without motion."""
+
+    def test_a_model_of_images_becomes_one_of_videos(self):
+        """Its weights, and a zero: every frame is as the model of images makes it, bit for bit."""
+        of_images = {**FAMILIES["gentron"], "patch": 1, "temporal_attention": False, "relative_position": "none"}
+        images, videos = build(**of_images), build(filled=False, **{**FAMILIES["gentron"], "patch": 1})
+        missing, unexpected = videos.load_state_dict(images.state_dict(), strict=False)
+        assert unexpected == []
+        assert {re.sub(r"\d+", "*", name) for name in missing} == {
+            f"blocks.*.temporal.{part}.{leaf}"
+            for part in ("query", "key", "value", "out")
+            for leaf in ("weight", "bias")
+        }
+        batch = inputs()
+        out = denoise(videos, **batch)
+        assert torch.equal(out, denoise(images, **batch))
+        for k in range(3):
+            alone = denoise(images, **{**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1]})
+            torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+
+    def test_it_learns_from_there(self):
+        """The zero has a gradient, so what lies before it gets one in the next step."""
+        model = build(filled=False, **{**FAMILIES["gentron"], "patch": 1})
+        with torch.no_grad():
+            model.head.project.weight.normal_(std=0.1)
+        denoise(model, **inputs()).square().sum().backward()
+        grads = {n: p.grad for n, p in model.named_parameters() if ".temporal." in n}
+        assert all(bool(grad.any()) == (".out." in name) for name, grad in grads.items())
+
+    def test_order(self):
+        """Through time comes between the text and the MLP, and adds what it finds to the stream of tokens."""
+        model, seen = build(**{**FAMILIES["gentron"], "patch": 1}), []
+        for name in ("attn", "cross", "temporal", "mlp"):
+            part = model.blocks["0"].get_submodule(name)
+            part.register_forward_hook(lambda *_, name=name: seen.append(name))
+        denoise(model, **inputs())
+        assert seen == ["attn", "cross", "temporal", "mlp"]
+
+    @pytest.mark.parametrize("images", [False, True])
+    def test_without_motion_frames_do_not_see_each_other(self, images):
+        model, batch = build(**{**FAMILIES["gentron"], "patch": 1}), inputs(3)
+        other = {**batch, "x_BCTHW": batch["x_BCTHW"].clone()}
+        other["x_BCTHW"][:, :, 1:] *= -2
+        marks = {"still_B": torch.tensor([True, False, False]), "image_B": torch.tensor([False, False, images])}
+
+        def first_frame(rows):
+            return model(rows["x_BCTHW"], Grid(*GRID, **marks), **{k: v for k, v in rows.items() if k != "x_BCTHW"})[
+                :, :, 0
+            ]
+
+        moved = (first_frame(other) - first_frame(batch)).abs().amax((1, 2, 3))
+        assert (moved > 1e-5).tolist() == [False, True, not images]
+
+    def test_a_clip_without_motion_is_its_frames(self):
+        model, batch = build(**{**FAMILIES["gentron"], "patch": 1}), inputs()
+        rest = {k: v for k, v in batch.items() if k != "x_BCTHW"}
+        out = model(batch["x_BCTHW"], Grid(*GRID, still_B=torch.tensor([True, True])), **rest)
+        for k in range(3):
+            alone = denoise(model, **{**batch, "x_BCTHW": batch["x_BCTHW"][:, :, k : k + 1]})
+            torch.testing.assert_close(out[:, :, k : k + 1], alone, rtol=1e-4, atol=1e-5)
+
+
 class TestImages:
     """A row of T independent images: each is alone in the world, at time 0, with its own caption."""
 
@@ -389,11 +553,12 @@ class TestImages:
 
     @pytest.mark.parametrize(
         "family",
-        [FAMILIES["wan"], FAMILIES["latte"], JOINT_2B, STREAMS_2B],
-        ids=["wan", "latte", "joint", "two streams, refined"],
+        [*(FAMILIES[name] for name in CLIPS), JOINT_2B, STREAMS_2B],
+        ids=[*CLIPS, "joint", "two streams, refined"],
     )
     def test_in_every_family_it_is_a_video_of_one_frame(self, family):
-        model, batch = build(**{**family, "patch": 1, "text_padding": "masked"}), self.batch()
+        plain = {"patch": 1, "text_padding": "masked", "pooled_text": False}
+        model, batch = build(**{**family, **plain}), self.batch()
         out = denoise(model, **batch)
         for k in range(3):
             video = {**self.only(batch, k, visible=EVERY_FRAME), "image_B": None}

@@ -24,6 +24,8 @@ VARIATIONS = {
     "frame rate": {"frame_rate": True},
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
+    "channels of given frames": {"given_channels": True},
+    "times of frames": {"frame_times": True},
     "table": {"modulation": "table"},
     "one stream alone": {**FAMILIES["cogvideox"], "num_single_layers": 4},
     "wide norms of two streams": {**FAMILIES["flux"], "qk_norm": "width", "num_single_layers": 1},

@@ -7,8 +7,10 @@ import itertools
 import pytest
 
 from parallel.dealing import (
+    AnyWindow,
     Window,
     dealing_faults,
+    entries,
     imbalance,
     owners,
     rank_tokens,
@@ -18,15 +20,24 @@ from parallel.dealing import (
     window_tokens,
 )
 
-CASES = [
-    (grid, window)
-    for grid in [(1, 5, 3), (3, 5, 7), (5, 4, 6)]
-    for window in [(0, 0, 0), (1, 0, 0), (0, 1, 1), (2, 3, 4), (0, 2, 0), (9, 9, 9)]
+WINDOWS: list[AnyWindow] = [
+    (0, 0, 0),
+    (1, 0, 0),
+    (0, 1, 1),
+    (2, 3, 4),
+    (0, 2, 0),
+    (9, 9, 9),
+    ("single", 3),
+    ("group", 3),
 ]
+CASES = [(grid, window) for grid in [(1, 5, 3), (3, 5, 7), (5, 4, 6)] for window in WINDOWS]
 
 
-def windows_by_loop(window: Window, grid: Window) -> list[int]:
+def windows_by_loop(window: AnyWindow, grid: Window) -> list[int]:
     """The window of each token, by the definition."""
+    if len(window) == 2:
+        numbers = range(grid[0] * grid[1] * grid[2])
+        return [n % window[1] if window[0] == "single" else n // window[1] % window[1] for n in numbers]
     t, h, w = whole_window(window, grid)
     places = list(itertools.product(*map(range, grid)))
     corners = list(itertools.product(range(0, grid[0], t), range(0, grid[1], h), range(0, grid[2], w)))
@@ -34,14 +45,15 @@ def windows_by_loop(window: Window, grid: Window) -> list[int]:
 
 
 @pytest.mark.parametrize(("grid", "window"), CASES)
-def test_tokens_of_windows(grid: Window, window: Window) -> None:
+def test_tokens_of_windows(grid: Window, window: AnyWindow) -> None:
     of = windows_by_loop(window, grid)
     assert window_tokens(window, grid) == [of.count(n) for n in range(max(of) + 1)]
+    assert entries(window, grid) >= max(window_tokens(window, grid))
 
 
 @pytest.mark.parametrize(("grid", "window"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_windows_are_whole(grid: Window, window: Window, ranks: int) -> None:
+def test_windows_are_whole(grid: Window, window: AnyWindow, ranks: int) -> None:
     of, found = windows_by_loop(window, grid), window_tokens(window, grid)
     assert bool(list(dealing_faults([window], grid, ranks))) == (len(found) < ranks)
     if len(found) < ranks:
@@ -73,6 +85,16 @@ def test_no_rank_is_a_window_above_the_mean() -> None:
         if count >= ranks:
             most = max(last - first for first, last in runs([1] * count, ranks))
             assert most <= count / ranks + 1
+
+
+def test_groups_of_a_short_clip() -> None:
+    """5 tokens in groups of 4 fill the first window and begin the second: 2 ranks can have one each, 3 cannot."""
+    assert window_tokens(("group", 4), (1, 5, 1)) == [4, 1, 0, 0]
+    assert not list(dealing_faults([("group", 4)], (1, 5, 1), 2))
+    assert rank_tokens(("group", 4), (1, 5, 1), 2) == [4, 1]
+    (fault,) = dealing_faults([("group", 4)], (1, 5, 1), 3)
+    assert "a window of (group, 4)" in fault
+    assert "makes 2 windows, fewer than parallel.sequence=3" in fault
 
 
 def test_faults_say_what_is_legal() -> None:

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidit.config import RunConfig
+from vidit.config import FAMILIES, RunConfig
 from vidit.export.weights import export_weights
 from vidit.model.init import initial_value
 from vidit.text.encoder import build_text_encoder
+from vidit.train.initial import new_parts
 from vidit.train.parallelize import build_dit
 from vidit.train.run import run
 from vidit.vae.stored import adopt_vae
@@ -88,3 +89,38 @@ def test_a_run_with_a_checkpoint_reads_no_folder(
     assert run(configure(tmp_path / "run", train={"steps": 2, **given}, sample={"prompts": ()}))
     with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
         run(configure(tmp_path / "other", train={"steps": 2, **given}, sample={"prompts": ()}))
+
+
+def test_a_model_of_images_begins_one_of_videos(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Weights without attention through time fit a model with it: what is new is named, and adds nothing yet."""
+    plain = {**FAMILIES["gentron"], "num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 48, "patch": 1}
+    images = {**plain, "temporal_attention": False, "relative_position": "none", "rope_split": "quarter"}
+    quiet: dict[str, Any] = {"sample": {"prompts": ()}, "diffusion": {}}
+    assert run(configure(tmp_path / "images", model=images, train={"steps": 2, "learning_rate": 1e-2}, **quiet))
+    export_weights(tmp_path / "images", tmp_path / "weights", "model")
+    begin = {"steps": 1, "init_from": str(tmp_path / "weights")}
+    videos = configure(tmp_path / "videos", model=plain, train=begin, **quiet)
+    found, wanted = built(videos), load_file(tmp_path / "weights" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    new = {name for name in found if name not in wanted}
+    assert {name.split(".")[3] for name in new} == {"temporal"}
+    assert not any(found[name].any() for name in new if ".out." in name)
+    (note,) = new_parts(videos, found)
+    assert "no attention through time: new is dit.*.temporal*, which begins by adding zero" in note
+    assert new_parts(configure(tmp_path / "other", model=images, train=begin, **quiet), wanted) == []
+    assert run(videos)
+    assert new_parts(videos, found) == [], "it has a checkpoint of its own"
+
+
+def test_a_model_of_videos_fits_whole_or_not_at_all(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    model = {**FAMILIES["gentron"], "num_layers": 1, "width": 32, "num_heads": 2, "mlp_width": 48, "patch": 1}
+    quiet: dict[str, Any] = {"model": model, "sample": {"prompts": ()}, "diffusion": {}}
+    begin = {"steps": 1, "init_from": str(tmp_path)}
+    tensors = built(configure(tmp_path / "run", **quiet))
+    lost = tensors.pop("dit.blocks.0.temporal.out.bias")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing: dit\.blocks\.0\.temporal\.out\.bias"):
+        built(configure(tmp_path / "run", train=begin, **quiet))
+    save_file(tensors | {"dit.blocks.0.temporal.out.bias": lost + 1}, tmp_path / "model.safetensors")
+    found = built(configure(tmp_path / "run", train=begin, **quiet))
+    assert torch.equal(found["dit.blocks.0.temporal.out.bias"], lost + 1)

@@ -12,6 +12,8 @@ from vidit.config import FAMILIES, ConfigError, Data, Model, Parallel, RunConfig
 from vidit.train.layout import layout_of, own_tokens, stages_of, with_layout
 
 MODEL = {"windows": ((1, 0, 0), (0, 8, 8)), "cross_keys": "text"}
+SKIPPING = {"windows": (("single", 4), ("group", 4)), "relative_position": "rope", "cross_attention": "all"}
+THROUGH_TIME = {"temporal_attention": True, "relative_position": "rope"}
 
 
 def config(parallel: dict[str, Any], **sections: Any) -> RunConfig:
@@ -127,12 +129,34 @@ def test_a_group_that_does_not_fit_its_nodes() -> None:
         ({"sequence": 4}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 4, "ulysses"),
         ({"sequence": 5}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 5, "ring"),
         ({"sequence": 12}, {"windows": ((0, 0, 0),), "cross_attention": "all"}, 12, "ulysses_ring"),
+        ({"sequence": 4}, SKIPPING, 4, "window"),
+        ({"sequence": 4}, {**SKIPPING, "full_ends": 2}, 4, "ulysses"),
+        ({"sequence": 8}, SKIPPING, 8, "ulysses"),
+        ({"sequence": 5}, {"windows": ((1, 0, 0),), **THROUGH_TIME}, 5, "ring"),
     ],
 )
 def test_auto(parallel: dict[str, Any], model: dict[str, Any], ranks: int, kind: str) -> None:
     chosen = with_layout(config(parallel, model=model), ranks).parallel
     assert chosen.sequence_kind == kind
     assert chosen.ulysses == (4 if kind == "ulysses_ring" else 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "model", "part"),
+    [
+        (
+            8,
+            SKIPPING,
+            "a window of (single, 4) on a grid of 5x16x16 tokens: makes 4 windows, fewer than parallel.sequence=8",
+        ),
+        (4, {**SKIPPING, "full_ends": 2}, "the whole clip is 1 window, fewer than parallel.sequence=4"),
+        (5, {"windows": ((1, 0, 0),), **THROUGH_TIME}, "mixes tokens of a block in windows of two kinds"),
+    ],
+)
+def test_what_cannot_be_whole_on_a_rank(ranks: int, model: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        with_layout(config({"sequence": ranks, "sequence_kind": "window"}, model=model), ranks)
+    assert any(part in fault for fault in caught.value.faults), caught.value.faults
 
 
 def test_the_rest_of_the_ranks_is_shard() -> None:
@@ -156,6 +180,10 @@ def test_tokens_of_a_rank() -> None:
         [[256, 256, 256, 512], [320] * 4], [[512, 256, 256, 256], [320] * 4],
         [[256, 512, 256, 256], [320] * 4], [[256, 256, 512, 256], [320] * 4],
     )  # fmt: skip
+    skipped = with_layout(config({"sequence": 4}, model=SKIPPING), 4)
+    assert [[own_tokens(skipped, (5, 3, 3), layer, rank) for rank in range(4)] for layer in (0, 1)] == [
+        [12, 11, 11, 11], [12, 12, 12, 9],
+    ]  # fmt: skip
     even = with_layout(config({"sequence": 3, "tensor": 2, "sequence_kind": "ring"}), 6)
     assert even.parallel.sharded_norms is True
     assert own_tokens(even, grid, 0, 2) == 214  # 1280 / 3 and that / 2, rounded up

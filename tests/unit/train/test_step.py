@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vidit import keys
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
 from vidit.data.loader import MicroBatches
 from vidit.data.shards import read_index
+from vidit.model.windows import Grid
 from vidit.sample.draw import draw
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
 from vidit.train.ema import Ema
@@ -192,6 +194,99 @@ def test_self_conditioning_is_keyed_by_row(configure: Configure) -> None:
     assert 2 < sum(picked) < 14
     assert [one for i in range(8) for one in chosen(parts, i)] == picked
     assert chosen(whole, 1) != picked
+
+
+GIVEN = {"given": ({"kind": "random", "share": 0.8},)}
+
+
+def test_given_frames_are_clean_and_at_time_zero(configure: Configure) -> None:
+    """Of some clips some latent frames: what the network sees there is the clip itself, and their noise never acts."""
+    rig = Rig(configure(model={"frame_times": True, "self_conditioning": 0.5}, diffusion=GIVEN))
+    found = 0
+    for number in range(4):
+        batch = rig.batch(number)
+        inputs = rig.step.inputs(batch, "train")
+        video, given = rig.step.video(batch, inputs), inputs.given_BT
+        assert given is not None
+        frames = given[:, None, :, None, None].expand_as(video.x_t)
+        assert torch.equal(video.x_t[frames], video.x_BCTHW[frames])
+        assert bool(((video.x_t != video.x_BCTHW) | frames).flatten(1).float().mean(1).gt(0.99).all())
+        assert torch.equal(inputs.times, torch.where(given, 0.0, inputs.t_B[:, None]))
+        estimate = rig.step.estimate(torch.randn_like(video.x_t), inputs, video)
+        assert inputs.chosen_B is not None
+        kept = frames & inputs.chosen_B[:, None, None, None, None]
+        assert torch.equal(estimate[kept], video.x_BCTHW[kept])
+        assert not bool(given.all(1).any())
+        found += int(given.sum())
+        assert rig.step.inputs(batch, "validation").given_BT is None
+    assert found > 4
+
+
+def test_given_frames_beside_the_noise(configure: Configure) -> None:
+    """Channels show them: all frames are noisy and count, at the time of the row."""
+    rig = Rig(configure(model={"given_channels": True, "self_conditioning": 1.0}, diffusion=GIVEN))
+    plain = Rig(configure())
+    grids: list[Grid] = []
+    rig.model["dit"].register_forward_pre_hook(lambda _, args: grids.append(args[1]))
+    for number in range(3):
+        batch, grids[:] = rig.batch(number), []
+        inputs = rig.step.inputs(batch, "train")
+        video, given = rig.step.video(batch, inputs), inputs.given_BT
+        assert given is not None
+        assert torch.equal(inputs.times, inputs.t_B)
+        assert torch.equal(video.x_t, plain.step.video(batch, plain.step.inputs(batch, "train")).x_t)
+        rig.step(rig.model, batch, "train")
+        assert len(grids) == 2, "the first pass of self-conditioning too"
+        for grid in grids:
+            shown = grid.given_BCTHW
+            assert shown is not None
+            frames = given[:, None, :, None, None].expand_as(video.x_t)
+            assert torch.equal(shown[:, :-1], torch.where(frames, video.x_BCTHW, 0.0))
+            assert torch.equal(shown[:, -1:], frames[:, :1].float())
+        rig.step(rig.model, batch, "validation")
+        assert grids[-1].given_BCTHW is None
+    losses = [rig.run(range(4))]
+    with torch.no_grad():
+        rig.model["dit"].embed.patch.given.weight.normal_()  # type: ignore[operator, union-attr]
+    assert not torch.equal(losses[0][0], rig.run(range(4))[0])
+
+
+def test_given_frames_belong_to_the_row(configure: Configure) -> None:
+    def losses(size: int) -> list[Tensor]:
+        c = configure(model={"frame_times": True}, diffusion=GIVEN, train={"micro_batch": size})
+        rows, _, gradients = Rig(c).run(range(c.train.global_batch // size))
+        return [rows, *gradients]
+
+    assert_close(losses(4), losses(1))
+
+
+def test_rows_of_images_are_given_nothing(configure: Configure) -> None:
+    c = configure(model={"frame_times": True}, diffusion=GIVEN, data={"image_rows": 2}, train={"micro_batch": 4})
+    rig = Rig(c)
+    given = [rig.step.inputs(rig.batch(n), "train").given_BT for n in range(2)]
+    assert all(g is not None and g.shape[0] == 4 and not g[2:].any() for g in given)
+    assert any(g is not None and bool(g[:2].any()) for g in given)
+
+
+def test_a_share_of_clips_is_without_motion(configure: Configure) -> None:
+    """Keyed by their rows, in training alone; the first pass of self-conditioning sees them so too."""
+    still = {"temporal_attention": True, "relative_position": "rope", "motion_free": 0.5, "self_conditioning": 1.0}
+    rig = Rig(configure(model=still))
+    batch = rig.batch(0)
+    marks = rig.step.inputs(batch, "train").grid.still_B
+    assert marks is not None
+    assert torch.equal(marks, keys.uniform(rig.config.train.seed, "motion_free", batch.rows) < 0.5)
+    assert rig.step.inputs(batch, "validation").grid.still_B is None
+    grids: list[Grid] = []
+    hook = rig.model["dit"].register_forward_pre_hook(lambda _, args: grids.append(args[1]))
+    rig.step(rig.model, batch, "train")
+    hook.remove()
+    assert len(grids) == 2
+    assert all(grid.still_B is not None and torch.equal(grid.still_B, marks) for grid in grids)
+    assert (
+        sum(int(m.sum()) for n in range(4) if (m := rig.step.inputs(rig.batch(n), "train").grid.still_B) is not None)
+        > 0
+    )
 
 
 def test_strata_cover_every_slot_of_every_step(configure: Configure) -> None:

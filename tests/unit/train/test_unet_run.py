@@ -131,7 +131,9 @@ def test_images_then_video_with_the_image_layers_frozen(
 
     capsys.readouterr()
     assert run(config)
-    (note,) = (line for line in capsys.readouterr().out.splitlines() if "begin at zero" in line)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "begins by adding zero" in line]
+    assert ["unet.frame_rate," in note for note in notes] == [False, True][: 1 + told]
+    note = notes[0]
     layers = {name.partition(TEMPORAL)[0] for name, _ in video.named_parameters() if TEMPORAL in name}
     assert all(layer + TEMPORAL in note for layer in layers)
     end = exported(config, tmp_path / "tuned")
