@@ -38,8 +38,8 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: the configs, the code of the pages; VIDEOS, as tables and tars too; trained
-    runs/clips, runs/given (which takes frames) and runs/tuned, the last also as a CHECKPOINT of diffusers, and a
-    trained VAE as runs/tiny16; and the VAE of a PIPELINE of diffusers.
+    runs/clips, runs/given (which takes frames), runs/unet-images and runs/tuned, the last also as a CHECKPOINT of
+    diffusers, and a trained VAE as runs/tiny16; and the VAE of a PIPELINE of diffusers.
     """
     folder = tmp_path_factory.mktemp("docs")
     for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
@@ -70,6 +70,12 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
     assert run(
         configure(folder / "runs" / "tuned", model=small.model_dump(), train={"steps": 1}, sample={"prompts": ()})
     )
+    images = {"channels": 8, "multipliers": (1,), "num_res_blocks": 1, "attention": (True,), "head_dim": 4,
+              "norm_groups": 4, "temporal": "none"}  # fmt: skip
+    tree = configure(folder / "runs" / "unet-images", train={"task": "unet", "steps": 1}, unet=images).model_dump(
+        exclude_unset=True, exclude={"model", "sample"}
+    )
+    assert run(RunConfig.model_validate(tree))
     export_diffusers(folder / "runs" / "tuned", folder / "CHECKPOINT")
     wan = AutoencoderKLWan(base_dim=4, num_res_blocks=1, dim_mult=[1, 1, 1, 1])
     wan.save_pretrained(folder / "PIPELINE" / "vae")

@@ -13,7 +13,7 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
     if c.train.task == "vae":
         return float(shape.num_frames * shape.height * shape.width)
     grid = grid_of(c, shape.num_frames, shape.height, shape.width)
-    return float(forward_flops(c.model, grid, c.vae.latent_channels, c.text.width, c.text.max_tokens))
+    return float(forward_flops(c.denoiser, grid, c.vae.latent_channels, c.text.width, c.text.max_tokens))
 
 
 def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:

@@ -280,11 +280,12 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def import_(arguments: argparse.Namespace) -> int:
-    from vidit.export.diffusers.store import import_diffusers
+    from vidit.export.diffusers.store import import_diffusers, section_of
 
     out = Path(arguments.out)
     g = import_diffusers(Path(arguments.source), out, arguments.dtype)
-    print(f"{out}: model.json is the model section for {g.channels} latent channels and text of width {g.text_width}")
+    name = section_of(g)
+    print(f"{out}: {name}.json is the {name} section for {g.channels} latent channels and text of width {g.text_width}")
     print(f"train.init_from={out}")
     return 0
 

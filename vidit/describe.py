@@ -26,14 +26,14 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
         ]
     if config.parallel.pipeline > 1:
         derived["stages"] = [f"{layers.start}-{layers.stop - 1}" for layers in stages_of(config)]
-    if config.train.task == "dit":
-        m, channels, text = config.model, config.vae.latent_channels, config.text
+    if config.train.task != "vae":
+        m, channels, text = config.denoiser, config.vae.latent_channels, config.text
         grid = resolved.grid
         forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
         parameters = parameter_count(m, resolved.largest_grid, channels, text.width)
         derived |= {
-            "dit_parameters": parameters,
+            f"{config.train.task}_parameters": parameters,
             "forward_flops_per_clip": forward,
             "training_flops_per_step": step,
             "training_flops_total": step * config.train.steps,

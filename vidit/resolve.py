@@ -40,7 +40,7 @@ class Resolved:
 
 def grid_of(config: RunConfig, num_frames: int, height: int, width: int) -> Grid:
     """Latent frames and tokens of a clip of that many frames and pixels."""
-    (pt, ph, pw), stride = config.model.patch, config.vae.spatial_stride
+    (pt, ph, pw), stride = config.denoiser.patch, config.vae.spatial_stride
     return latent_frames(config, num_frames) // pt, height // (stride * ph), width // (stride * pw)
 
 
@@ -90,9 +90,9 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     from its strides is left out.
     """
     c = config
-    if c.train.task == "dit":
+    if c.train.task != "vae":
         yield from c.text.faults()
-        yield from c.model.faults()
+        yield from c.denoiser.faults()
         yield from c.diffusion.faults()
     if geometry_known:
         yield from c.vae.faults()
@@ -119,7 +119,7 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     yield from (f"data.select: {fault}" for fault in rule_faults(c.data.select))
     for number, source in enumerate(c.data.mixture):
         yield from (f"data.mixture.{number}.select: {fault}" for fault in rule_faults(source.select))
-    if c.train.task == "dit":
+    if c.train.task != "vae":
         yield from _caption_faults(c)
         if c.model.is_joint and c.model.relative_position == "rope" and c.data.image_rows:
             yield (
@@ -142,6 +142,8 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
                 f"model.text_padding=seen does not go with data.image_rows={c.data.image_rows}: a row of images holds "
                 "their captions side by side, each for its own; use text_padding=masked, or a bucket of num_frames=1"
             )
+        if c.train.task == "unet" and c.train.optimizer == "muon":
+            yield "train.optimizer=muon is for the matrices of transformer blocks; use adamw with train.task=unet"
         d = c.diffusion
         if d.path == "vp" and c.sample.num_steps > d.num_train_steps:
             yield (
@@ -255,8 +257,8 @@ def _batch_faults(c: RunConfig, data_ranks: int) -> Iterator[str]:
 
 
 def _input_faults(c: RunConfig) -> Iterator[str]:
-    if c.train.task == "dit" and not c.vae.weights:
-        yield "vae.weights is not set: a DiT needs a trained VAE; give its folder (train one with train.task=vae)"
+    if c.train.task != "vae" and not c.vae.weights:
+        yield "vae.weights is not set: a denoiser needs a trained VAE; give its folder (train one with train.task=vae)"
     if c.train.task == "vae" and not (c.vae.l1_weight or c.vae.l2_weight or c.vae.kl_weight):
         yield "vae.l1_weight, vae.l2_weight and vae.kl_weight are all 0: the loss would be 0; set vae.l1_weight=1"
     if not c.data.train and not c.data.mixture:
@@ -314,18 +316,21 @@ def _stream_faults(c: RunConfig) -> Iterator[str]:
             f"data.num_validation={d.num_validation} takes the last clips of data.train, which data.streaming=true "
             "does not know; give a packed folder as data.validation, or data.num_validation=0"
         )
-    if c.model.frame_rate and not d.fps:
+    if c.denoiser.frame_rate and not d.fps:
+        section = "unet" if c.train.task == "unet" else "model"
         yield (
-            "model.frame_rate needs the frames a second of each clip, which data.streaming=true does not know; set "
-            "data.fps, or pack the clips"
+            f"{section}.frame_rate needs the frames a second of each clip, which data.streaming=true does not know; "
+            "set data.fps, or pack the clips"
         )
 
 
 def _caption_faults(c: RunConfig) -> Iterator[str]:
     """What is done with captions that no layer reads, whatever the defaults are: guidance costs a second pass."""
-    if c.model.reads_text:
+    if c.denoiser.reads_text:
         return
     why = "model.cross_attention=none and model.pooled_text=false read no caption"
+    if c.train.task == "unet":
+        why = "unet.cross_attention=false and unet.pooled_text=false read no caption"
     if c.data.caption_dropout:
         yield f"data.caption_dropout={c.data.caption_dropout:g} has no effect: {why}; set it to 0"
     if c.sample.guidance != 1:

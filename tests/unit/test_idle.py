@@ -7,13 +7,25 @@ from vidit.idle import RULES, idle_faults
 from vidit.overrides import apply_overrides, field_names
 
 VAE, VP, EDM = "train.task=vae", "diffusion.path=vp", "diffusion.path=edm"
+UNET = "train.task=unet"
 JUDGED = "vae_train.adversarial_weight=1"
 BLIND = "model.cross_attention=none"
 # option, others that leave it idle, others that let it act
 CASES = [
     ("text.max_tokens=8", [VAE], []),
     ("model.num_layers=2", [VAE], []),
-    ("diffusion.path=vp", [VAE], []),
+    ("model.num_layers=2", [UNET], []),
+    ("parallel.sharded_norms=true", [UNET], ["parallel.tensor=2"]),
+    ("train.init_from=x", [VAE], [UNET]),
+    ('train.trainable=["*"]', [VAE], [UNET]),
+    ('train.frozen=["*"]', [VAE], []),
+    ("unet.channels=32", [], [UNET]),
+    ("unet.temporal_convs=3", [UNET, "unet.temporal=none"], [UNET]),
+    ("unet.temporal_conv_time=false", [UNET, "unet.temporal_convs=1"], [UNET]),
+    ("unet.temporal_position=bias", [UNET, 'unet.temporal_attention=["mlp"]'], [UNET]),
+    ("unet.head_dim=32", [UNET, "unet.num_heads=8"], [UNET]),
+    ("text.num_layers=1", [UNET, "unet.cross_attention=false"], [UNET]),
+    ("diffusion.path=vp", [VAE], [UNET]),
     ('sample.prompts=["a"]', [VAE], []),
     ("sample.num_steps=3", [VAE], []),
     ("vae.weights=x", [VAE], []),
@@ -147,6 +159,7 @@ def test_every_rule_has_a_case():
 def test_the_defaults_are_silent():
     assert idle() == []
     assert idle("train.task=vae") == []
+    assert idle("train.task=unet") == []
 
 
 def test_one_line_for_all_that_one_rule_refuses():
@@ -160,4 +173,4 @@ def test_one_line_for_all_that_one_rule_refuses():
 def test_an_option_is_told_once():
     found = idle("text.path=x", "train.task=vae")
     assert len(found) == 1
-    assert found[0].startswith("text.path=x has no effect without train.task=dit; ")
+    assert found[0].startswith("text.path=x has no effect without train.task=dit or unet; ")

@@ -26,6 +26,7 @@ from vidit.config.sample import Sample, Sampler
 from vidit.config.section import ConfigError, Section, refuse
 from vidit.config.text import RESERVED_TEXT_ROWS, Text
 from vidit.config.train import Train
+from vidit.config.unet import UNET_FAMILIES, UNET_PRESETS, Unet
 from vidit.config.vae import VAE_PRESETS, Vae
 from vidit.config.vae_train import VaeTrain
 
@@ -35,6 +36,8 @@ __all__ = [
     "LEGAL_TARGETS",
     "PRESETS",
     "RESERVED_TEXT_ROWS",
+    "UNET_FAMILIES",
+    "UNET_PRESETS",
     "VAE_PRESETS",
     "AnyWindow",
     "Bucket",
@@ -57,6 +60,7 @@ __all__ = [
     "Target",
     "Text",
     "Train",
+    "Unet",
     "Vae",
     "VaeTrain",
     "Window",

@@ -12,6 +12,7 @@ from vidit.config.sample import Sample
 from vidit.config.section import Section
 from vidit.config.text import Text
 from vidit.config.train import Train
+from vidit.config.unet import Unet
 from vidit.config.vae import Vae
 from vidit.config.vae_train import VaeTrain
 
@@ -25,12 +26,18 @@ class RunConfig(Section):
     vae: Vae = Vae()
     vae_train: VaeTrain = VaeTrain()
     model: Model = Model()
+    unet: Unet = Unet()
     diffusion: Diffusion = Diffusion()
     data: Data = Data()
     train: Train = Train()
     parallel: Parallel = Parallel()
     launch: Launch = Launch()
     sample: Sample = Sample()
+
+    @property
+    def denoiser(self) -> Model | Unet:
+        """What is trained on latents: the DiT, or with `train.task=unet` the U-Net."""
+        return self.unet if self.train.task == "unet" else self.model
 
     @property
     def directory(self) -> Path:

@@ -13,7 +13,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Train(Section):
     """Optimisation, precision and the rhythm of a run."""
 
-    task: Literal["dit", "vae"] = "dit"
+    task: Literal["dit", "unet", "vae"] = Field(
+        "dit", description="what is trained: the transformer of model, the U-Net of unet, or the VAE"
+    )
     steps: int = Field(1000, gt=0)
     global_batch: int = Field(32, gt=0, description="clips (rows) in one optimizer step, over all ranks")
     micro_batch: int = Field(32, gt=0, description="rows in one forward and backward pass of one rank")
@@ -42,6 +44,10 @@ class Train(Section):
     init_from: str | None = Field(
         None, description="a folder of weights to begin with, written by `vidit export` or `vidit import`"
     )
+    trainable: tuple[str, ...] = Field(
+        (), description="patterns of the names of parameters that alone are trained, such as 'unet.*.temporal_*'"
+    )
+    frozen: tuple[str, ...] = Field((), description="the same of those that are not trained; give one of the two")
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     log_every: int = Field(10, gt=0)
@@ -76,6 +82,8 @@ class Train(Section):
 
     def faults(self) -> Iterator[str]:
         """What is wrong with this section alone."""
+        if self.trainable and self.frozen:
+            yield "train.trainable and train.frozen say the same in two ways; give one of them"
         if self.rolls_back and self.roll_back_checkpoints > self.keep_checkpoints:
             yield (
                 f"train.roll_back_checkpoints={self.roll_back_checkpoints} exceeds train.keep_checkpoints="

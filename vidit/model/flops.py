@@ -1,11 +1,12 @@
-"""Arithmetic of the DiT: parameters and FLOPs from the config alone, without torch.
+"""Arithmetic of the denoisers: parameters and FLOPs from the config alone, without torch.
 
 Forward FLOPs of one clip: 2 S P_lin + 4 S W D for self-attention in windows of W tokens + text, as in
 papers.md section 0 and anchors.md section 8; training is three times the forward. Elementwise work is left
 out, as every published MFU does.
 """
 
-from vidit.config import AnyWindow, Model, Window, whole_window
+from vidit.config import AnyWindow, Model, Unet, Window, whole_window
+from vidit.model.unet.flops import unet_flops, unet_parameters
 
 REFINER_RATIO = 4
 """Hidden width of a refiner's MLP over the model's."""
@@ -30,8 +31,10 @@ def window_tokens(window: AnyWindow, grid: Window) -> int:
     return t * h * w
 
 
-def forward_flops(c: Model, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
+def forward_flops(c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
     """FLOPs of one forward pass of one clip through the denoiser, two for each multiply-add."""
+    if isinstance(c, Unet):
+        return unet_flops(c, grid, channels, text_width, text_tokens)
     total = embed_flops(c, grid, channels) + head_flops(c, grid, channels) + text_flops(c, text_width, text_tokens)
     return total + sum(block_flops(c, layer, grid, text_tokens) for layer in range(c.num_layers))
 
@@ -74,8 +77,10 @@ def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch_size * c.out_factor
 
 
-def parameter_count(c: Model, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
-    """Parameters of the denoiser, text encoder not included; equal to what `DiT` allocates."""
+def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
+    """Parameters of the denoiser, text encoder not included; equal to what `DiT` or `VideoUnet` allocates."""
+    if isinstance(c, Unet):
+        return unet_parameters(c, grid[0], channels, text_width)
     d, head_dim, f, cond = c.width, c.width // c.num_heads, c.mlp_width, c.cond_width
     vectors, norm = c.num_vectors * d, 2 * d * c.norm_affine
     patch = channels * c.patch_size

@@ -20,6 +20,8 @@ ZERO = re.compile(
     r"(\.|^)(modulation\.up|modulation|shared|frame_rate\.out|head\.project|temporal\.out|patch\.given)\.(weight|bias)$|"
     r"attn\.bias\.table$"
 )
+# Of a U-Net what closes a residual branch, the parts over time in it, and how much of them is mixed in.
+CLOSING = re.compile(r"(\.|^)(closing|parts\.\d+\.\w+\.(out|down))\.(weight|bias)$|(\.|^)mix\.logit$")
 NORM = re.compile(r"norm\w*\.weight$")
 TABLE = re.compile(r"(position\.(time|space)|table|embedding|position)(\.weight)?$")
 
@@ -33,7 +35,7 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """The full initial tensor, fp32 on the CPU, for a parameter of that name."""
-    if ZERO.search(name):
+    if ZERO.search(name) or CLOSING.search(name):
         return torch.zeros(shape)
     if NORM.search(name):
         return torch.ones(shape)

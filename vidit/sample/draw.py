@@ -115,6 +115,6 @@ class _Denoiser:
             told[:, : self.first.shape[2]] = 0
         output = self.step.denoise(self.model, x, told, text, grid, self.previous)
         x_hat = begun(self.step.objective.denoised(output, x, t_B), self.first)
-        if self.step.config.model.self_conditioning:
+        if self.step.config.denoiser.self_conditioning:
             self.previous = x_hat.to(self.step.dtype)
         return x_hat

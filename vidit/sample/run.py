@@ -55,15 +55,16 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     """Load a run's newest checkpoint. ValueError where there is none; ConfigError with every fault of the request."""
     trained = alone(read_config(run_dir))
     found = checkpoint.steps(run_dir / "checkpoints")
-    if trained.train.task != "dit" or not found:
-        raise ValueError(f"{run_dir} holds no checkpoint of a DiT to sample from; train it with `vidit train`")
+    if trained.train.task == "vae" or not found:
+        raise ValueError(f"{run_dir} holds no checkpoint of a denoiser to sample from; train it with `vidit train`")
     config = requested(trained, overrides)
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
     text = build_text_encoder(config.text, dtype).to(device)
     model = build_dit(trained.model_copy(update={"model": config.model}), text, device, dtype).eval()
-    named = {f"ema.{name}": p.data for name, p in model.named_parameters() if p.requires_grad}
+    # What is frozen has no average.
+    named = {f"{'ema' if p.requires_grad else 'model'}.{name}": p.data for name, p in model.named_parameters()}
     checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named, prefix="ema.")
     return TrainedRun(config, DitStep(config, vae, text, device), model, text, found[-1])
 
@@ -92,16 +93,21 @@ def requested(trained: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def _table_faults(trained: RunConfig, config: RunConfig) -> Iterator[str]:
-    """Sizes above the model's absolute position tables, which have the size of the training clips."""
-    if trained.model.absolute_position != "learned":
+    """Sizes above the model's position tables, which have the size of the training clips."""
+    u, is_unet = trained.unet, trained.train.task == "unet"
+    if is_unet and not (u.has_self_attention and u.temporal_position == "bias"):
         return
+    if not is_unet and trained.model.absolute_position != "learned":
+        return
+    sides = ("num_frames",) if is_unet else ("num_frames", "height", "width")
+    cure = "unet.temporal_position=sinusoid" if is_unet else "model.absolute_position=false"
     asked_grid, most_grid = (grid_of(c, c.data.num_frames, c.data.height, c.data.width) for c in (config, trained))
-    for name, asked, most in zip(("num_frames", "height", "width"), asked_grid, most_grid, strict=True):
+    for name, asked, most in zip(sides, asked_grid, most_grid, strict=False):
         if asked > most:
             size = getattr(trained.data, name)
             yield (
                 f"data.{name}={getattr(config.data, name)} is {asked} tokens, but the position table holds {most}, for "
-                f"data.{name}={size} in training; sample at most {size}, or train with model.absolute_position=false"
+                f"data.{name}={size} in training; sample at most {size}, or train with {cure}"
             )
 
 

@@ -124,7 +124,7 @@ def _drawn_from(config: RunConfig, train: Split) -> tuple[Catalog, str]:
 
     Where clips were encoded before the first step they are those that could be.
     """
-    if not (config.data.cache_latents and config.train.task == "dit"):
+    if not (config.data.cache_latents and config.train.task != "vae"):
         return train.catalog, order_of(train.refs, ())
     latents = config.directory / "latents"
     report = json.loads((latents / ENCODE_REPORT).read_text())

@@ -35,7 +35,8 @@ class Ema:
         parameters = dict(module.named_parameters())
         averages = [local(average) for average in self.averages.values()]
         current = [local(parameters[name]).to(a.dtype) for name, a in zip(self.averages, averages, strict=True)]
-        torch._foreach_lerp_(averages, current, 1 - decay)
+        if averages:  # a stage of a pipeline may have nothing that is trained
+            torch._foreach_lerp_(averages, current, 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:

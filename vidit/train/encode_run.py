@@ -34,7 +34,7 @@ def checked(config: RunConfig) -> RunConfig:
     config = adopt_vae(find_vae(config.model_copy(update={"parallel": Parallel(), "launch": Launch()})))
     resolve(config)
     faults = []
-    if config.train.task != "dit":
+    if config.train.task == "vae":
         faults.append("train.task=vae trains on pixels; give the config of a DiT, whose VAE is trained")
     if config.data.mixture:
         paths = " ".join(source.path for source in config.data.mixture)
@@ -75,7 +75,7 @@ def encode_run(
         with together():
             dtype = choose_dtype(config.train.precision, device)
             vae = load_vae(vae_folder(config.vae), ranks.device, dtype)
-            text = build_text_encoder(config.text, dtype) if config.model.reads_text else None
+            text = build_text_encoder(config.text, dtype) if config.denoiser.reads_text else None
             encoder = ClipEncoder(
                 vae,
                 config.vae,

@@ -4,7 +4,7 @@ A folder of weights is one that `vidit export` or `vidit import` wrote. Of the p
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
 Parts of a denoiser that begin by adding zero may be new to the weights (`NEW`): a model of images becomes one of videos
-(GenTron) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
+(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
 """
 
 from collections.abc import Callable, Iterable
@@ -18,7 +18,11 @@ from vidit.train.rundir import newest_checkpoint
 from vidit.train.weights_folder import open_weights, require_keys
 
 # By what is in their names: what they are, all of them or none in a folder.
-NEW = {".temporal": "attention through time", ".patch.given.": "channels of given frames"}
+NEW = {
+    ".temporal": "attention through time",
+    ".frame_rate.": "frame rate",
+    ".patch.given.": "channels of given frames",
+}
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -50,20 +54,31 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     return value
 
 
-def new_parts(config: RunConfig) -> list[str]:
-    """What to say of the parts of the denoiser that the folder of `train.init_from` lacks and that begin anew."""
-    folder, m = config.train.init_from, config.model
+def new_parts(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """What to say of the parts of the denoiser that the folder of `train.init_from` lacks and that begin anew.
+
+    `names` are of every parameter of the model.
+    """
+    folder = config.train.init_from
     if folder is None or newest_checkpoint(Path(config.directory)) is not None:
         return []
     shapes = open_weights(Path(folder)).shapes
-    if not any(_part(name) == "dit" for name in shapes):
+    if not any(_part(name) == config.train.task for name in shapes):
         return []
-    here = {".temporal": m.temporal_attention, ".patch.given.": m.given_channels}
-    return [
-        f"train.init_from={folder} has no {NEW[part]}: new is dit.*{part}*, which begins by adding zero"
-        for part in _lacking(shapes)
-        if here[part]
-    ]
+    said = []
+    for part in _lacking(shapes):
+        if new := [name for name in names if part in name]:
+            layers = " ".join(dict.fromkeys(_layer(name, part) for name in new))
+            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, which begins by adding zero")
+    return said
+
+
+def _layer(name: str, part: str) -> str:
+    """The module of a U-Net that a parameter belongs to; of a DiT, whose blocks are alike, all of that kind."""
+    before, _, after = name.partition(part)
+    if _part(name) == "dit":
+        return f"dit.*{part}*"
+    return before + part.rstrip(".") + ("" if part.endswith(".") else after.partition(".")[0])
 
 
 def _lacking(names: Iterable[str]) -> list[str]:

@@ -105,7 +105,7 @@ def layout_faults(config: RunConfig, ranks_per_node: int | None = None) -> Itera
     yield from _whatever_the_ranks(config)
     if config.train.task == "vae":
         yield from _context_faults(config)
-    else:
+    elif config.train.task == "dit":
         yield from _sequence_faults(config, layout, ranks_per_node)
         yield from _micro_batch_faults(config)
         if p.vae_context != "none" and config.data.cache_latents:
@@ -143,6 +143,9 @@ def _whatever_the_ranks(config: RunConfig) -> Iterator[str]:
     """What is wrong with degrees however many ranks there are."""
     if config.train.task == "vae":
         yield from _vae_faults(config)
+        return
+    if config.train.task == "unet":
+        yield from _unet_faults(config)
         return
     p, m = config.parallel, config.model
     yield from Layout(tensor=p.tensor).head_faults(m.num_heads)
@@ -213,3 +216,13 @@ def _vae_faults(config: RunConfig) -> Iterator[str]:
             f"parallel.sequence={p.sequence} divides nothing of a VAE without parallel.vae_context=time or rows; set "
             "that, or use parallel.shard"
         )
+
+
+def _unet_faults(config: RunConfig) -> Iterator[str]:
+    """A U-Net is a baseline: its ranks divide rows and state, and nothing else."""
+    for name in ("pipeline", "tensor", "sequence"):
+        if (degree := getattr(config.parallel, name)) > 1:
+            yield (
+                f"parallel.{name}={degree} does not apply to train.task=unet, which takes data parallelism and ZeRO; "
+                "use shard or replicate"
+            )

@@ -21,8 +21,10 @@ from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 from vidit.model.single import SingleBlock
 from vidit.model.stage import keep_stages, plan_of_stages
+from vidit.model.unet.unet import UNITS, Cell, VideoUnet
 from vidit.resolve import resolve
 from vidit.text.encoder import TextEncoder
+from vidit.train.frozen import freeze
 from vidit.train.initial import initial_values
 from vidit.train.layout import kind_of, stages_of
 from vidit.train.recompute import recompute
@@ -35,7 +37,7 @@ from vidit.vae.plan import context_plan
 def build_dit(
     config: RunConfig, text: TextEncoder, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None
 ) -> nn.ModuleDict:
-    """The denoiser, and beside it the text encoder where that is trained too: {"dit", "text"}.
+    """The denoiser, and beside it the text encoder where that is trained too: {"dit" or "unet", "text"}.
 
     With a mesh the config is one that `with_layout` has completed, and the denoiser this rank's part.
     """
@@ -44,16 +46,22 @@ def build_dit(
             f"model.pooled_width={pooled}, but text.kind={config.text.kind} gives pooled captions of {text.width}; use "
             f"model.pooled_width=0, or an encoder of {pooled}"
         )
+    task, channels, grid = config.train.task, config.vae.latent_channels, resolve(config).largest_grid
     with torch.device("meta"):
-        dit = DiT(config.model, config.vae.latent_channels, resolve(config).largest_grid, text.width)
-    dit.dtype = dtype
-    model = nn.ModuleDict({"dit": dit})
+        if task == "unet":
+            denoiser: DiT | VideoUnet = VideoUnet(config.unet, channels, grid, text.width)
+        else:
+            denoiser = DiT(config.model, channels, grid, text.width)
+    denoiser.dtype = dtype
+    model = nn.ModuleDict({task: denoiser})
     if text.trainable:
         model["text"] = text
+    freeze(model, config.train)
     names = list(model.state_dict())
-    if mesh is not None:
-        _divide(dit, config, mesh)
-    return _finish(model, config, device, dtype, mesh, [f"dit.{sharding_plan(config.model).blocks}"], names)
+    if mesh is not None and isinstance(denoiser, DiT):
+        _divide(denoiser, config, mesh)
+    units = UNITS if task == "unet" else (sharding_plan(config.model).blocks,)
+    return _finish(model, config, device, dtype, mesh, [f"{task}.{unit}" for unit in units], names)
 
 
 def build_vae(config: RunConfig, device: torch.device, dtype: torch.dtype, mesh: Mesh | None = None) -> nn.ModuleDict:
@@ -132,7 +140,7 @@ def _finish(
     if dtype == torch.float64:
         model.double()
     for module in model.modules():
-        if isinstance(module, Block | SingleBlock | ResBlock):
+        if isinstance(module, Block | SingleBlock | Cell | ResBlock):
             if c.activation_checkpointing != "none":
                 recompute(module, c.activation_checkpointing)
             if c.compile:

@@ -72,7 +72,7 @@ class Review:
         model = self.state.model
         # Sampling knows nothing of signals: every call of the network is a place where it may be left.
         evaluated = self.task.passes.evaluated
-        hook = evaluated["dit"].register_forward_pre_hook(lambda *_: self.stop.check())
+        hook = evaluated[self.task.config.train.task].register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with self.state.ema.applied(model):
                 videos = draw(self.config, task.step, evaluated, task.text, prompts, self.config.train.seed)

@@ -71,7 +71,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
         task = build_task(config, device, len(splits[1].refs))
         if isinstance(task.step, DitStep):
             refs = Clips.chained([split.refs for split in splits])
-            require_same_encoders(task.config, refs, task.step.vae, task.text if config.model.reads_text else None)
+            require_same_encoders(task.config, refs, task.step.vae, task.text if config.denoiser.reads_text else None)
         optimizer = build_optimizer(config.train, dict(task.model.named_parameters()), config.vae_train)
         average = Ema(task.model, config.train.ema_decay, without=JUDGE)
         wait_s = config.parallel.timeout_s / 2
@@ -79,7 +79,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
             task.model, optimizer, average, background=config.train.async_checkpoint, save_timeout_s=wait_s
         )
         ledger.started("model")
-        begun = new_parts(config)
+        begun = new_parts(config, [name for name, _ in task.model.named_parameters()])
         held, notes = resume(config.directory / "checkpoints", state)
         ledger.started("checkpoint")
         if own_rank() == 0:

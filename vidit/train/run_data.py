@@ -80,7 +80,7 @@ def _cached(
 ) -> tuple[Catalog, Dropped]:
     """The clips of a run, encoded before its first step into its own directory, and those that cannot be."""
     config, folder = task.config, task.config.directory / "latents"
-    text = task.text if config.model.reads_text else None
+    text = task.text if config.denoiser.reads_text else None
     encoder = ClipEncoder(step.vae, config.vae, text, step.device, "fp32")
     # What was encoded for other clips or another VAE is of no use to anyone: the folder is the run's own.
     made = encode_set(config, catalog, folder, encoder, reporter.say, stop.check_alone, CLIPS_PER_SHARD, overwrite=True)

@@ -185,7 +185,7 @@ class DitStep:
         quantile_B = self.quantiles(rows, purpose, batch.step_rows)
         shift = self._shift(*batch.size) if batch.size else self.shift
         t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
-        if share := self.config.model.self_conditioning:
+        if share := self.config.denoiser.self_conditioning:
             chosen_B = self._chosen(f"{purpose}/self_condition", rows, share)
             # Ranks that gather weights must go together.
             others = self._chosen(f"{purpose}/self_condition", batch.round_rows, share)
@@ -249,7 +249,9 @@ class DitStep:
         """The network's output at x_t; `t_B` is (B, T) where frames have times of their own."""
         time_B = self.objective.path.time_embedding_input(t_B)
         inputs = self.objective.network_input(x_t, t_B)
-        return model["dit"](inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous)
+        return model[self.config.train.task](
+            inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous
+        )
 
     def grid(self, batch: Batch) -> Grid:
         """The latents of a batch in tokens, which of its rows are images, and how fast the others run."""
@@ -261,7 +263,7 @@ class DitStep:
 
     def frame_rates(self, fps: Sequence[float]) -> Tensor | None:
         """Frames a second of rows as the model takes them; None where it takes none."""
-        if not self.config.model.frame_rate:
+        if not self.config.denoiser.frame_rate:
             return None
         return torch.tensor(fps, device=self.device, dtype=self.dtype)
 

@@ -89,7 +89,7 @@ class Task:
         """(tokens, FLOPs of a training step) of one row: of so many frames and pixels, or the run's own size."""
         c, d = self.config, self.config.data
         grid = grid_of(c, *(size or (d.num_frames, d.height, d.width)))
-        flops = training_flops(self.forward_flops(grid), c.model.self_conditioning) if self.forward_flops else 0.0
+        flops = training_flops(self.forward_flops(grid), c.denoiser.self_conditioning) if self.forward_flops else 0.0
         return grid[0] * grid[1] * grid[2], flops
 
 
@@ -158,7 +158,7 @@ def dit_task(
     channels = config.vae.latent_channels
 
     def flops(grid: Grid) -> int:
-        return forward_flops(config.model, grid, channels, text.width, text.max_tokens)
+        return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens)
 
     step = DitStep(config, vae, text, device, num_validation)
     return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)

@@ -92,7 +92,7 @@ def adopt_vae(config: RunConfig, world_size: int | None = None) -> RunConfig:
     A VAE run, and a run without weights, are returned as they are. Raises ConfigError with the faults of the
     folder and, so that all are seen at once, those that `resolve` would find.
     """
-    if config.train.task != "dit" or not config.vae.weights:
+    if config.train.task == "vae" or not config.vae.weights:
         return config
     try:
         stored = vae_config(vae_folder(config.vae))

@@ -105,11 +105,11 @@ def test_a_model_of_images_begins_one_of_videos(configure: Callable[..., RunConf
     new = {name for name in found if name not in wanted}
     assert {name.split(".")[3] for name in new} == {"temporal"}
     assert not any(found[name].any() for name in new if ".out." in name)
-    (note,) = new_parts(videos)
+    (note,) = new_parts(videos, found)
     assert "no attention through time: new is dit.*.temporal*, which begins by adding zero" in note
-    assert new_parts(configure(tmp_path / "other", model=images, train=begin, **quiet)) == []
+    assert new_parts(configure(tmp_path / "other", model=images, train=begin, **quiet), wanted) == []
     assert run(videos)
-    assert new_parts(videos) == [], "it has a checkpoint of its own"
+    assert new_parts(videos, found) == [], "it has a checkpoint of its own"
 
 
 def test_a_model_of_videos_fits_whole_or_not_at_all(configure: Callable[..., RunConfig], tmp_path: Path) -> None:

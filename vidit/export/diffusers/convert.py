@@ -53,7 +53,7 @@ def to_diffusers(model: DiT, latent: tuple[int, int, int] | None = None, text_to
 
 def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
     """Geometry and tensors, under our names, of a module or a folder of theirs."""
-    config, given = _of_module(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
+    config, given = _of_module(source) if isinstance(source, nn.Module) else opened(Path(source))
     family = _family_of_class(config.get("_class_name"))
     geometry = family.geometry(config)
     places = family.places(wanted := _shapes(on_meta(geometry)), geometry.model)
@@ -126,9 +126,12 @@ def _of_module(module: nn.Module) -> tuple[Mapping[str, Any], Weights]:
     return config, Weights(_shapes(module), lambda name: state[name].detach())
 
 
-def _of_folder(folder: Path) -> tuple[Mapping[str, Any], Weights]:
-    """A folder as `save_pretrained` writes it, or a pipeline's, which has it as `transformer`."""
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+def opened(folder: Path) -> tuple[Mapping[str, Any], Weights]:
+    """A folder as `save_pretrained` writes it, or a pipeline's, which has it as `transformer` or `unet`.
+
+    ValueError where it cannot be read.
+    """
+    folder = next((folder / part for part in ("transformer", "unet") if (folder / part).is_dir()), folder)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:

@@ -9,8 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from vidit.export.diffusers.convert import exported, imported
+from vidit.config import Section
+from vidit.export.diffusers.convert import exported, imported, opened
 from vidit.export.diffusers.family import Geometry
+from vidit.export.diffusers.unet import CLASS, UnetGeometry, imported_unet
 from vidit.export.files import DTYPES, Kind, new_folder, write_tensors
 from vidit.export.weights import Weights as Chosen
 from vidit.export.weights import chosen_checkpoint, trained_weights
@@ -23,18 +25,35 @@ STEM = "diffusion_pytorch_model"
 PART = "dit."
 
 
-def import_diffusers(source: Path, out: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> Geometry:
-    """Write `model.safetensors`, for `train.init_from`, and `model.json`, the config's section, into a new folder.
+def import_diffusers(source: Path, out: Path, dtype: Literal["fp32", "bf16"] = "fp32") -> Geometry | UnetGeometry:
+    """Write `model.safetensors`, for `train.init_from`, and the config's section, `model.json`, into a new folder.
+
+    Of a U-Net, which is one for images, the section is `unet.json`.
 
     Raises ValueError where the class or its geometry is not known here, where keys are missing or unknown, or where
     `out` holds something.
     """
+    about, given = opened(source)
+    if about.get("_class_name") == CLASS:
+        made, weights = imported_unet(about, given)
+        _write(out, section_of(made), made.unet, weights, dtype)
+        return made
     geometry, weights = imported(source)
-    kinds = {PART + name: Kind(shape, DTYPES[dtype]) for name, shape in weights.shapes.items()}
-    with new_folder(out) as partial:
-        write_tensors(partial, kinds, lambda name: weights.get(name.removeprefix(PART)))
-        write_whole(partial / "model.json", geometry.model.model_dump_json(indent=1) + "\n")
+    _write(out, section_of(geometry), geometry.model, weights, dtype)
     return geometry
+
+
+def section_of(geometry: Geometry | UnetGeometry) -> str:
+    """The section of a config that a geometry is of."""
+    return "unet" if isinstance(geometry, UnetGeometry) else "model"
+
+
+def _write(out: Path, section: str, c: Section, weights: Weights, dtype: Literal["fp32", "bf16"]) -> None:
+    part = "unet." if section == "unet" else PART
+    kinds = {part + name: Kind(shape, DTYPES[dtype]) for name, shape in weights.shapes.items()}
+    with new_folder(out) as partial:
+        write_tensors(partial, kinds, lambda name: weights.get(name.removeprefix(part)))
+        write_whole(partial / f"{section}.json", c.model_dump_json(indent=1) + "\n")
 
 
 def export_diffusers(
@@ -49,6 +68,8 @@ def export_diffusers(
     Raises ValueError where no class does, or where the run has no such checkpoint; else as `export_weights`.
     """
     config = read_config(run_dir)
+    if config.train.task == "unet":
+        raise ValueError(f"{run_dir} holds a U-Net, which no class of diffusers expresses; leave --format out")
     trained = trained_weights(chosen_checkpoint(run_dir, step), weights)
     own = {
         name.removeprefix(PART): kind for name, kind in trained.kinds(DTYPES[dtype]).items() if name.startswith(PART)
