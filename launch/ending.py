@@ -1,7 +1,7 @@
 """How ranks ended, and which of their endings was the cause of all: one answer, for every way of starting them."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypedDict
 
 
@@ -44,8 +44,8 @@ def lost(rank: int, why: str) -> Ended:
     return Ended(rank=rank, code=None, fault=None, message=why, trace="", time=0.0, retry=True)
 
 
-def left(rank: int) -> Ended:
-    """A rank that did not leave when asked, and without a word of why."""
+def stayed(rank: int) -> Ended:
+    """A rank that did not leave when asked, and said no word of why."""
     return Ended(rank=rank, code=None, fault=rank, message="", trace="", time=0.0, retry=True)
 
 
@@ -53,38 +53,57 @@ def ending_of(endings: Sequence[Ended]) -> Ending:
     """The cause: a node that is gone, a rank that a signal ended, the first report, a rank without one.
 
     A rank that a signal ended leaves no report; what the others say of it is who it was and what it did last. Else what
-    a rank says of itself comes before what others say of it, and that in the order of time.
+    a rank says of itself comes before what others say of it, and that in the order of time. One that stayed when it was
+    asked to leave is a cause only where nothing else is: it may have been saving.
     """
     failed = [one for one in endings if one["code"] != 0]
     gone = [one for one in failed if one["code"] is None and one["message"]]
     if gone:
         return Ending(None, gone[0]["message"])
-    # Whom a signal ended before who had to be killed in the end.
-    codes = {one["rank"]: one["code"] for one in sorted(failed, key=lambda one: one["code"] is None)}
-    killed = {rank: code for rank, code in codes.items() if _is_killed(code)}
+    codes = {one["rank"]: one["code"] for one in sorted(failed, key=lambda one: _order(one["code"]))}
+    killed = [rank for rank, code in codes.items() if _order(code) == 0]
     said = [one for one in failed if one["message"]]
     reports = sorted(said, key=lambda one: (one["fault"] != one["rank"], one["time"]))
-    if reports:
-        told = next((one for one in reports if one["fault"] in killed), reports[0])
-        rank = told["fault"]
-        how = f"{_how(killed[rank])}: " if rank in killed else ""
-        code = _code(codes.get(rank, 1)) if rank is not None else 1
-        return Ending(rank, how + told["message"], code, told["retry"] or rank in killed, told["trace"])
-    for rank in [*killed, *codes]:
-        why = _how(codes[rank])
-        return Ending(rank, why if codes[rank] is None else f"{why} without a message", _code(codes[rank]))
+    told = _told(reports, codes, killed)
+    if told is not None:
+        return _reported(told, codes)
+    for rank, code in codes.items():
+        return Ending(rank, _how(code) + ("" if code is None else " without a message"), _code(code))
     return Ending(None, "all ranks left before the run was done: something else has asked one of them to stop")
 
 
-def _is_killed(code: int | None) -> bool:
-    """SIGTERM is how the others of a failed rank are asked to leave."""
-    return code is None or (code < 0 and code != -signal.SIGTERM)
+def _told(reports: Sequence[Ended], codes: Mapping[int, int | None], killed: Sequence[int]) -> Ended | None:
+    """The report that counts, the first of them in doubt; None where none is worth more than an exit code."""
+    silent = [rank for rank, code in codes.items() if code is None]
+    own = [one for one in reports if one["fault"] == one["rank"]]
+    about_killed, about_silent = ([one for one in reports if one["fault"] in ranks] for ranks in (killed, silent))
+    told = next(iter([*about_killed, *own, *about_silent, *reports]), None)
+    # That of a rank whose store went with the rank that was killed.
+    return None if told is not None and told["fault"] is None and killed else told
+
+
+def _reported(told: Ended, codes: Mapping[int, int | None]) -> Ending:
+    rank = told["fault"]
+    code = 1 if rank is None else codes.get(rank, 1)
+    silent = rank in codes and _order(code) != 1
+    how = f"{_how(code)}: " if silent else ""
+    return Ending(rank, how + told["message"], _code(code), told["retry"] or silent, told["trace"])
+
+
+def _order(code: int | None) -> int:
+    """Ended by a signal, 0, before any other exit code, before who stayed; SIGTERM asks the others to leave."""
+    if code is None:
+        return 2
+    return 0 if code < 0 and code != -signal.SIGTERM else 1
 
 
 def _how(code: int | None) -> str:
     if code is None:
         return "did not leave when asked, so it was killed"
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code > 0:
+        return f"ended with exit code {code}"
+    known = -code in {int(one) for one in signal.Signals}
+    return f"ended by {signal.Signals(-code).name if known else f'signal {-code}'}"
 
 
 def _code(code: int | None) -> int:

@@ -19,7 +19,6 @@ anew (`launch/restart.py` says when).
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from launch.ending import Ending, ending_of
-from launch.node_ranks import POLL_S, NodeRanks
+from launch.node_ranks import NodeRanks
 from launch.rank import SIGNALS
 from launch.restart import Restarts
 from launch.srun import ALONE, Node
@@ -89,11 +88,9 @@ def _run_once(command: Sequence[str], num_ranks: int, logs: Path, forward: "Forw
         meet = [node.address, str(node.port)] if node.count > 1 else ranks.meeting_point(node.address)
         outputs = [None if rank == 0 else str(logs / f"rank-{rank}.log") for rank in range(first, first + num_ranks)]
         variables = variables_of(num_ranks, os.environ, len(os.sched_getaffinity(0)))
+        forward.to(ranks)
         ranks.start([sys.executable, *command], meet, variables, outputs)
-        while ranks.is_going():
-            forward.to(ranks)
-            time.sleep(POLL_S)
-        endings = ranks.wait()
+        endings = ranks.wait(lambda: forward.to(ranks))
     return None if all(one["code"] == 0 for one in endings) else ending_of(endings)
 
 
@@ -140,6 +137,7 @@ class Forward:
 
 
 def _tell(ending: Ending, logs: Path, show_traceback: bool) -> None:
-    name = "rank-*" if ending.rank is None else f"rank-{ending.rank}"
+    log = logs / f"rank-{'*' if ending.rank is None else ending.rank}.log"
+    more = f"  {log} has more\n" if ending.rank is None or log.is_file() else ""
     trace = ending.trace if show_traceback else ""
-    sys.stderr.write(f"{trace}vidit: {ending.who}{ending.message}\n  {logs / name}.log has more\n")
+    sys.stderr.write(f"{trace}vidit: {ending.who}{ending.message}\n{more}")

@@ -13,8 +13,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,10 +22,36 @@ from launch.ending import Ended
 from launch.rank import FOLDER, is_held
 from parallel.failure import read_report
 
+PREFIX = "vidit-launch-"
 POLL_S = 0.1
 KILLED_S = 10.0
-# Until a rank takes them: SLURM sends SIGUSR1 to every process of a step, and one that has just begun would die of it.
-IGNORANT = ("sh", "-c", 'trap "" USR1 USR2; exec "$@"', "sh")
+# SLURM sends SIGUSR1 to every process of a step; a rank that has just begun would die of it, so there it waits.
+BLOCKED = (signal.SIGUSR1, signal.SIGUSR2)
+STALE_S = 3600.0  # a folder without a living process, after which its launcher was killed and all its ranks have left
+
+
+def _sweep() -> None:
+    """Remove the folders of launchers that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > STALE_S and not any(map(is_held, folder.iterdir())):
+                shutil.rmtree(folder)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """While entered, what this thread starts is not sent `BLOCKED` before it lets them through (`launch/rank.py`)."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """A rank and its children: it leads a process group."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _appending(path: str | None) -> AbstractContextManager[IO[bytes] | None]:
@@ -49,7 +75,8 @@ class NodeRanks:
         self.ended = False
         self.deadline = float("inf")
         self._sent = [0] * count
-        self.folder = Path(tempfile.mkdtemp(prefix="vidit-launch-"))
+        _sweep()
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._lock = (self.folder / "launcher").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._port: socket.socket | None = None
@@ -57,11 +84,14 @@ class NodeRanks:
     def meeting_point(self, address: str) -> list[str]:
         """Address and port at which the ranks can meet on this node, which others know by `address`.
 
-        The port is kept from everybody but rank 0, which listens there.
+        Until rank 0 listens there, on all addresses, the system gives the port to nobody else.
         """
-        self._port = socket.socket()
+        both = socket.has_dualstack_ipv6()
+        self._port = socket.socket(socket.AF_INET6 if both else socket.AF_INET)
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._port.bind((address, 0))
+        if both:
+            self._port.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self._port.bind(("", 0))
         return [address, str(self._port.getsockname()[1])]
 
     def start(
@@ -78,13 +108,16 @@ class NodeRanks:
         if self.came or self.ended:
             return
         for local, path in enumerate(outputs):
-            with _appending(path) as out:
-                self.processes.append(
-                    subprocess.Popen(
-                        [*IGNORANT, *command], cwd=workdir, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                        start_new_session=True, env={**os.environ, **variables, **self._place(local, meet)},
-                    )
+            if self.ended:
+                return
+            with _appending(path) as out, _blocked():
+                process = subprocess.Popen(
+                    list(command), cwd=workdir, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                    start_new_session=True, env={**os.environ, **variables, **self._place(local, meet)},
                 )  # fmt: skip
+            self.processes.append(process)
+            if self.ended:  # in the meantime
+                _kill(process)
 
     def _place(self, local: int, meet: Sequence[str]) -> dict[str, str]:
         """The variables of torchrun, which say where a rank stands."""
@@ -92,7 +125,8 @@ class NodeRanks:
         return {
             "RANK": str(rank), "WORLD_SIZE": str(self.world), "LOCAL_RANK": str(local),
             "LOCAL_WORLD_SIZE": str(self.count), "MASTER_ADDR": meet[0], "MASTER_PORT": meet[1],
-            FOLDER: str(self.folder), "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
+            "TORCHELASTIC_USE_AGENT_STORE": "False", "TORCHELASTIC_ERROR_FILE": str(self._report(rank)),
+            FOLDER: str(self.folder),
         }  # fmt: skip
 
     def _report(self, rank: int) -> Path:
@@ -106,16 +140,17 @@ class NodeRanks:
         """Let the wait end `leave_s` from now, if not before."""
         self.deadline = min(self.deadline, time.monotonic() + self.leave_s)
 
-    def wait(self) -> list[Ended]:
+    def wait(self, each: Callable[[], None] = lambda: None) -> list[Ended]:
         """How each rank ended. Returns when all have; where one has failed the others are asked to leave, and those
-        that have not done so in time are told of with code None.
+        that have not done so in time are told of with code None. `each` is called whenever it has looked.
         """
-        while self.is_going():
+        while self._tend():
+            each()
             time.sleep(POLL_S)
         return [self._ending(local) for local in range(len(self.processes))]
 
-    def is_going(self) -> bool:
-        """Whether to look again: ranks run, and have time left. Passes signals on to those that have begun."""
+    def _tend(self) -> bool:
+        """Pass signals on, and ask the others to leave once a rank has failed. Whether ranks run and have time left."""
         codes = [self._code(local) for local in range(len(self.processes))]
         if self.deadline == float("inf") and any(codes):
             self.ask()
@@ -147,6 +182,8 @@ class NodeRanks:
 
     def _ending(self, local: int) -> Ended:
         rank, code = self.first + local, self._code(local)
+        if code is None and self._file(local).endswith("done"):
+            code = 0
         report = read_report(self._report(rank)) if code != 0 else None
         if report is None:
             return Ended(rank=rank, code=code, fault=rank, message="", trace="", time=0.0, retry=True)
@@ -155,10 +192,11 @@ class NodeRanks:
                      trace=report.trace, time=report.time, retry=report.retry)  # fmt: skip
 
     def end(self) -> None:
-        """Kill what is left, and clear up."""
+        """Kill what is left, with its children, and clear up."""
         self.ended = True
         for process in self.processes:
-            process.kill()
+            if process.poll() != 0:
+                _kill(process)
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(KILLED_S)

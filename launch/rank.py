@@ -8,12 +8,13 @@ folder in VIDIT_LAUNCH. There each rank holds a lock on a file `rank-N` for as l
 
 import fcntl
 import os
+import select
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -89,7 +90,7 @@ def _join(folder: Path, place: Place) -> IO[str]:
     """Take this rank's file in the folder of the launch, which tells the launcher that it may be sent signals."""
     record = (folder / f"rank-{place.rank}").open("w")
     fcntl.flock(record, fcntl.LOCK_EX)
-    record.write(f"{os.getpid()}\n")
+    record.write("begun\n")
     record.flush()
     return record
 
@@ -100,11 +101,25 @@ class HeldSignals:
     def __init__(self) -> None:
         self.number: int | None = None
         self.since = 0.0
+        # Python runs a handler between two of its own instructions, which may be long in coming: a rank that waits for
+        # others in C++ is one. The bytes of this pipe come at once.
+        self._bytes, written = os.pipe()
+        for end in (self._bytes, written):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(written, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._hold)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def _hold(self, number: int, _: FrameType | None) -> None:
         self.number, self.since = number, time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        """Until a signal comes, or so long."""
+        if select.select([self._bytes], [], [], seconds)[0]:
+            for number in os.read(self._bytes, 4096):
+                if self.number is None and signal.getsignal(number) == self._hold:
+                    self._hold(number, None)
 
     def hand_on(self) -> None:
         """Send again what was held, once somebody else handles it; end the process if nobody ever does."""
@@ -121,11 +136,12 @@ def _watch(held: HeldSignals, folder: Path | None) -> None:
     """A thread of the rank: hands signals on, and asks the rank to stop when those who started it are gone."""
     parent, deadline = os.getppid(), None
     while True:
-        time.sleep(POLL_S)
+        held.wait(POLL_S)
         held.hand_on()
         if folder is None:
             continue
-        if deadline is None and (os.getppid() != parent or not is_held(folder / "launcher")):
+        launcher = folder / "launcher"  # which a sweep of temporary files may have taken away
+        if deadline is None and (os.getppid() != parent or (launcher.exists() and not is_held(launcher))):
             deadline = time.monotonic() + ORPHAN_S
             os.kill(os.getpid(), signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
@@ -152,14 +168,21 @@ def _leave(error: BaseException, place: Place, log: Path | None) -> NoReturn:
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     report = report_of(error, place.rank)
+    line = f"vidit: {RankError(report.rank, report.message)}\n"
     told = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if code and told:
-        write_report(Path(told), report)
-    if code and log:
-        with log.open("a") as file:
-            file.write(report.trace)
-    elif code:
-        sys.stderr.write(f"vidit: {RankError(report.rank, report.message)}\n")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        if code and told:
+            with suppress(OSError):  # the log says it too
+                write_report(Path(told), report)
+        if code and log:
+            with log.open("a") as file:
+                file.write(report.trace)
+        elif code:
+            sys.stderr.write(line)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError as full:
+        with suppress(OSError):
+            os.write(2, f"{line}vidit: and {log or 'its output'} cannot be written: {full}\n".encode())
+    finally:
+        os._exit(code)

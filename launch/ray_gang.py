@@ -11,15 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from launch.ending import Ended, left, lost
+from launch.ending import Ended, lost, stayed
 from launch.node_ranks import KILLED_S, NodeRanks
 from launch.ray_order import Order
 
 POLL_S = 0.3
 START_S = 120.0  # for Ray to start its workers
-REPORT_S = 5.0  # what the others of a node get to say why, once one has failed
+REPORT_S = 10.0  # what the others of a node get to say why: 3 s to ask who is silent, 5 s for rank 0 to keep the store
 LEAVE_S = 30.0  # what ranks get to notice that a peer is gone, to save and to leave
-CALLS = 4  # at once: wait, stop and end
+CALLS = 4  # at once: wait, ask and end
 
 
 class LostError(RuntimeError):
@@ -97,7 +97,7 @@ class Gang:
             if any(one["code"] != 0 for one in endings):
                 deadline = min(deadline, time.monotonic() + LEAVE_S)
         for index in waiting.values():
-            endings += [left(rank) for rank in self._ranks(index)]
+            endings += [stayed(rank) for rank in self._ranks(index)]
         return endings
 
     def _ended(self, ref: Any, index: int) -> list[Ended]:

@@ -5,8 +5,11 @@ over many nodes both name the cause. No torch here: a launcher reads these files
 """
 
 import json
+import os
+import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +68,14 @@ def write_report(path: Path, report: Report) -> None:
         "time": report.time,
     }
     facts["retry"] = report.retry
+    # Whole at once: another thread of this process may end it while this one writes.
+    written = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
-        with path.open("x") as file:
-            json.dump({"message": {"message": report.message, "extraInfo": facts}}, file)
-    except FileExistsError:
-        pass
+        written.write_text(json.dumps({"message": {"message": report.message, "extraInfo": facts}}))
+        with suppress(FileExistsError):
+            os.link(written, path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 def read_report(path: Path) -> Report | None:

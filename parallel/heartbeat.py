@@ -72,6 +72,11 @@ def diagnose(before: Sequence[Beat], after: Sequence[Beat], hanging_s: float) ->
     )
 
 
+def _plain(error: object) -> str:
+    """What gloo says, without the place in its source and what it advises."""
+    return re.sub(r"^\[\S*\] ", "", str(error).strip()).partition(". ")[0]
+
+
 def _words(ranks: Iterable[int]) -> str:
     return " ".join(map(str, ranks))
 
@@ -104,13 +109,15 @@ class Heartbeat:
     """The signs of life of this rank, and the verdict over all. With one rank there is only the deadline.
 
     `store` must be a connection of its own: waiting clients of a TCPStore block one another. `end` is called on this
-    rank's thread with the verdict when the training thread hangs, and must end the process.
+    rank's thread with the verdict when the training thread hangs, and must end the process. `host` is the rank that
+    the store ends with, None where it is none.
     """
 
     def __init__(
         self, store: dist.Store | None, rank: int, world: int, timeout_s: float,
-        end: Callable[[RankError], None] | None = None, deadline: Deadline | None = None,
+        end: Callable[[RankError], None] | None = None, deadline: Deadline | None = None, host: int | None = None,
     ):  # fmt: skip
+        self.host = host
         self.store, self.rank, self.world, self.timeout_s, self.end = store, rank, world, timeout_s, end
         self.deadline = deadline or Deadline(0.0, 0.0, timeout_s)
         self.interval_s = min(max(0.25, world / 2048), timeout_s / 10)  # the store takes some thousand words a second
@@ -163,6 +170,8 @@ class Heartbeat:
             report = report_of(error, self.rank)
             self._declare(store, Verdict(report.rank, report.message))
         except RuntimeError as lost:
+            if is_lost(error) and self.host is not None:
+                return RankError(self.host, f"is gone, and with it the store, which would know more ({_plain(error)})")
             if is_lost(error):
                 return RankError(None, f"{error}; and the store, which would know why, is gone too: {lost}")
         return error
@@ -187,9 +196,7 @@ class Heartbeat:
 
     def _inquire(self, store: dist.Store, error: str) -> Verdict:
         found = self._ask(store, self.timeout_s / 2)
-        # Without the place in gloo's source, and what it advises.
-        said = re.sub(r"^\[\S*\] ", "", error.strip()).partition(". ")[0]
-        return self._declare(store, found._replace(message=f"{found.message} ({said})"))
+        return self._declare(store, found._replace(message=f"{found.message} ({_plain(error)})"))
 
     def _ask(self, store: dist.Store, hanging_s: float) -> Verdict:
         """Read twice, until every rank has written again or is silent, and judge."""

@@ -23,6 +23,7 @@ from parallel.heartbeat import LEAVE_S, VERDICT, Heartbeat, read_verdict
 
 WORDS_S = 10.0  # a store that answers at all answers in this time
 MEET_S = 120.0  # for slow disks: importing torch is part of it
+WORD_S = 1.0  # for one word, which nobody waits for
 PART_POLL_S = 0.05
 ABORT_S = 30.0  # NCCL ends the process at its timeout: the verdict comes before
 
@@ -67,7 +68,8 @@ def start_ranks(
     patience_s = max(timeout_s, MEET_S)
     store = _connect(rank, world, patience_s)
     words = dist.PrefixStore("words", _connection(store))
-    heartbeat = Heartbeat(words, rank, world, timeout_s, _end, deadline)
+    host = None if _agent_holds_store() else 0
+    heartbeat = Heartbeat(words, rank, world, timeout_s, _end, deadline, host)
     try:
         device = _take_device(device_type, rank, local_rank)
         wait_for_all(words, rank, world, patience_s)
@@ -80,7 +82,7 @@ def start_ranks(
         # A word to a store out of reach has no timeout, so a thread of its own waits for that.
         parting = threading.Thread(target=_part, args=(words, rank, world), daemon=True)
         parting.start()
-        parting.join(LEAVE_S)
+        parting.join(LEAVE_S if rank == 0 else WORD_S)
         if told is error:
             raise
         raise told from error
@@ -142,11 +144,16 @@ def wait_for_all(words: dist.Store, rank: int, world: int, patience_s: float) ->
         time.sleep(min(0.1 + world / 10_000, patience_s / 10))
 
 
+def _agent_holds_store() -> bool:
+    """Whether torchrun hosts it, so that it outlives rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _part(words: dist.Store, rank: int, world: int) -> None:
     """Say that this rank needs the store no more. Where it ends with rank 0, that waits for all who can say so."""
     with suppress(RuntimeError):
         words.set(f"left/{rank}", "")
-        if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if rank != 0 or _agent_holds_store():
             return
         verdict = read_verdict(words) if words.check([VERDICT]) else None
         gone = verdict.rank if verdict and not verdict.hangs else None

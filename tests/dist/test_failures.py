@@ -1,7 +1,7 @@
 """A rank that dies, hangs, fails or is told to stop: all ranks end within the timeout, and the message names it.
 
 Real processes with real signals. They are forked from a server that has imported torch, so a case costs its own
-timeouts and little more. The store is this process's, as it is torchrun's in a launch.
+timeouts and little more. The store is this process's, as torchrun has it, or rank 0's, as every launch of ours has.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Case:
 def run(context: Any, tmp_path: Path) -> Iterator[Any]:
     processes: list[BaseProcess] = []
 
-    def start(fault: str, by_rank_0: bool = False) -> Case:
+    def start(fault: str, by_rank_0: bool = False, faulty: int = FAULTY) -> Case:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = free_port() if by_rank_0 else store.port
         for rank in range(WORLD):
@@ -65,11 +65,11 @@ def run(context: Any, tmp_path: Path) -> Iterator[Any]:
                 "TORCHELASTIC_USE_AGENT_STORE": str(not by_rank_0),
                 "TORCHELASTIC_ERROR_FILE": str(tmp_path / f"rank-{rank}.json"),
             }  # fmt: skip
-            processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, FAULTY)))
+            processes.append(context.Process(target=work, args=(environment, str(tmp_path), fault, faulty)))
             processes[-1].start()
         began = time.monotonic()
-        for process in sorted(processes, key=lambda p: p is processes[FAULTY]):
-            if fault == "stop" and process is processes[FAULTY]:
+        for process in sorted(processes, key=lambda p: p is processes[faulty]):
+            if fault == "stop" and process is processes[faulty]:
                 process.kill()  # as who started it does in the end
             process.join(max(0.1, END_S - (time.monotonic() - began)))
         assert all(p.exitcode is not None for p in processes), f"still running: {[p.exitcode for p in processes]}"
@@ -177,6 +177,15 @@ def test_rank_0_waits_for_those_only_that_can_leave(run: Any) -> None:
     assert case.codes == [1, -9, 1]
     assert [case.report(rank).rank for rank in (0, 2)] == [FAULTY, FAULTY]
     assert case.seconds < LEAVE_S + SILENCE_S
+
+
+def test_rank_0_is_killed_with_the_store(run: Any) -> None:
+    """Nothing can be asked any more, and it is named."""
+    case = run("kill", by_rank_0=True, faulty=0)
+    assert case.codes == [-9, 1, 1]
+    for rank in (1, 2):
+        assert case.report(rank).rank == 0
+        assert case.report(rank).message.startswith("is gone, and with it the store")
 
 
 def test_not_finite(run: Any) -> None:

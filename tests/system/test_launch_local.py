@@ -297,15 +297,19 @@ class TestTrain:
         assert checkpoint.verify(checkpoint.folder_of(run_dir / "checkpoints", newest))["step"] == newest
         assert f"at step {newest}" in out
 
-    def test_a_rank_is_killed(self, command: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_rank_is_killed(
+        self, command: Callable[..., subprocess.Popen[str]], config: str, tmp_path: Path, rank: int
+    ) -> None:
+        """Rank 0 too, with which the store goes."""
         run_dir = tmp_path / "run"
         steps = ("train.steps=400", "train.validate_every=400", "train.checkpoint_every=2", "parallel.timeout_s=20")
         process = command("train", config, f"run_dir={run_dir}", "launch.local=2", "train.micro_batch=1", *steps)
         self.wait_for_step(process, run_dir, 5)
-        os.kill(ranks_under(process.pid)[1], signal.SIGKILL)
+        os.kill(ranks_under(process.pid)[rank], signal.SIGKILL)
         _, err = process.communicate(timeout=WAIT_S)
         assert process.returncode == 137
-        assert "vidit: rank 1: ended by SIGKILL" in err
+        assert f"vidit: rank {rank}: ended by SIGKILL" in err
         assert "Traceback" not in err
         newest = checkpoint.steps(run_dir / "checkpoints")[-1]
         assert newest >= 4

@@ -20,6 +20,10 @@ class Bucket(Section):
     weight: float = Field(1.0, gt=0, description="micro-batches drawn, next to as many as its clips fill")
     cost: float = Field(0.0, ge=0, description="what a row costs, such as measured seconds, of all or none; 0 = FLOPs")
 
+    def rate(self, fps: float) -> float:
+        """The frames a second of a clip of this shape as a model is told them: 0 of an image."""
+        return fps if self.num_frames > 1 else 0.0
+
 
 class Source(Section):
     """One data set of a mixture."""

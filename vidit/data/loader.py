@@ -143,7 +143,7 @@ class MicroBatches(TorchDataset[Batch]):
                 if is_encoded(ref):
                     return self._stored(ref, told, image, shape)
                 pixels, caption = self.decode(ref, name, image, shape)
-                return Row(told, caption, self.data.fps or ref.fps, pixels, None, None)
+                return Row(told, caption, shape.rate(self.data.fps or ref.fps), pixels, None, None)
             except (ClipError, CaptionError) as error:
                 skipped.append((told, str(error)))
                 index = order.instead(place, attempt)
@@ -165,7 +165,7 @@ class MicroBatches(TorchDataset[Batch]):
         clip = parse_clip(content, (vae.latent_channels, frames, *size))
         if image:  # The VAE codes the first frame alone, so a clip's first latent frame is that frame as an image.
             clip = EncodedClip(clip.mean[:, :1], clip.text)
-        return Row(told, text, ref.fps, None, clip, encoding.empty if encoding else None)
+        return Row(told, text, shape.rate(ref.fps), None, clip, encoding.empty if encoding else None)
 
     def decode(
         self, ref: ClipRef, name: str = "", image: bool = False, shape: Bucket | None = None

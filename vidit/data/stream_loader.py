@@ -112,7 +112,7 @@ class StreamBatches(TorchDataset[Batch]):
         shape = self.data.shapes[0]
         pixels = pixels_of(item.video(), self.data, self.seed, f"stream/{item.number}", False, shape, self.device)
         dropped = keys.uniform(self.seed, "caption_dropout/stream", [item.number]) < self.data.caption_dropout
-        return Row(item.name, "" if bool(dropped) else text, self.data.fps, pixels, None, None)
+        return Row(item.name, "" if bool(dropped) else text, shape.rate(self.data.fps), pixels, None, None)
 
     def first(self, num: int) -> Iterator[Batch]:
         """The first `num` clips of the stream, or a few more, the same on every rank: no dropout, middle crop."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vidit import keys
-from vidit.config import RunConfig
+from vidit.config import Bucket, RunConfig
 from vidit.diffusion.guidance import guided
 from vidit.diffusion.samplers import sample
 from vidit.model.windows import Grid
@@ -99,7 +99,8 @@ class _Denoiser:
         d, m = config.data, config.model
         self.first, self.beside = first if m.frame_times else None, first if m.given_channels else None
         self.step, self.model = step, model
-        self.tokens, self.fps = grid_of(config, d.num_frames, d.height, d.width), d.shown_fps
+        shape = Bucket(num_frames=d.num_frames, height=d.height, width=d.width)
+        self.tokens, self.fps = grid_of(config, d.num_frames, d.height, d.width), shape.rate(d.shown_fps)
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from launch.ending import Ended, Ending, ending_of, left, lost
+from launch.ending import Ended, Ending, ending_of, lost, stayed
 
 
 def ended(rank: int, code: int | None, fault: int | None = None, message: str = "", time: float = 0.0) -> Ended:
@@ -41,14 +41,25 @@ def test_a_killed_rank_is_the_cause() -> None:
 
 def test_a_rank_that_had_to_be_killed() -> None:
     """Stopped, not killed: the SIGKILL came at the end."""
-    found = ending_of([ended(0, 1, 1, "gives no sign of life"), left(1)])
+    found = ending_of([ended(0, 1, 1, "gives no sign of life"), stayed(1)])
     assert found == Ending(1, "did not leave when asked, so it was killed: gives no sign of life", 137)
-    assert ending_of([WELL, left(2)])[:2] == (2, "did not leave when asked, so it was killed")
+    assert ending_of([WELL, stayed(2)])[:2] == (2, "did not leave when asked, so it was killed")
 
 
 def test_one_that_saves_for_long_is_not_the_cause() -> None:
-    assert ending_of([left(0), ended(1, 1, 1, "no such clip")])[:2] == (1, "no such clip")
-    assert ending_of([left(0), KILLED])[:2] == (1, "ended by SIGKILL without a message")
+    assert ending_of([stayed(0), ended(1, 1, 1, "no such clip")])[:2] == (1, "no such clip")
+    assert ending_of([stayed(0), KILLED])[:2] == (1, "ended by SIGKILL without a message")
+    assert ending_of([stayed(0), ended(1, 7)]) == Ending(1, "ended with exit code 7 without a message", 7)
+    blamed = [ended(0, 1, 2, "gives no sign of life"), ended(1, 1, 1, "no such clip"), stayed(2)]
+    assert ending_of(blamed)[:2] == (1, "no such clip")
+
+
+def test_whose_store_was_killed_with_it() -> None:
+    """What the others say then blames nobody."""
+    found = ending_of([ended(0, -9), ended(1, 1, None, "Connection closed by peer; and the store is gone too")])
+    assert found == Ending(0, "ended by SIGKILL without a message", 137)
+    named = ending_of([ended(0, -9), ended(1, 1, 0, "is gone, and with it the store")])
+    assert named == Ending(0, "ended by SIGKILL: is gone, and with it the store", 137)
 
 
 def test_a_node_that_is_gone_explains_the_rest() -> None:
@@ -59,7 +70,12 @@ def test_a_node_that_is_gone_explains_the_rest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "message", "told"), [(-11, "ended by SIGSEGV", 139), (7, "ended with exit code 7", 7)]
+    ("code", "message", "told"),
+    [
+        (-11, "ended by SIGSEGV", 139),
+        (-35, "ended by signal 35", 163),
+        (7, "ended with exit code 7", 7),
+    ],
 )
 def test_no_report(code: int, message: str, told: int) -> None:
     assert ending_of([WELL, ended(1, code)]) == Ending(1, f"{message} without a message", told)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,26 +14,47 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from launch.node_ranks import NodeRanks
+from launch.node_ranks import PREFIX, STALE_S, NodeRanks
+from launch.rank import POLL_S
 
 STUB = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
+from datetime import timedelta
 from pathlib import Path
+import launch.rank
 from launch.rank import own_place, rank_process
 
 place, fault = own_place(), sys.argv[1]
+if fault == "waits in C":
+    from torch.distributed import TCPStore
 with rank_process(place, Path("logs")):
     came = []
-    signal.signal(signal.SIGTERM, lambda *_: came.append(1))
+    if fault != "waits in C":
+        signal.signal(signal.SIGTERM, lambda *_: came.append(1))
     Path(f"begun-{place.rank}").touch()
     if place.rank == 3 and fault == "raise":
         raise ValueError("no such clip")
     if place.rank == 3 and fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "child":
+        subprocess.Popen(["sleep", "60"])
+    if fault == "waits in C":
+        launch.rank.HOLD_S = 0.5
+        TCPStore("127.0.0.1", 9, 2, is_master=False, timeout=timedelta(seconds=60))
+    if fault == "log full":
+        raise ValueError("no such clip")
     while (fault == "wait" and not came) or (fault == "kill" and place.rank == 2 and "stay" in sys.argv):
         time.sleep(0.02)
     print(f"rank {place.rank} of {place.world}, {place.local_world} here, {os.environ['MASTER_PORT']}", flush=True)
 """
+
+
+def wait_until_gone(group: int) -> None:
+    """ProcessLookupError once no process of the group is left."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        os.killpg(group, 0)
+        time.sleep(0.02)
 
 
 class TestRanks:
@@ -96,6 +119,71 @@ class TestRanks:
         self.begun(tmp_path)
         ranks.end()
         assert [one["code"] for one in ranks.wait()] == [-9, -9]
+
+    def test_children_of_a_killed_rank_go_with_it(self, ranks: NodeRanks, tmp_path: Path):
+        """They hold its output, for whose end others may wait."""
+        self.begin(ranks, tmp_path, "child")
+        self.begun(tmp_path)
+        ranks.wait()
+        groups = [process.pid for process in ranks.processes]
+        ranks.processes[0].returncode = 1  # one that failed, and one that ended well
+        ranks.end()
+        with pytest.raises(ProcessLookupError):
+            wait_until_gone(groups[0])
+        os.killpg(groups[1], signal.SIGKILL)
+
+    def test_one_that_waits_in_foreign_code_leaves_when_asked(self, ranks: NodeRanks, tmp_path: Path):
+        """Python's own handlers have to wait for the end of it."""
+        self.begin(ranks, tmp_path, "waits in C")
+        self.begun(tmp_path)
+        ranks.ask()
+        began = time.monotonic()
+        assert [one["code"] for one in ranks.wait()] == [128 + signal.SIGTERM] * 2
+        assert time.monotonic() - began < 20
+
+    def test_one_whose_launcher_file_is_swept_away_goes_on(self, ranks: NodeRanks, tmp_path: Path):
+        self.begin(ranks, tmp_path, "wait")
+        self.begun(tmp_path)
+        (ranks.folder / "launcher").unlink()
+        time.sleep(5 * POLL_S)
+        assert all(process.poll() is None for process in ranks.processes)
+        ranks.ask()
+        assert [one["code"] for one in ranks.wait()] == [0, 0]
+
+    def test_one_whose_log_cannot_be_written_still_reports(self, ranks: NodeRanks, tmp_path: Path):
+        (tmp_path / "logs").mkdir()
+        for rank in (2, 3):
+            (tmp_path / f"logs/rank-{rank}.log").symlink_to("/dev/full")
+        self.begin(ranks, tmp_path, "log full")
+        endings = ranks.wait()
+        assert [(one["code"], one["message"]) for one in endings] == [(1, "no such clip")] * 2
+
+    def test_variables_of_any_name_come_through(self, ranks: NodeRanks, tmp_path: Path):
+        told = (
+            "import os, sys\n"
+            "sys.exit(os.environ['a.b'] != 'c d' or os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True')"
+        )
+        variables = {"a.b": "c d", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        ranks.start([sys.executable, "-c", told], ["127.0.0.1", "1234"], variables, [None, None])
+        assert [one["code"] for one in ranks.wait()] == [0, 0]
+
+    def test_who_is_ended_starts_none(self, ranks: NodeRanks, tmp_path: Path):
+        ranks.end()
+        self.begin(ranks, tmp_path, "wait")
+        assert ranks.processes == []
+
+    def test_what_killed_launchers_left_is_swept(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        stale, fresh = tmp_path / f"{PREFIX}stale", tmp_path / f"{PREFIX}fresh"
+        held = NodeRanks(0, 1, 1, leave_s=1.0)
+        for folder in (stale, fresh):
+            folder.mkdir()
+            (folder / "launcher").touch()
+        for folder in (stale, held.folder):
+            os.utime(folder, (time.time() - 2 * STALE_S,) * 2)
+        NodeRanks(0, 1, 1, leave_s=1.0).end()
+        assert [stale.exists(), fresh.exists(), held.folder.exists()] == [False, True, True]
+        held.end()
 
     def test_a_port_that_is_free(self, ranks: NodeRanks):
         """Rank 0 can listen there, as its store does; until then nobody else is given it."""

@@ -164,6 +164,10 @@ def test_each_row_is_told_its_frame_rate(configure: Configure, tmp_path: Path) -
     assert moved[1:].max() < 1e-6
     plain = Rig(configure())
     assert plain.step.grid(plain.batch(0)).fps_B is None
+    images = Rig(configure(data={"num_frames": 1}, model={"frame_rate": True}))
+    told_B = images.step.grid(images.batch(0)).fps_B
+    assert told_B is not None
+    assert told_B.tolist() == [0.0, 0.0]
 
 
 def test_a_video_is_drawn_for_its_frame_rate(configure: Configure) -> None:
