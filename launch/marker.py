@@ -1,8 +1,9 @@
 """How a start of a run ended, for the script or the driver that started it: RUN/stopped.json and RUN/failed.json.
 
-Exit codes do not say it: under `srun --kill-on-bad-exit` they are of the process that was killed last. `attempt` names the start (submission / job . restart), so the word of a rank that lives
-on where its node is lost is not taken for that of the start that replaced it. The second file says that the start
-failed of what would come again: a config, a loss that is not finite (`parallel.failure.Report.retry`).
+Exit codes do not say it: under `srun --kill-on-bad-exit` they are of the process that was killed last. `attempt` names
+the start (submission / job . restart), so the word of a rank that lives on where its node is lost is not taken for that
+of the start that replaced it. The second file says that the start failed of what would come again: a config, a loss
+that is not finite (`parallel.failure.Report.retry`).
 """
 
 import json
