@@ -9,6 +9,7 @@ that no rank has stays None, as in one process. Averaging twice changes nothing,
 `zero_micro_batch` is right too.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,23 +63,29 @@ class Replicas:
         """Buckets of the trainable parameters, last ones first as backward meets them, and a hook on each."""
         if self.buckets is None:
             self.buckets = buckets([p for p in self.module.parameters() if p.requires_grad], self.bucket_bytes)
-            for bucket in self.buckets:
+            for number, bucket in enumerate(self.buckets):
                 for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(self._arrived(bucket))  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(self._arrived(number))  # type: ignore[no-untyped-call]
         return self.buckets
 
-    def _arrived(self, bucket: _Bucket) -> Any:
+    def _arrived(self, number: int) -> Any:
+        # A parameter holds its hooks in C++, where Python sees no cycle: a strong reference would keep both for ever.
+        replicas = weakref.ref(self)
+
         def hook(parameter: Tensor) -> None:
-            if not self.armed:
-                return
-            if not self.queued:
-                self.queued = True
-                Variable._execution_engine.queue_callback(self.finish)
-            bucket.ready.add(id(parameter))
-            if len(bucket.ready) == len(bucket.parameters):
-                self._send_in_order()
+            if (own := replicas()) is not None and own.armed:
+                own._take(own.prepare()[number], parameter)
 
         return hook
+
+    def _take(self, bucket: _Bucket, parameter: Tensor) -> None:
+        """A gradient has come."""
+        if not self.queued:
+            self.queued = True
+            Variable._execution_engine.queue_callback(self.finish)
+        bucket.ready.add(id(parameter))
+        if len(bucket.ready) == len(bucket.parameters):
+            self._send_in_order()
 
     def _send_in_order(self) -> None:
         waiting = self.prepare()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from dit_case import value, whole
 from benchmarks.rank_pool import Pool
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from zero_case import PLANTS, Outcome, Train, errors, on_ranks, single
 
@@ -266,3 +269,20 @@ def test_norm_over_stages(pool: Pool) -> None:
     for answer in pool.run(4, norms, None):
         assert answer["norm"] == pytest.approx(squares**0.5, rel=1e-13)
         assert answer["calls"] == 2
+
+
+def replicas_are_left(_: None) -> bool:
+    """Whether what averages gradients outlives its module."""
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("replicate",))
+    module = nn.Linear(2, 2)
+    replicas = Replicas(module, [module], mesh, None)
+    module(torch.ones(1, 2)).sum().backward()
+    kept = weakref.ref(replicas)
+    del replicas, module, mesh
+    gc.collect()
+    return kept() is not None
+
+
+def test_nothing_is_left_of_replicas(pool: Pool) -> None:
+    """With them would stay a process group, whose threads wake for ever."""
+    assert pool.run(2, replicas_are_left, None) == [False, False]
