@@ -34,6 +34,7 @@ from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 CHANNELS, TEXT, TOKENS = 3, 10, 6
+OF_GRID = ("image_B", "still_B", "given_BCTHW")
 TINY: dict[str, Any] = {
     "num_layers": 3, "width": 48, "num_heads": 4, "mlp_width": 64, "windows": ((1, 0, 0), (0, 2, 2)),
     "pooled_text": True, "attention_backend": "sdpa",
@@ -102,11 +103,16 @@ def on_meta(case: Case) -> DiT:
     return model
 
 
+def grid_of(x: Tensor, inputs: dict[str, Tensor | None]) -> Grid:
+    """The grid of a latent, with what of the inputs belongs to it, which is taken out of them."""
+    return Grid(*x.shape[2:], **{name: inputs.pop(name) for name in OF_GRID})
+
+
 def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    out = model(x, Grid(*x.shape[2:], inputs.pop("image_B"), still_B=inputs.pop("still_B"), given_BCTHW=inputs.pop("given_BCTHW")), **inputs)
+    out = model(x, grid_of(x, inputs), **inputs)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import dit_case
 import pytest
 import torch
-from dit_case import EVEN, ODD, Case, errors, loss, on_meta, on_ranks, single, value
+from dit_case import EVEN, ODD, OF_GRID, Case, errors, loss, on_meta, on_ranks, single, value
 from benchmarks.rank_pool import Pool, TaskError
 from test_layouts import LAYOUTS, MODELS, assert_equal
 from test_mesh import fake
@@ -128,7 +128,7 @@ def two_stages(case: Case) -> dit_case.Result:
     for name, p in stages.named_parameters():
         fill(p, value(name.partition(".")[2], tuple(p.shape)))
     rows = dit_case.batch(case)
-    inputs = {name: x for name, x in rows.items() if name not in ("target", "x_BCTHW", "image_B", "still_B", "given_BCTHW")}
+    inputs = {name: x for name, x in rows.items() if name not in ("target", "x_BCTHW", *OF_GRID)}
     tokens = stages[0](rows["x_BCTHW"], Grid(*case.grid, rows["image_B"]), **inputs)
     stages[1].register_forward_pre_hook(lambda module, args: (tokens, *args[1:]))
     total, out = loss(stages[1], rows)

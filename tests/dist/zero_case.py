@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from dit_case import ODD, TEXT, Case, batch, on_meta, value, whole
+from dit_case import ODD, TEXT, Case, batch, grid_of, on_meta, value, whole
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +26,6 @@ from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import config
 from vidit.model.plan import sharding_plan
-from vidit.model.windows import Grid
 from vidit.train.optim import build_optimizer
 from vidit.train.parallelize import recompute
 
@@ -82,7 +81,7 @@ def losses(model: nn.ModuleDict, rows: dict[str, Tensor | None]) -> Tensor:
     x, target, text = (inputs.pop(name) for name in ("x_BCTHW", "target", "text_BLE"))
     assert x is not None
     assert target is not None
-    grid = Grid(*x.shape[2:], inputs.pop("image_B"))
+    grid = grid_of(x, inputs)
     features = model["text"](text)
     inputs |= {"text_BLE": features.features_BLE, "pooled_BE": features.pooled_BE}
     with torch.no_grad():
