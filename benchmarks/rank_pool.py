@@ -17,8 +17,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TIMEOUT_S = 60
 START_S = 300
+MOST_THREADS = (
+    48  # of a worker: more are those of groups that a task has left behind, each awake a hundred times a second
+)
 CACHES: list[functools._lru_cache_wrapper[Any]] = []  # of torch.distributed
 
 
@@ -55,7 +60,7 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
         except Exception:
             result = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
-        pipe.send(result)
+        pipe.send((*result, psutil.Process().num_threads()))
 
 
 def forget_meshes() -> None:
@@ -93,15 +98,18 @@ class Pool:
         store = self.folder / f"store-{self.tasks}"
         for pipe in self.pipes[:world]:
             pipe.send((function, argument, store, world))
-        failures, results = {}, []
+        failures, results, most = {}, [], 0
         for rank, pipe in enumerate(self.pipes[:world]):
             if not pipe.poll(2 * self.timeout_s):
                 self.close()
                 raise TaskError({rank: f"no answer after {2 * self.timeout_s:g} s; the pool was stopped"})
-            good, result = pipe.recv()
+            good, result, threads = pipe.recv()
             results.append(result)
+            most = max(most, threads)
             if not good:
                 failures[rank] = result
+        if most > MOST_THREADS:
+            self.close()  # the next task has new workers
         if failures:
             raise TaskError(failures)
         return results
