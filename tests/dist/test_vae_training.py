@@ -12,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from benchmarks.rank_pool import Pool
+from run_case import assert_equal, differences, start, tensors
 from safetensors.torch import load_file
 
 from parallel import checkpoint
@@ -35,11 +36,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def start(config: RunConfig) -> bool:
-    with redirect_stdout(io.StringIO()):
-        return run(config)
-
-
 def start_unaveraged(config: RunConfig) -> bool:
     """With a bug: nobody averages the discriminator's gradient."""
     right = task.build_discriminator
@@ -55,39 +51,11 @@ def configured(
     return configure(folder, train={"validate_every": STEPS, **given}, vae_train=recipe, parallel=parallel)
 
 
-def tensors(config: RunConfig) -> dict[str, torch.Tensor]:
-    manifest, stored = checkpoint.open_stored(checkpoint.folder_of(config.directory / "checkpoints", STEPS))
-    return {name: stored.whole(name) for name in manifest["tensors"]}
-
-
 @pytest.fixture(scope="module")
 def one(pool: Pool, configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = configured(configure, tmp_path_factory.mktemp("one"), {})
     assert all(pool.run(1, start, config))
     return config
-
-
-def differences(ours: RunConfig, theirs: RunConfig) -> dict[str, float]:
-    """Largest relative ones: of what metrics.jsonl tells of each step, and of what the last checkpoint holds."""
-    found = {"metrics": 0.0, "tensors": 0.0}
-    rows, expected = (read_metrics(c.directory) for c in (ours, theirs))
-    assert [row.keys() for row in rows] == [row.keys() for row in expected]
-    for row, right in zip(rows, expected, strict=True):
-        for name, value in (row | row.get("validation", {})).items():
-            if isinstance(value, float):
-                true = (right | right.get("validation", {}))[name]
-                found["metrics"] = max(found["metrics"], abs(value - true) / max(abs(true), 1e-9))
-    here, there = tensors(ours), tensors(theirs)
-    assert here.keys() == there.keys()
-    for name, tensor in there.items():
-        error = float((here[name] - tensor).norm() / tensor.norm().clamp(min=1e-9))
-        found["tensors"] = max(found["tensors"], error)
-    return found
-
-
-def assert_equal(found: dict[str, float]) -> None:
-    assert found["metrics"] <= 1e-8, found
-    assert found["tensors"] <= 1e-6, found  # Adam divides by roots of squares that may be tiny
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
