@@ -6,12 +6,13 @@ that the workers can import and one picklable argument; it runs on ranks 0 .. wo
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import functools
 import gc
 import multiprocessing
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +22,7 @@ import psutil
 
 TIMEOUT_S = 60
 START_S = 300
+ENDING_S = 10
 MOST_THREADS = (
     48  # of a worker: more are those of groups that a task has left behind, each awake a hundred times a second
 )
@@ -96,14 +98,16 @@ class Pool:
         self._grow(world)
         self.tasks += 1
         store = self.folder / f"store-{self.tasks}"
-        for pipe in self.pipes[:world]:
-            pipe.send((function, argument, store, world))
         failures, results, most = {}, [], 0
+        for rank in range(world):
+            with self._alive(rank, "before the task"):
+                self.pipes[rank].send((function, argument, store, world))
         for rank, pipe in enumerate(self.pipes[:world]):
             if not pipe.poll(2 * self.timeout_s):
                 self.close()
                 raise TaskError({rank: f"no answer after {2 * self.timeout_s:g} s; the pool was stopped"})
-            good, result, threads = pipe.recv()
+            with self._alive(rank, "in the task"):
+                good, result, threads = pipe.recv()
             results.append(result)
             most = max(most, threads)
             if not good:
@@ -113,6 +117,18 @@ class Pool:
         if failures:
             raise TaskError(failures)
         return results
+
+    @contextlib.contextmanager
+    def _alive(self, rank: int, when: str) -> Iterator[None]:
+        """A worker that is gone is a TaskError that says how it ended; the next task has new workers."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            process = self.processes[rank]
+            process.join(ENDING_S)
+            code = process.exitcode
+            self.close()
+            raise TaskError({rank: f"its process ended {when}, with exit code {code}"}) from error
 
     def _grow(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")
