@@ -181,11 +181,6 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
         )
-    if m.is_joint and kind != "ulysses":
-        yield (
-            f"parallel.sequence_kind={kind} has no way to let text tokens ask (model.cross_attention=joint); use "
-            f"ulysses, with a parallel.sequence that divides {m.num_heads // layout.tensor} heads"
-        )
     if kind == "window" and m.temporal_attention:
         yield (
             "model.temporal_attention=true mixes tokens of a block in windows of two kinds, of which parallel."
