@@ -74,7 +74,7 @@ def test_every_kind_of_block(pool: Pool, kind: Any, model: str) -> None:
 
 
 def test_text_that_is_seen_whole_around_a_ring(pool: Pool) -> None:
-    assert_equal(measured(pool, Case(LAYOUTS["sp4"], {}, ODD, kind="ring"), "cogvideox seen"))
+    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS["cogvideox seen"], ODD, kind="ring")))
 
 
 @pytest.mark.parametrize(("grid", "images"), [(DEEP, True), (DEEP_EVEN, False)])
