@@ -129,6 +129,8 @@ RULES = (
          "parallel.schedule=interleaved or zero_bubble"),
     Rule(("train.sample_every",), lambda c: bool(c.sample.prompts), "sample.prompts"),
     Rule(("sample.guidance_rescale",), lambda c: c.sample.guidance != 1, "a sample.guidance other than 1"),
+    Rule(("sample.reconstruction_guidance",), lambda c: not (c.model.frame_times or c.model.given_channels),
+         "a model that is not told what frames are given (frame_times=false, given_channels=false)"),
 )  # fmt: skip
 
 

@@ -129,6 +129,7 @@ CASES = [
     ("parallel.hang_floor_s=9", ["parallel.hang_factor=0"], []),
     ("train.sample_every=5", [], ['sample.prompts=["a"]']),
     ("sample.guidance_rescale=0.7", ["sample.guidance=1"], []),
+    ("sample.reconstruction_guidance=9", ["model.frame_times=true"], []),
 ]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vidit import keys
 from vidit.config import Bucket, RunConfig
-from vidit.diffusion.guidance import guided
+from vidit.diffusion.guidance import guided, reconstructing
 from vidit.diffusion.samplers import sample
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
@@ -75,8 +75,11 @@ def draw_latents(
         _Denoiser(config, step, model, first), condition, empty, s.guidance, rescale=s.guidance_rescale, still=still,
         motion=s.motion_guidance,
     )  # fmt: skip
+    pulled = first is not None and s.reconstruction_guidance > 0
+    if first is not None and pulled:
+        denoise = reconstructing(denoise, path, first.to(noise), s.reconstruction_guidance)
     latent = sample(s.sampler, denoise, path, noise, path.sampling_times(s.num_steps, step.shift))
-    return begun(latent, first if config.model.frame_times else None)
+    return begun(latent, first if pulled or config.model.frame_times else None)
 
 
 def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
@@ -117,5 +120,5 @@ class _Denoiser:
         output = self.step.denoise(self.model, x, told, text, grid, self.previous)
         x_hat = begun(self.step.objective.denoised(output, x, t_B), self.first)
         if self.step.config.denoiser.self_conditioning:
-            self.previous = x_hat.to(self.step.dtype)
+            self.previous = x_hat.detach().to(self.step.dtype)
         return x_hat

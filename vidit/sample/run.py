@@ -28,7 +28,7 @@ from vidit.whole_file import full_disk_explained, write_whole
 # What acts when sampling. The captions come with the request, everything else is in the weights.
 SAMPLING = (
     "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.motion_guidance",
-    "sample.micro_batch",
+    "sample.reconstruction_guidance", "sample.micro_batch",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
     "diffusion.shift", "diffusion.shift_value", "model.guidance", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip
