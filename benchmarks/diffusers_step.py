@@ -1,15 +1,18 @@
 """Is a step of ours as fast as one of diffusers' class with the same weights?
 
-    python -m benchmarks.diffusers_step [--repeats 15]
+    python -m benchmarks.diffusers_step [--repeats 15] [--ways fp32 bf16 "fp32 compiled" "bf16 compiled"]
 
-For a small Wan, CogVideoX and Latte: forward and backward of the same latents, text and weights, fp32 on one thread,
-ours and theirs in turn, medians and quartiles of milliseconds of the processor, which other work on the machine
-disturbs less than the clock. Outputs are compared first. Needs the extra `export`.
+For a small Wan, CogVideoX and Latte: forward and backward of the same latents, text and weights on one thread, ours and
+theirs in turn, medians and quartiles of milliseconds of the processor, which other work on the machine disturbs less
+than the clock. Both keep fp32 weights: in bf16 ours computes as `train.precision=bf16` does, theirs under autocast.
+Compiled are our blocks, as by `train.compile`, and theirs one by one. Outputs are compared first. Needs
+the extra `export`.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from statistics import quantiles
 from typing import Any
 
@@ -25,6 +28,7 @@ from vidit.model.windows import Grid
 
 ROWS, TEXT, TOKENS, CHANNELS = 1, 128, 64, 16
 LATENT = (6, 16, 24)
+WAYS = ("fp32", "bf16", "fp32 compiled", "bf16 compiled")
 SIZES: dict[str, dict[str, Any]] = {
     "WanTransformer3DModel": {
         "num_layers": 4, "num_attention_heads": 6, "attention_head_dim": 64, "ffn_dim": 1536, "text_dim": TEXT,
@@ -69,37 +73,63 @@ def pair(cls: str) -> tuple[nn.Module, nn.Module, Callable[[], Tensor], Callable
     return ours, theirs, call_ours, call_theirs
 
 
-def timed(module: nn.Module, call: Callable[[], Tensor]) -> float:
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer of either kind."""
+    lists = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    return [block for found in lists for block in found.children()]
+
+
+def timed(module: nn.Module, call: Callable[[], Tensor], around: AbstractContextManager[Any]) -> float:
     """Milliseconds of the processor for a forward and backward pass."""
     module.zero_grad(set_to_none=True)
     began = time.process_time()
-    call().square().mean().backward()
+    with around:
+        out = call()
+    out.float().square().mean().backward()
     return (time.process_time() - began) * 1000
 
 
-def measure(cls: str, repeats: int) -> dict[str, Any]:
+def measure(cls: str, way: str, repeats: int) -> dict[str, Any]:
     ours, theirs, call_ours, call_theirs = pair(cls)
     with torch.no_grad():
         expected = call_theirs()
-        error = float((call_ours() - expected).abs().max() / expected.abs().max())
-    timed(ours, call_ours), timed(theirs, call_theirs)
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
+    calls: dict[str, tuple[nn.Module, Callable[[], Tensor], AbstractContextManager[Any]]]
+    calls = {"ours": (ours, call_ours, nullcontext()), "theirs": (theirs, call_theirs, nullcontext())}
+    if "bf16" in way:
+        ours.dtype = torch.bfloat16
+        calls["theirs"] = theirs, call_theirs, torch.autocast("cpu", torch.bfloat16)
+    if "compiled" in way:
+        torch._dynamo.reset()
+        for model in (ours, theirs):
+            for block in repeated(model):
+                block.compile()
+    errors = {}
+    for name, (module, call, around) in calls.items():
+        with torch.no_grad(), around:
+            errors[name] = float((call().float() - expected).abs().max() / expected.abs().max())
+        timed(module, call, around)
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
-        times["ours"].append(timed(ours, call_ours))
-        times["theirs"].append(timed(theirs, call_theirs))
+        for name, own in times.items():
+            own.append(timed(*calls[name]))
     quarters = {name: [round(q, 1) for q in quantiles(own, n=4)] for name, own in times.items()}
-    return {"class": cls, "error": error, **quarters, "ratio": round(quarters["theirs"][1] / quarters["ours"][1], 3)}
+    ratio = round(quarters["ours"][1] / quarters["theirs"][1], 3)
+    return {"class": cls, "way": way, "errors": errors, **quarters, "ours / theirs": ratio}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(cls, arguments.repeats) for cls in SIZES]
-    for row in rows:
-        shown = [f"{name} {row[name][1]} ms ({row[name][0]}-{row[name][2]})" for name in ("ours", "theirs")]
-        print(f"{row['class']}: {', '.join(shown)}, {row['ratio']} x; outputs differ by {row['error']:.1e}")
+    rows = []
+    for cls in SIZES:
+        for way in arguments.ways:
+            row = measure(cls, way, arguments.repeats)
+            rows.append(row)
+            shown = [f"{name} {row[name][1]} ms ({row[name][0]}-{row[name][2]})" for name in ("ours", "theirs")]
+            print(f"{cls}, {way}: {', '.join(shown)}, {row['ours / theirs']}; from fp32 {row['errors']}", flush=True)
     write_result("diffusers-step", {"rows": rows, "repeats": arguments.repeats})
 
 
