@@ -43,6 +43,7 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.enable()
     pipe.send("ready")
     while True:
         task = pipe.recv()
