@@ -439,7 +439,7 @@ def test_one_device_needs_only_vidit(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *suites, "-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({SLOW})"],
         cwd=copy, env=environment(PYTHONPATH=str(copy), VIDIT_TEST_CLIPS=clips), capture_output=True, text=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert int((copy / "ran").read_text()) > 200, done.stdout[-500:]
