@@ -1,19 +1,23 @@
-"""Is a step of ours as fast as one of diffusers' class with the same weights?
+"""How long does a step take next to one of diffusers' class, and with windows next to full attention?
 
-    python -m benchmarks.diffusers_step [--repeats 15] [--ways fp32 bf16 "fp32 compiled" "bf16 compiled"]
+    python -m benchmarks.step [--repeats 15] [--ways fp32 bf16 "fp32 compiled" "bf16 compiled"] [--tokens 1 4 16]
 
 For a small Wan, CogVideoX and Latte: forward and backward of the same latents, text and weights on one thread, ours and
 theirs in turn, medians and quartiles of milliseconds of the processor, which other work on the machine disturbs less
 than the clock. Both keep fp32 weights: in bf16 ours computes as `train.precision=bf16` does, theirs under autocast.
-Compiled are our blocks, as by `train.compile`, and theirs one by one. Outputs are compared first. Needs
-the extra `export`.
+Compiled are our blocks, as by `train.compile`, and theirs one by one. Outputs are compared first. Needs the extra
+`export`.
+
+Then two of W.A.L.T.'s blocks (2312.06662; width 1024, windows 1x16x16 and 5x8x8) and two with full attention, on the
+1280 tokens of 17 frames of 128x128 and on 4 and 16 times as many, fp32: milliseconds, their ratio, and that of FLOPs.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import diffusers
@@ -22,8 +26,12 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
 from benchmarks.record import write_result
+from vidit.config import AnyWindow, Model
 from vidit.export.diffusers import from_diffusers
 from vidit.model.attention import EVERY_FRAME
+from vidit.model.dit import DiT
+from vidit.model.flops import forward_flops
+from vidit.model.init import initialise
 from vidit.model.windows import Grid
 
 ROWS, TEXT, TOKENS, CHANNELS = 1, 128, 64, 16
@@ -117,20 +125,60 @@ def measure(cls: str, way: str, repeats: int) -> dict[str, Any]:
     return {"class": cls, "way": way, "errors": errors, **quarters, "ours / theirs": ratio}
 
 
+def walt(windows: tuple[AnyWindow, ...], grid: Grid) -> tuple[DiT, Callable[[], Tensor], float]:
+    """Two blocks of W.A.L.T.'s L with these windows, a forward pass, and its FLOPs, all without text."""
+    c = Model.preset(
+        "L", num_layers=2, windows=windows, relative_position="rope", absolute_position="none", cross_attention="none",
+        self_conditioning=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dit = DiT(c, CHANNELS, grid.shape, TEXT)
+    initialise(dit, 0)
+    x, when = torch.randn(1, CHANNELS, *grid.shape), torch.full((1,), 500.0)
+    text, seen = torch.zeros(1, 1, TEXT), torch.full((1, 1), EVERY_FRAME)
+
+    def call() -> Tensor:
+        out: Tensor = dit(x, grid, when, text, seen)
+        return out
+
+    return dit, call, float(forward_flops(c, grid.shape, CHANNELS, TEXT, 1))
+
+
+def measure_windows(scale: int, repeats: int) -> dict[str, Any]:
+    side = 16 * math.isqrt(scale)
+    grid = Grid(5, side, side)
+    row: dict[str, Any] = {"tokens": grid.num_tokens}
+    models = {"windows": walt(((1, 16, 16), (5, 8, 8)), grid), "full": walt(((0, 0, 0),), grid)}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(repeats + 1):
+        for name, (dit, call, _) in models.items():
+            taken = timed(dit, call, nullcontext())
+            if number or repeats == 1:  # but for warming up
+                times[name].append(taken)
+    row |= {name: round(median(own), 1) for name, own in times.items()}
+    row |= {"full / windows": round(row["full"] / row["windows"], 2)}
+    row["of FLOPs"] = round(models["full"][2] / models["windows"][2], 2)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
+    parser.add_argument("--tokens", nargs="*", type=int, default=(1, 4, 16), help="times 1280, squares")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    rows, windows = [], []
     for cls in SIZES:
         for way in arguments.ways:
             row = measure(cls, way, arguments.repeats)
             rows.append(row)
             shown = [f"{name} {row[name][1]} ms ({row[name][0]}-{row[name][2]})" for name in ("ours", "theirs")]
             print(f"{cls}, {way}: {', '.join(shown)}, {row['ours / theirs']}; from fp32 {row['errors']}", flush=True)
-    write_result("diffusers-step", {"rows": rows, "repeats": arguments.repeats})
+    for scale in arguments.tokens:
+        windows.append(measure_windows(scale, max(1, arguments.repeats // scale)))
+        print(windows[-1], flush=True)
+    write_result("step", {"classes": rows, "windows": windows, "repeats": arguments.repeats})
 
 
 if __name__ == "__main__":
