@@ -111,6 +111,10 @@ class Model(Section):
         "shared", description="joint: text goes through the video's weights (CogVideoX) or through its own (MMDiT)"
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    cross_text: Literal["first", "interleaved"] = Field(
+        "first",
+        description="whose tokens blocks attend to: those of text, or in even blocks those of text.second (GenTron)",
+    )
     cross_norm: Literal["none", "bare", "affine"] = Field(
         "bare", description="layer norm before cross-attention: none, without parameters, or with scale and shift (Wan)"
     )
@@ -143,7 +147,9 @@ class Model(Section):
     text_padding: Literal["masked", "seen"] = Field(
         "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
     )
-    text_embedding: Literal["mlp", "linear"] = "mlp"
+    text_embedding: Literal["mlp", "linear", "none"] = Field(
+        "mlp", description="of the features to model.width; none: keys and values are made of them as they are"
+    )
     num_refiner_layers: int = Field(
         0, ge=0, description="blocks of attention within the caption behind text_embedding=linear (HunyuanVideo: 2)"
     )
@@ -164,6 +170,19 @@ class Model(Section):
     def reads_text(self) -> bool:
         """Whether any caption reaches a token."""
         return self.cross_attention != "none" or self.pooled_text
+
+    @property
+    def embeds_text(self) -> bool:
+        """Whether text features become as wide as the model before blocks read them."""
+        return self.cross_attention != "none" and self.text_embedding != "none"
+
+    def crosses(self, layer: int) -> bool:
+        """Whether a block attends to text."""
+        return self.cross_attention == "all" or (self.cross_attention == "per_frame" and self.window(layer)[0] == 1)
+
+    def reads_second(self, layer: int) -> bool:
+        """Whether a block that attends to text attends to that of the second encoder."""
+        return self.cross_text == "interleaved" and layer % 2 == 0
 
     @property
     def patch_size(self) -> int:
@@ -256,6 +275,7 @@ class Model(Section):
                 f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "
                 f"{self.text_embedding}; set that, or num_refiner_layers=0"
             )
+        yield from self._text_faults()
         if self.is_joint:
             yield from self._joint_faults()
         yield from self._stream_faults()
@@ -291,6 +311,23 @@ class Model(Section):
             yield (
                 f"model.cross_attention=per_frame, but no block's of model.windows={self.windows} is one latent frame "
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
+            )
+
+    def _text_faults(self) -> Iterator[str]:
+        """What features as they are, and two encoders in turn, exclude."""
+        one_kind = self.is_joint or (self.cross_attention != "none" and self.cross_keys != "text")
+        if self.text_embedding == "none" and one_kind:
+            yield (
+                "model.text_embedding=none leaves text features as wide as their encoder makes them, but the same "
+                "projections are for video tokens; set model.cross_attention=all, model.cross_keys=text"
+            )
+        parities = {layer % 2 for layer in range(self.num_layers) if self.crosses(layer)}
+        if self.cross_text == "interleaved" and len(parities) == 1:
+            odd = "odd" if 1 in parities else "even"
+            yield (
+                f"model.cross_text=interleaved, but only {odd} blocks attend to text (model.num_layers="
+                f"{self.num_layers}, windows={self.windows}): one encoder would not be read; use cross_attention=all "
+                "and at least 2 layers, or cross_text=first"
             )
 
     def _skip_faults(self) -> Iterator[str]:
