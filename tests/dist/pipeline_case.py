@@ -32,7 +32,8 @@ from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.sample.draw import draw
-from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
+from vidit.text.encoder import CaptionTokenizer, TextEncoder, TextFeatures, TextTokens, build_text_encoder
+from vidit.text.pair import PairTextEncoder
 from vidit.train import pipeline as train_pipeline
 from vidit.train.ema import Ema
 from vidit.train.layout import own_tokens, stages_of
@@ -105,6 +106,28 @@ class FrozenText(TextEncoder):
         return TextFeatures(features, tokens.mask_BL, features.mean(1))
 
 
+class OtherText(FrozenText):
+    """Another one, with another width and fewer tokens of other words."""
+
+    def __init__(self, text: TextEncoder):
+        super().__init__(text)
+        self.width, self.max_tokens = text.width - 4, text.max_tokens - 1
+        self.tokenizer = OtherTokens(text.tokenizer, self.max_tokens)
+        self.table = nn.Parameter(value("other", (64, self.width)), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class OtherTokens:
+    """The first tokens, with other numbers."""
+
+    tokenizer: CaptionTokenizer
+    max_tokens: int
+
+    def __call__(self, captions: Sequence[str]) -> TextTokens:
+        tokens = self.tokenizer(captions)
+        return TextTokens(tokens.ids[:, : self.max_tokens] // 3, tokens.mask_BL[:, : self.max_tokens])
+
+
 class WideStep(DitStep):
     """Times, frame rates and latents in fp64, so that no fp32 island hides an error."""
 
@@ -148,19 +171,23 @@ def batch(case: Case, number: int, rows: int = ROWS) -> Batch:
 
 
 def tokenizer(case: Case) -> Any:
-    return build_text_encoder(case.config.text).tokenizer
+    return encoder(case).tokenizer
 
 
 def encoder(case: Case) -> TextEncoder:
     text = build_text_encoder(case.config.text).double()
     text.dtype = torch.float64
-    return text if case.trained_text else FrozenText(text)
+    if case.trained_text:
+        return text
+    two = case.config.model.cross_text == "interleaved"
+    return PairTextEncoder(FrozenText(text), OtherText(text), True) if two else FrozenText(text)
 
 
 def on_meta(case: Case) -> DiT:
     c = case.config
     with torch.device("meta"):
-        model = DiT(c.model, c.vae.latent_channels, resolve(c).grid, c.text.width).double()
+        second = encoder(case).second_captions[1]
+        model = DiT(c.model, c.vae.latent_channels, resolve(c).grid, c.text.width, second).double()
     model.dtype = torch.float64
     return model
 
