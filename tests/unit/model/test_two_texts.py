@@ -70,8 +70,8 @@ def test_parameters_and_flops(changes: dict[str, Any]) -> None:
     with torch.device("meta"):
         model = DiT(c, CHANNELS, GRID, FIRST, SECOND)
     assert sum(p.numel() for p in model.parameters()) == parameter_count(c, GRID, CHANNELS, FIRST, SECOND)
-    c = Model(**{**TINY, **changes, "width": 64, "mlp_width": 256, "qk_norm": "none", "pooled_text": False,
-                 "windows": ((1, 0, 0),), "relative_position": "none", "adaln_rank": 1, "num_refiner_layers": 0})  # fmt: skip
+    counted = {"width": 64, "mlp_width": 256, "qk_norm": "none", "windows": ((1, 0, 0),), "relative_position": "none"}
+    c = Model(**{**TINY, **changes, **counted, "pooled_text": False, "adaln_rank": 1, "num_refiner_layers": 0})
     grid, tokens, more = (2, 8, 8), 64, 128
     model = DiT(c, 4, grid, 24, 48)
     initialise(model, 0)
