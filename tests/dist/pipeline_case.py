@@ -23,7 +23,7 @@ from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
-from vidit.config import RunConfig, Vae
+from vidit.config import RunConfig, Text, Vae
 from vidit.data.loader import Batch
 from vidit.data.rows import Clips
 from vidit.model.dit import DiT
@@ -50,6 +50,10 @@ VAE = {
 MODEL: dict[str, Any] = {
     "num_layers": 5, "width": 32, "num_heads": 4, "mlp_width": 48, "windows": ((1, 0, 0), (0, 2, 2)), "patch": 1,
     "pooled_text": True, "frame_rate": True, "self_conditioning": 0.6, "attention_backend": "sdpa",
+}  # fmt: skip
+TEXT: dict[str, Any] = {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64}
+PAIR: dict[str, Any] = {
+    "kind": "t5", "path": "unread", "max_tokens": 5, "second": {"kind": "clip", "path": "unread", "max_tokens": 4},
 }  # fmt: skip
 ROWS, SEED = 3, 3
 
@@ -80,7 +84,7 @@ class Case:
         return RunConfig.model_validate(
             {
                 "name": "pipe", "vae": {"weights": "unread", **VAE}, "model": {**MODEL, **self.model},
-                "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
+                "text": PAIR if self.model.get("cross_text") == "interleaved" else TEXT,
                 "data": {"train": "unread", "num_frames": 5, "height": 20, "width": 12, "image_rows": int(self.images)},
                 "train": {"global_batch": ROWS * self.micro_batches, "micro_batch": ROWS, "seed": SEED},
                 "parallel": {**layout, **pipeline, **sequence},
@@ -175,7 +179,7 @@ def tokenizer(case: Case) -> Any:
 
 
 def encoder(case: Case) -> TextEncoder:
-    text = build_text_encoder(case.config.text).double()
+    text = build_text_encoder(Text(**TEXT)).double()
     text.dtype = torch.float64
     if case.trained_text:
         return text
@@ -184,10 +188,10 @@ def encoder(case: Case) -> TextEncoder:
 
 
 def on_meta(case: Case) -> DiT:
-    c = case.config
+    c, text = case.config, encoder(case)
     with torch.device("meta"):
-        second = encoder(case).second_captions[1]
-        model = DiT(c.model, c.vae.latent_channels, resolve(c).grid, c.text.width, second).double()
+        size = c.vae.latent_channels, resolve(c).grid
+        model = DiT(c.model, *size, text.width, text.second_captions[1]).double()
     model.dtype = torch.float64
     return model
 

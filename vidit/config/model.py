@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
+from vidit.config.text_faults import text_faults
 
 Window = tuple[int, int, int]
 Skip = tuple[Literal["single", "group"], Positive]
@@ -268,14 +269,7 @@ class Model(Section):
                 f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
                 "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
             )
-        if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
-            yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
-        if self.num_refiner_layers and self.text_embedding != "linear":
-            yield (
-                f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "
-                f"{self.text_embedding}; set that, or num_refiner_layers=0"
-            )
-        yield from self._text_faults()
+        yield from text_faults(self)
         if self.is_joint:
             yield from self._joint_faults()
         yield from self._stream_faults()
@@ -311,23 +305,6 @@ class Model(Section):
             yield (
                 f"model.cross_attention=per_frame, but no block's of model.windows={self.windows} is one latent frame "
                 "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
-            )
-
-    def _text_faults(self) -> Iterator[str]:
-        """What features as they are, and two encoders in turn, exclude."""
-        one_kind = self.is_joint or (self.cross_attention != "none" and self.cross_keys != "text")
-        if self.text_embedding == "none" and one_kind:
-            yield (
-                "model.text_embedding=none leaves text features as wide as their encoder makes them, but the same "
-                "projections are for video tokens; set model.cross_attention=all, model.cross_keys=text"
-            )
-        parities = {layer % 2 for layer in range(self.num_layers) if self.crosses(layer)}
-        if self.cross_text == "interleaved" and len(parities) == 1:
-            odd = "odd" if 1 in parities else "even"
-            yield (
-                f"model.cross_text=interleaved, but only {odd} blocks attend to text (model.num_layers="
-                f"{self.num_layers}, windows={self.windows}): one encoder would not be read; use cross_attention=all "
-                "and at least 2 layers, or cross_text=first"
             )
 
     def _skip_faults(self) -> Iterator[str]:
