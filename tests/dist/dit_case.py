@@ -83,7 +83,11 @@ def batch(case: Case) -> dict[str, Tensor | None]:
         frame[1, -1] = PADDING
     shape = (rows, CHANNELS, *case.grid)
     two = case.config.cross_text == "interleaved"
-    other = torch.Generator().manual_seed(4)
+    more: dict[str, Tensor | None] = {}
+    if two:
+        other = torch.Generator().manual_seed(4)
+        more["second_BLE"] = torch.randn(rows, MORE, SECOND, generator=other, dtype=torch.float64)
+        more["second_frame_BL"] = torch.cat((frame, frame[:, :1]), dim=1)
     given = torch.randn(rows, CHANNELS + 1, *case.grid, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return {
         "x_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
@@ -91,13 +95,12 @@ def batch(case: Case) -> dict[str, Tensor | None]:
         "text_BLE": torch.randn(rows, TOKENS, TEXT, generator=g, dtype=torch.float64),
         "text_frame_BL": frame,
         "pooled_BE": torch.randn(rows, SECOND if two else TEXT, generator=g, dtype=torch.float64),
-        "second_BLE": torch.randn(rows, MORE, SECOND, generator=other, dtype=torch.float64) if two else None,
-        "second_frame_BL": torch.cat((frame, frame[:, :1]), dim=1) if two else None,
         "image_B": image_B,
         "given_BCTHW": given if case.config.given_channels else None,
         "still_B": torch.tensor([True, False, False, False]) if case.config.motion_free else None,
         "previous_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
         "target": torch.randn(shape, generator=g, dtype=torch.float64),
+        **more,
     }
 
 
@@ -118,8 +121,7 @@ def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    second_BLE, second_frame_BL = inputs.pop("second_BLE"), inputs.pop("second_frame_BL")
-    second = None if second_BLE is None else TextContext(second_BLE, second_frame_BL)
+    second = TextContext(inputs.pop("second_BLE"), inputs.pop("second_frame_BL")) if "second_BLE" in inputs else None
     out = model(x, grid_of(x, inputs), **inputs, second=second)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
