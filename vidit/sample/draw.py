@@ -15,6 +15,7 @@ from vidit import keys
 from vidit.config import Bucket, RunConfig
 from vidit.diffusion.guidance import guided, reconstructing
 from vidit.diffusion.samplers import sample
+from vidit.model.attention import TextContext
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder
@@ -84,7 +85,16 @@ def draw_latents(
 
 def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
     inputs = row_text(text(text.tokenize(prompts).to(step.device)), len(prompts), step.images_per_row)
-    return {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
+    found = {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
+    if inputs.second is not None and inputs.second.frame_BL is not None:
+        found |= {"second": inputs.second.features_BLD, "second_frame": inputs.second.frame_BL}
+    return found
+
+
+def _said(condition: Mapping[str, Tensor]) -> TextInputs:
+    """The inverse."""
+    second = TextContext(condition["second"], condition["second_frame"]) if "second" in condition else None
+    return TextInputs(condition["text"], condition["frame"], condition["pooled"], second)
 
 
 def begun(x: Tensor, first: Tensor | None) -> Tensor:
@@ -107,7 +117,7 @@ class _Denoiser:
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
+        text = _said(condition)
         t_B = t_B.to(self.step.device)
         grid = Grid(*self.tokens, fps_B=self.step.frame_rates([self.fps] * len(x)), still_B=condition.get("still"))
         if self.beside is not None:

@@ -58,8 +58,8 @@ def kind_of(config: RunConfig) -> SequenceKind:
 def stages_of(config: RunConfig) -> list[range]:
     """The layers of every stage of the pipeline, cut by forward FLOPs."""
     c, r, p = config.model, resolve(config), config.parallel
-    channels, text = config.vae.latent_channels, config.text.max_tokens
-    costs = [block_flops(c, layer, r.grid, text) for layer in range(c.num_layers)]
+    channels, captions = config.vae.latent_channels, (config.text.max_tokens, config.text.width)
+    costs = [block_flops(c, layer, r.grid, captions, config.second_captions) for layer in range(c.num_layers)]
     ends = embed_flops(c, r.grid, channels), head_flops(c, r.grid, channels)
     return cut(costs, p.pipeline * p.stages_per_rank, *ends)
 
