@@ -16,6 +16,8 @@ AnyWindow = Window | Skip
 
 # RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
 MIN_ROPE_HEAD_DIM = 6
+# A cosine and a sine at either end.
+MIN_CLOSED = 4
 # Every token of a clip is to attend to all of it.
 MIN_SKIP = 2
 
@@ -102,6 +104,7 @@ class Model(Section):
     )
     norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
     norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
+    mlp_norm_eps: float = Field(0.0, ge=0, description="of the norm before the MLP; 0 = norm_eps")
     cross_attention: Literal["none", "per_frame", "all", "joint"] = Field(
         "per_frame",
         description="blocks that attend to text: those whose window is one latent frame, or all; joint: text tokens "
@@ -139,6 +142,11 @@ class Model(Section):
         "(Open-Sora-Plan; diffusion.given)",
     )
     time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
+    time_spacing: Literal["open", "closed"] = Field(
+        "open",
+        description="their frequencies go down from 1 and end before 1/10000 (DiT), or at it, as in DiT's class in "
+        "diffusers",
+    )
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
     text_padding: Literal["masked", "seen"] = Field(
         "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
@@ -251,6 +259,11 @@ class Model(Section):
             )
         if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
             yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
+        if self.time_spacing == "closed" and self.time_frequencies < MIN_CLOSED:
+            yield (
+                f"model.time_spacing=closed places model.time_frequencies={self.time_frequencies} between two ends; "
+                f"use at least {MIN_CLOSED}, or time_spacing=open"
+            )
         if self.num_refiner_layers and self.text_embedding != "linear":
             yield (
                 f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "

@@ -4,12 +4,16 @@ A folder of weights is one that `vidit export` or `vidit import` wrote. Of the p
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
 Parts of a denoiser that begin by adding zero may be new to the weights (`NEW`): a model of images becomes one of videos
-(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
+(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan), one of
+classes reads text (PixArt-alpha, 2310.00426). What closes attention to text, or adds a caption to the time, is
+zero only there (`CLOSING`): in a model that begins anew nothing would have taught the rest to do without.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vidit.config import RunConfig
@@ -22,7 +26,12 @@ NEW = {
     ".temporal": "attention through time",
     ".frame_rate.": "frame rate",
     ".patch.given.": "channels of given frames",
+    ".cross": "attention to text",
+    ".embed.text.": "text embedding",
+    ".conditioning.pooled.": "pooled caption",
 }
+BEFORE = {".embed.text."}
+CLOSING = re.compile(r"^dit\..*\.(cross\.out|conditioning\.pooled(\.out)?)\.(weight|bias)$")
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -43,7 +52,8 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in weights.shapes:
-            return initial_value(name, shape, c.seed)
+            closes = name.partition(".")[0] in parts and CLOSING.search(name)
+            return torch.zeros(shape) if closes else initial_value(name, shape, c.seed)
         if weights.shapes[name] != shape:
             raise ValueError(
                 f"{name} is {weights.shapes[name]} in train.init_from={c.init_from}, but {shape} by this config; use "
@@ -69,7 +79,8 @@ def new_parts(config: RunConfig, names: Iterable[str]) -> list[str]:
     for part in _lacking(shapes):
         if new := [name for name in names if part in name]:
             layers = " ".join(dict.fromkeys(_layer(name, part) for name in new))
-            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, which begins by adding zero")
+            begins = "which only new parts read" if part in BEFORE else "which begins by adding zero"
+            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, {begins}")
     return said
 
 
