@@ -26,8 +26,8 @@ CLASS_EPS = 1e-5
 GELU = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 NUM_LABELS = 1
 SAID = (
-    "embed.conditioning.time.out.bias holds the null label's vector too, and the other labels are left out: this is the "
-    "model without a class"
+    "embed.conditioning.time.out.bias holds the null label's vector too, and the other labels are left out: this is "
+    "the model without a class"
 )
 EMBEDDERS = "transformer_blocks.{layer}.norm1.emb."
 
