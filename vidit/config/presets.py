@@ -54,11 +54,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "adaln_rank": 0, "text_embedding": "linear", "text_padding": "seen", "activation": "gelu_tanh",
         "self_conditioning": 0.0,
     },
-    "dit": {
-        "patch": 2, "windows": ((1, 0, 0),), "relative_position": "none", "absolute_position": "space",
-        "qk_norm": "none", "cross_attention": "none", "adaln_rank": 0, "activation": "gelu_tanh",
-        "self_conditioning": 0.0,
-    },
 }  # fmt: skip
 
 # layers, width, heads, MLP width, changes. S, B, L, XL are the DiT ladder (papers.md 0b) with W.A.L.T.'s
@@ -70,11 +65,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # 19 and 38.
 # GenTron's (2312.04557) XL/2 and G/2 have unpublished heads, taken to be 16, and places in time, here a rotation.
 # Open-Sora 1.2 is STDiT3-XL/2: 28 spatial and 28 temporal blocks in turn; Open-Sora-Plan 1.3 (2412.00131) is its 2.7B.
-# dit-XL-2 is DiT-XL/2 (2212.09748) without its labels, one frame by itself.
 # COG_2B: sinusoids instead of rotation, space scaled to its first resolution.
 COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
     "position_scale": (1.0, 1.875, 1.875), "time_frequencies": 1920,
+}  # fmt: skip
+# DiT-XL/2 (2212.09748) without its labels: a model of images, each frame by itself, and so not among the families.
+DIT: dict[str, Any] = {
+    "patch": 2, "windows": ((1, 0, 0),), "relative_position": "none", "absolute_position": "space", "qk_norm": "none",
+    "cross_attention": "none", "adaln_rank": 0, "activation": "gelu_tanh", "self_conditioning": 0.0,
 }  # fmt: skip
 PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
@@ -86,7 +85,7 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
     "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
     "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
-    "dit-XL-2": (28, 1152, 16, 4608, {**FAMILIES["dit"], "learned_variance": True}),
+    "dit-XL-2": (28, 1152, 16, 4608, {**DIT, "learned_variance": True}),
     "wan-1.3B": (30, 1536, 12, 8960, FAMILIES["wan"]),
     "wan-14B": (40, 5120, 40, 13824, FAMILIES["wan"]),
     "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),

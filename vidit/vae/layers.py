@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vidit.config import Vae
@@ -162,6 +162,6 @@ class Double(nn.Module):
         self.conv = CausalConv3d(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = self.drop(x.repeat_interleave(self.t, dim=2))
-        wide = frames.repeat_interleave(self.s, dim=3).repeat_interleave(self.s, dim=4)
-        return cast(Tensor, self.conv(wide))
+        pattern = "b f h w c -> b (f t) (h p) (w q) c"
+        wide = repeat(x.movedim(1, -1), pattern, t=self.t, p=self.s, q=self.s).movedim(-1, 1)
+        return cast(Tensor, self.conv(self.drop(wide)))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidit.config import FAMILIES, Model
+from vidit.config import DIT as IMAGES
+from vidit.config import Model
 from vidit.export.diffusers.family import Family, Geometry, at
 from vidit.export.diffusers.forms import KERNEL_2D, Form
 
@@ -70,7 +71,7 @@ def _read(config: Mapping[str, Any]) -> Geometry:
         raise ValueError(f"activation_fn={config['activation_fn']!r} is not known here; {' and '.join(GELU)} are")
     eps = config.get("norm_eps", CLASS_EPS)
     model = Model(
-        **{**FAMILIES["dit"], "patch": config["patch_size"], "activation": GELU[config["activation_fn"]]},
+        **{**IMAGES, "patch": config["patch_size"], "activation": GELU[config["activation_fn"]]},
         num_layers=config["num_layers"],
         width=width,
         num_heads=config["num_attention_heads"],
@@ -109,7 +110,7 @@ DIT = Family(
     cls="DiTTransformer2DModel",
     older=("Transformer2DModel",),
     fields={
-        **{name: value for name, value in FAMILIES["dit"].items() if name not in FREE},
+        **{name: value for name, value in IMAGES.items() if name not in FREE},
         "time_spacing": "closed", "norm_eps": NORM_EPS, "temporal_attention": False, "frame_times": False,
     },
     fixed={
