@@ -30,6 +30,8 @@ NEW = {
     ".embed.text.": "text embedding",
     ".conditioning.pooled.": "pooled caption",
 }
+# Of these what is new to a U-Net would not begin by adding zero.
+OF_DIT = {".cross", ".embed.text.", ".conditioning.pooled."}
 BEFORE = {".embed.text."}
 CLOSING = re.compile(r"^dit\..*\.(cross\.out|conditioning\.pooled(\.out)?)\.(weight|bias)$")
 
@@ -47,12 +49,13 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     weights = open_weights(Path(c.init_from))
     parts = {_part(name) for name in weights.shapes}
     wanted = {name for name in names if _part(name) in parts}
-    wanted = {name for name in wanted if not any(part in name for part in _lacking(weights.shapes))}
+    lacking = _lacking(weights.shapes)
+    wanted = {name for name in wanted if not any(part in name for part in lacking)}
     require_keys(wanted, set(weights.shapes), f"train.init_from={c.init_from}")
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in weights.shapes:
-            closes = name.partition(".")[0] in parts and CLOSING.search(name)
+            closes = _part(name) in parts and CLOSING.search(name)
             return torch.zeros(shape) if closes else initial_value(name, shape, c.seed)
         if weights.shapes[name] != shape:
             raise ValueError(
@@ -95,7 +98,8 @@ def _layer(name: str, part: str) -> str:
 def _lacking(names: Iterable[str]) -> list[str]:
     """What of `NEW` is in none of the names."""
     names = list(names)
-    return [part for part in NEW if not any(part in name for name in names)]
+    known = NEW if any(_part(name) == "dit" for name in names) else NEW.keys() - OF_DIT
+    return [part for part in NEW if part in known and not any(part in name for name in names)]
 
 
 def _part(name: str) -> str:
