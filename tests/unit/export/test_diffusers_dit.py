@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vidit.cli import main
-from vidit.config import FAMILIES, Model, RunConfig
+from vidit.config import FAMILIES, Diffusion, Model, RunConfig
+from vidit.diffusion.objective import build_objective
+from vidit.diffusion.paths import build_path
+from vidit.diffusion.samplers import sample
 from vidit.export.diffusers import from_diffusers, to_diffusers
 from vidit.export.diffusers.convert import imported
 from vidit.export.diffusers.dit import DIT
@@ -239,3 +242,25 @@ def test_a_video_model_begins_as_the_image_model_of_each_frame(
     learning = {n.split(".")[2] for n, p in video.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"temporal", "cross", "attn", "pooled"} <= learning
     assert run(config)
+
+
+@torch.no_grad()
+def test_steps_of_its_scheduler_are_those_of_ours() -> None:
+    """DDIM by the diffusion that the page gives DiT, from one noise, against the class's model and scheduler."""
+    module = theirs({"out_channels": 4})
+    dit, c = from_diffusers(module), Diffusion(path="vp", target="eps", zero_terminal_snr=False)
+    path, objective = build_path(c), build_objective(c)
+    noise = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    times = path.sampling_times(10)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        return objective.denoised(call_ours(dit, x, path.time_embedding_input(t)), x, t)
+
+    found = sample("ddim", denoise, path, noise, times)[:, :, 0]
+    scheduler = diffusers.DDIMScheduler(timestep_spacing="trailing", clip_sample=False)
+    scheduler.set_timesteps(10)
+    x = path.start(noise, times[0])[:, :, 0]
+    for t in scheduler.timesteps:
+        eps = module(x, timestep=t.expand(2), class_labels=torch.full((2,), LABELS)).sample
+        x = scheduler.step(eps, t, x).prev_sample
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-4 * float(x.abs().max()))
