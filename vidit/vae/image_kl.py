@@ -52,7 +52,10 @@ def image_vae(folder: Path, borrowed: Vae) -> CausalVae:
             "of this project begins with (others can be borrowed as vae.weights)"
         )
     facts = {**DEFAULTS, **json.loads((folder / "config.json").read_text())}
-    vae = CausalVae(image_geometry(folder, facts))
+    try:
+        vae = CausalVae(image_geometry(folder, facts))
+    except KeyError as error:
+        raise ValueError(f"{folder / 'config.json'} of AutoencoderKL lacks {error}; copy the file again") from error
     try:
         given = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
@@ -112,15 +115,15 @@ def _tensors(vae: CausalVae, facts: Mapping[str, Any], given: dict[str, Tensor],
         channels = vae.config.latent_channels
         made["decoder.mix.weight"] = torch.eye(channels).view(shapes["decoder.mix.weight"])
         made["decoder.mix.bias"] = torch.zeros(channels)
-    weight, bias = made["encoder.last.weight"], made["encoder.last.bias"]
+    outputs = 2 * vae.config.latent_channels
+    matrix, shift = torch.eye(outputs), torch.zeros(outputs)
     if facts["use_quant_conv"]:
-        matrix = take("quant_conv.weight", torch.Size((len(bias), len(bias), 1, 1, 1))).flatten(1)
-        weight = (matrix @ weight.flatten(1)).view_as(weight)
-        bias = matrix @ bias + take("quant_conv.bias", bias.shape)
-    # The encoder here adds this to the log variance.
-    offset = torch.zeros_like(bias)
-    offset[vae.config.latent_channels :] = LOG_VARIANCE
-    made |= {"encoder.last.weight": weight, "encoder.last.bias": bias - offset}
+        matrix = take("quant_conv.weight", torch.Size((outputs, outputs, 1, 1, 1))).flatten(1)
+        shift = take("quant_conv.bias", shift.shape)
+    shift[outputs // 2 :] -= LOG_VARIANCE  # which the encoder here adds
+    kernel = made["encoder.last.weight"]
+    made["encoder.last.weight"] = (matrix @ kernel.flatten(1)).view_as(kernel)
+    made["encoder.last.bias"] = matrix @ made["encoder.last.bias"] + shift
     told = [f"{len(names)} {word}: {', '.join(sorted(names)[:5])}" for word, names in
             (("missing", missing), ("unknown", list(left))) if names]  # fmt: skip
     if told:

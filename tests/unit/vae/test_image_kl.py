@@ -152,6 +152,9 @@ def test_another_geometry_is_named(tmp_path: Path) -> None:
         ValueError, match=r"up_block_types=.*AttnUp.* and act_fn=gelu; a VAE here has DownEncoderBlock2D"
     ):
         starting_weights(ours(changes), tmp_path, inflate=True)
+    path.write_text(json.dumps({name: value for name, value in facts.items() if name != "down_block_types"}))
+    with pytest.raises(ValueError, match=r"lacks 'down_block_types'; copy the file again"):
+        starting_weights(ours(changes), tmp_path, inflate=True)
     path.write_text(
         json.dumps(
             {
