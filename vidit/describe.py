@@ -29,9 +29,9 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
     if config.train.task != "vae":
         m, channels, text = config.denoiser, config.vae.latent_channels, config.text
         grid = resolved.grid
-        forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
+        forward = forward_flops(m, grid, channels, text.width, text.max_tokens, config.second_captions)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
-        parameters = parameter_count(m, resolved.largest_grid, channels, text.width)
+        parameters = parameter_count(m, resolved.largest_grid, channels, text.width, config.second_captions[1])
         derived |= {
             f"{config.train.task}_parameters": parameters,
             "forward_flops_per_clip": forward,

@@ -93,6 +93,7 @@ class MicroBatches(TorchDataset[Batch]):
         )
         self.captioned = config.train.task != "vae"
         self.max_tokens = config.text.max_tokens if config.text.kind != "bytes" else 0  # of text that may be stored
+        self.second_tokens = config.text.second.max_tokens
         self._encodings: dict[Folder, Encoding | None] = {}
         self.refs, self.catalog, self.schedule = catalog.refs, catalog, catalog.schedule(config)
         self.tokenizer, self.images_per_row = tokenizer, images_per_row
@@ -110,7 +111,7 @@ class MicroBatches(TorchDataset[Batch]):
             texts += more
         tokens = None if self.tokenizer is None else self.tokenizer([caption for caption, _ in texts])
         found = [(place, text) for place, (_, text) in enumerate(texts) if text is not None]
-        text = stored_text(found, self.max_tokens) if self.max_tokens else None
+        text = stored_text(found, self.max_tokens, self.second_tokens) if self.max_tokens else None
         shape = self.data.shapes[of.bucket]
         size = shape.num_frames, shape.height, shape.width
         return Batch(list(of.rows), clips, images, tokens, of.round_rows, of.step_rows, skipped, text, size)

@@ -28,11 +28,12 @@ NEW = {
     ".patch.given.": "channels of given frames",
     ".cross": "attention to text",
     ".embed.text.": "text embedding",
+    ".embed.second_text.": "embedding of a second text",
     ".conditioning.pooled.": "pooled caption",
 }
-# Of these what is new to a U-Net would not begin by adding zero.
-OF_DIT = {".cross", ".embed.text.", ".conditioning.pooled."}
-BEFORE = {".embed.text."}
+# What attention to text reads, new only with it. In a U-Net neither would begin by adding zero.
+BEFORE = {".embed.text.", ".embed.second_text."}
+OF_DIT = {".cross", ".conditioning.pooled.", *BEFORE}
 CLOSING = re.compile(r"^dit\..*\.(cross\.out|conditioning\.pooled(\.out)?)\.(weight|bias)$")
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
@@ -98,8 +99,10 @@ def _layer(name: str, part: str) -> str:
 def _lacking(names: Iterable[str]) -> list[str]:
     """What of `NEW` is in none of the names."""
     names = list(names)
-    known = NEW if any(_part(name) == "dit" for name in names) else NEW.keys() - OF_DIT
-    return [part for part in NEW if part in known and not any(part in name for name in names)]
+    excluded = set() if any(_part(name) == "dit" for name in names) else OF_DIT
+    if any(".cross" in name for name in names):
+        excluded = excluded | BEFORE
+    return [part for part in NEW if part not in excluded and not any(part in name for name in names)]
 
 
 def _part(name: str) -> str:

@@ -151,14 +151,14 @@ def dit_task(
 ) -> Task:
     """The denoiser on latents of a VAE, which is there already."""
     divide_vae(vae, config, mesh)
-    text = build_text_encoder(config.text, dtype)
+    text = build_text_encoder(config.text, dtype, config.model.cross_text == "interleaved")
     model = build_dit(config, text, device, dtype, mesh)
     if not text.trainable:
         text.to(device)
     channels = config.vae.latent_channels
 
     def flops(grid: Grid) -> int:
-        return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens)
+        return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens, text.second_captions)
 
     step = DitStep(config, vae, text, device, num_validation)
     return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)

@@ -134,3 +134,14 @@ def test_text_that_is_new_to_a_unet_is_missing(configure: Callable[..., RunConfi
     with pytest.raises(ValueError, match=r"1 missing: unet\.middle\.cells\.0\.attention\.cross\.out\.weight"):
         initial_values(config, names)
     initial_values(config, [names[0], "unet.middle.temporal_attention.out.weight"])
+
+
+def test_a_second_text_for_attention_that_is_there_is_missing(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Blocks that have learned to read the first one would read it."""
+    names = ["dit.blocks.0.cross.out.weight", "dit.embed.text.out.weight"]
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
+    config = configure(tmp_path / "run", train={"init_from": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"1 missing: dit\.embed\.second_text\.out\.weight"):
+        initial_values(config, [*names, "dit.embed.second_text.out.weight"])
