@@ -1,4 +1,4 @@
-"""The training loop: one function, its sections in a fixed order, for every task and every layout.
+"""The training loop: its sections in a fixed order, for every task and every layout.
 
 fetch -> noise, forward, backward -> judge -> clip -> update -> average -> log -> save -> review -> maybe stop.
 What differs between tasks is the step function, between layouts the passes; both are passed in. Every rank runs
@@ -51,113 +51,137 @@ class Watchers:
     account: Account
 
 
-def train_loop(
-    task: Task,
-    state: TrainState,
-    data: Iterator[Batch],
-    watchers: Watchers,
-    checkpoints: Path,
-    facts: dict[str, Any],
-    held: dict[str, Any],
-    peak_flops: float | None,
-) -> bool:
-    """Train `state` to `train.steps`, in place. True when done, False when a signal asked to leave.
+class TrainLoop:
+    """Trains `state` to `train.steps`, in place.
 
     `held` are the facts of the checkpoint that the state came from, `facts` those of every one to come. Every way out
     but an error of a step itself leaves a checkpoint of the step before. A review comes after the save, a failure
-    in it loses nothing, and a resume begins with that of the step it resumes from. Raises NonFiniteError and SpikeError
-    where `train.on_...` says so, before the bad update, naming the clips of the batch, and SkipLimitError.
+    in it loses nothing, and a resume begins with that of the step it resumes from.
     """
-    c, accumulation = task.config.train, resolve(task.config).accumulation
-    review, reporter, ledger, beat = watchers.review, watchers.reporter, watchers.ledger, watchers.beat
-    networks = task.networks
-    skips = SkipCount(task.config.data.max_skipped, reporter, tuple(held.get("skips", (0, 0))))
-    recovery = Recovery(c, held.get("recovery", {}))
-    saves = Saves(state, recovery, reporter, checkpoints, facts, c, beat)
-    watch, first, known = Stopwatch(), state.step + 1, set[Any]()
-    counted = first + COUNTED if task.config.parallel.count_communication else None
-    pace = Pace(task, reporter, watch, peak_flops)
-    state.model.train()
 
-    def save() -> None:
-        if saves.due:
-            saves.save()
+    def __init__(
+        self,
+        task: Task,
+        state: TrainState,
+        data: Iterator[Batch],
+        watchers: Watchers,
+        checkpoints: Path,
+        facts: dict[str, Any],
+        held: dict[str, Any],
+        peak_flops: float | None,
+    ):
+        self.task, self.state, self.data, self.watchers, self.facts = task, state, data, watchers, facts
+        self.c, self.reporter, self.beat = task.config.train, watchers.reporter, watchers.beat
+        self.accumulation = resolve(task.config).accumulation
+        self.skips = SkipCount(task.config.data.max_skipped, self.reporter, tuple(held.get("skips", (0, 0))))
+        self.recovery = Recovery(self.c, held.get("recovery", {}))
+        self.saves = Saves(state, self.recovery, self.reporter, checkpoints, facts, self.c, self.beat)
+        self.watch, self.first, self.known = Stopwatch(), state.step + 1, set[Any]()
+        self.counted = self.first + COUNTED if task.config.parallel.count_communication else None
+        self.pace = Pace(task, self.reporter, self.watch, peak_flops)
+
+    def run(self) -> bool:
+        """True when done, False when a signal asked to leave.
+
+        Raises NonFiniteError and SpikeError where `train.on_...` says so, before the bad update, naming the clips of the
+        batch, and SkipLimitError.
+        """
+        state, ledger, watch = self.state, self.watchers.ledger, self.watch
+        state.model.train()
+        try:
+            if state.step:
+                self.beat(state.step, "review")
+                self.watchers.review(state.step)
+            ledger.started("review")
+            while state.step < self.c.steps:
+                self.watchers.stop.check()
+                self._step(state.step + 1)
+        except StoppedError:
+            self.saves.leave()
             watch.lap("checkpoint")
-            ledger.write(state.step, watch.totals)
-
-    try:
-        if state.step:
-            beat(state.step, "review")
-            review(state.step)
-        ledger.started("review")
-        while state.step < c.steps:
-            watchers.stop.check()
-            step = state.step + 1
-            beat(step, "data")
-            try:
-                # Who waits in the agreement waits for one that is not here yet.
-                fetched = fetch(task, data, accumulation, step, partial(beat, step, "agreement"))
-                watch.lap("data")
-                skips.add(len(fetched.keys), fetched.skipped)
-                facts["skips"] = [skips.seen, skips.skipped]
-                entry = watchers.account(step, fetched)
-            except (ValueError, RuntimeError, OSError) as error:
-                saves.leave_after(error)
-                raise
-
-            beat(step, "compute" if known.issuperset(fetched.shapes) else "first pass")
-            known.update(fetched.shapes)
-            sent = Communication() if step == counted else None
-            with task.counted(sent):
-                outcome = forward_backward(task, fetched.batches, networks)
-            watch.lap("compute")
-
-            beat(step, "update")
-            norm, rate = float(outcome.norm), learning_rate(c, state.step)
-            fault = recovery.judge(step, outcome.loss, norm, outcome.finite, fetched.keys)
-            if fault is None:
-                for parameters, its_norm in zip(networks, outcome.norms, strict=True):
-                    clip_gradients(parameters, c.clip_norm, its_norm)
-                with task.counted(sent):
-                    update(state, rate)
-                task.step.updated(state.model, outcome.parts)
-                recovery.updated(outcome.loss)
-                row = {"loss": outcome.loss, "grad_norm": norm, "lr": rate, **outcome.parts}
-            else:
-                row = recover(fault, outcome, state, recovery, saves, watchers, watch)
-            state.step = step
-            state.clips += fetched.num_rows
-            pace.add(fetched, outcome, watch.lap("update"))
-
-            if sent is not None:
-                reporter.speed({"step": step, "communication": exchange(sent.as_dict())})
-            record(reporter, state, row, fetched, entry)
-            if step == c.steps or step % c.log_every == 0:
-                pace.report(step, outcome, norm, rate)
-            watch.lap("log")
-            if step == first:
-                ledger.started("first step")
-                watch.totals.clear()  # all of that was the start
-            ledger.write(step, watch.totals, now=step == first)
-
-            if step == c.steps or step % c.checkpoint_every == 0 or "rolled_back_to" in row:
-                save()
-            beat(step, "review")
-            try:
-                review(step)
-            except Exception as error:
-                saves.leave_after(error)
-                raise
-            watch.lap("review")
-    except StoppedError:
-        saves.leave()
+            ledger.write(state.step, watch.totals, end="stopped")
+            return False
+        self.saves.finish()
         watch.lap("checkpoint")
-        ledger.write(state.step, watch.totals, end="stopped")
-        return False
-    saves.finish()
-    watch.lap("checkpoint")
-    ledger.write(state.step, watch.totals, end="done")
-    return True
+        ledger.write(state.step, watch.totals, end="done")
+        return True
+
+    def _step(self, step: int) -> None:
+        fetched, entry = self._fetch(step)
+        self.beat(step, "compute" if self.known.issuperset(fetched.shapes) else "first pass")
+        self.known.update(fetched.shapes)
+        sent = Communication() if step == self.counted else None
+        with self.task.counted(sent):
+            outcome = forward_backward(self.task, fetched.batches, self.task.networks)
+        self.watch.lap("compute")
+        row = self._update(step, fetched, outcome, sent)
+        self._log(step, fetched, outcome, row, entry)
+        if step == self.c.steps or step % self.c.checkpoint_every == 0 or "rolled_back_to" in row:
+            self._save()
+        self._review(step)
+
+    def _fetch(self, step: int) -> tuple[Fetched, Entry]:
+        """The clips of a step, on record before they are used."""
+        self.beat(step, "data")
+        try:
+            # Who waits in the agreement waits for one that is not here yet.
+            fetched = fetch(self.task, self.data, self.accumulation, step, partial(self.beat, step, "agreement"))
+            self.watch.lap("data")
+            self.skips.add(len(fetched.keys), fetched.skipped)
+            self.facts["skips"] = [self.skips.seen, self.skips.skipped]
+            return fetched, self.watchers.account(step, fetched)
+        except (ValueError, RuntimeError, OSError) as error:
+            self.saves.leave_after(error)
+            raise
+
+    def _update(self, step: int, fetched: Fetched, outcome: Outcome, sent: Communication | None) -> dict[str, Any]:
+        """Clip and update, or recover from a fault; what the metrics say of the step."""
+        self.beat(step, "update")
+        task, state, recovery = self.task, self.state, self.recovery
+        norm, rate = float(outcome.norm), learning_rate(self.c, state.step)
+        fault = recovery.judge(step, outcome.loss, norm, outcome.finite, fetched.keys)
+        if fault is None:
+            for parameters, its_norm in zip(task.networks, outcome.norms, strict=True):
+                clip_gradients(parameters, self.c.clip_norm, its_norm)
+            with task.counted(sent):
+                update(state, rate)
+            task.step.updated(state.model, outcome.parts)
+            recovery.updated(outcome.loss)
+            row = {"loss": outcome.loss, "grad_norm": norm, "lr": rate, **outcome.parts}
+        else:
+            row = recover(fault, outcome, state, recovery, self.saves, self.watchers, self.watch)
+        state.step = step
+        state.clips += fetched.num_rows
+        self.pace.add(fetched, outcome, self.watch.lap("update"))
+        if sent is not None:
+            self.reporter.speed({"step": step, "communication": exchange(sent.as_dict())})
+        return row
+
+    def _log(self, step: int, fetched: Fetched, outcome: Outcome, row: dict[str, Any], entry: Entry) -> None:
+        ledger, watch = self.watchers.ledger, self.watch
+        record(self.reporter, self.state, row, fetched, entry)
+        if step == self.c.steps or step % self.c.log_every == 0:
+            self.pace.report(step, outcome, float(outcome.norm), learning_rate(self.c, step - 1))
+        watch.lap("log")
+        if step == self.first:
+            ledger.started("first step")
+            watch.totals.clear()  # all of that was the start
+        ledger.write(step, watch.totals, now=step == self.first)
+
+    def _save(self) -> None:
+        if self.saves.due:
+            self.saves.save()
+            self.watch.lap("checkpoint")
+            self.watchers.ledger.write(self.state.step, self.watch.totals)
+
+    def _review(self, step: int) -> None:
+        self.beat(step, "review")
+        try:
+            self.watchers.review(step)
+        except Exception as error:
+            self.saves.leave_after(error)
+            raise
+        self.watch.lap("review")
 
 
 def update(state: TrainState, rate: float) -> None:

@@ -23,7 +23,7 @@ from vidit.train.goodput import Ledger, report_goodput
 from vidit.train.initial import new_parts
 from vidit.train.layout import with_layout
 from vidit.train.lock import run_lock
-from vidit.train.loop import Account, Beat, Watchers, train_loop
+from vidit.train.loop import Account, Beat, TrainLoop, Watchers
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
@@ -158,7 +158,7 @@ def _reach_the_end(
     else:
         account = by_order(recalled(config, dataset.catalog, state.step) if own_rank() == 0 else None)
     watchers = Watchers(review, reporter, ledger, stop, beat, account)
-    done = train_loop(task, state, batches, watchers, run_dir / "checkpoints", facts, held, peak)
+    done = TrainLoop(task, state, batches, watchers, run_dir / "checkpoints", facts, held, peak).run()
     if done and config.train.task == "vae":
         num, clips = data.measured(NUM_CLIPS)
         if not config.vae_train.freeze_encoder:
