@@ -83,8 +83,8 @@ class TrainLoop:
     def run(self) -> bool:
         """True when done, False when a signal asked to leave.
 
-        Raises NonFiniteError and SpikeError where `train.on_...` says so, before the bad update, naming the clips of the
-        batch, and SkipLimitError.
+        Raises NonFiniteError and SpikeError where `train.on_...` says so, before the bad update, naming the clips of
+        the batch, and SkipLimitError.
         """
         state, ledger, watch = self.state, self.watchers.ledger, self.watch
         state.model.train()
