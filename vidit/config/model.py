@@ -6,19 +6,14 @@ from typing import Annotated, Any, Literal, Self, overload
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
+from vidit.config.model_faults import model_faults
 from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
-from vidit.config.text_faults import text_faults
 
 Window = tuple[int, int, int]
 Skip = tuple[Literal["single", "group"], Positive]
 AnyWindow = Window | Skip
 """Three numbers, or a pair that skips."""
-
-# RoPE turns pairs of a head's dims, at least one pair for each of time, height and width.
-MIN_ROPE_HEAD_DIM = 6
-# Every token of a clip is to attend to all of it.
-MIN_SKIP = 2
 
 
 def _named(yes: str) -> BeforeValidator:
@@ -216,7 +211,8 @@ class Model(Section):
         return next(spanning, None)
 
     @property
-    def _spans_frames(self) -> bool:
+    def spans_frames(self) -> bool:
+        """Whether any attention goes across latent frames."""
         return self.full_ends > 0 or self.temporal_attention or any(window[0] != 1 for window in self.windows)
 
     @property
@@ -245,143 +241,7 @@ class Model(Section):
         return self.modulation == "table" or self.adaln_rank > 0
 
     def faults(self) -> Iterator[str]:
-        if self.width % self.num_heads:
-            legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
-            yield f"model.width={self.width} is not divisible by model.num_heads={self.num_heads}; use one of {legal}"
-        elif self.relative_position == "rope":
-            head_dim = self.width // self.num_heads
-            if head_dim % 2 or head_dim < MIN_ROPE_HEAD_DIM:
-                yield (
-                    f"model.relative_position=rope needs an even head dim of at least {MIN_ROPE_HEAD_DIM}, not "
-                    f"{head_dim} ({self.width} / {self.num_heads} heads); change model.num_heads or model.width"
-                )
-        if self.absolute_position == "space_then_time" and self.time_layer is None:
-            yield (
-                f"model.absolute_position=space_then_time, but none of model.windows={self.windows} spans latent "
-                "frames; add such a window, or use absolute_position=learned"
-            )
-        if self.absolute_position == "space" and self.position_scale[0] != 1:
-            yield (
-                f"model.position_scale={list(self.position_scale)} scales time by {self.position_scale[0]:g}, which "
-                "model.absolute_position=space does not have; begin it with 1"
-            )
-        if self.absolute_position in ("sincos", "space", "space_then_time") and self.width % 16:
-            yield (
-                f"model.absolute_position={self.absolute_position} needs a model.width divisible by 16, not "
-                f"{self.width}; use {self.width // 16 * 16 or 16} or {(self.width // 16 + 1) * 16}"
-            )
-        if self.time_width not in (0, self.width) and self.shares_modulation:
-            yield (
-                f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
-                "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
-            )
-        yield from text_faults(self)
-        if self.is_joint:
-            yield from self._joint_faults()
-        yield from self._stream_faults()
-        if self.temporal_attention and self.relative_position == "bias":
-            yield "model.temporal_attention=true takes no position bias; set model.relative_position=rope or none"
-        if self.frame_times and self.num_refiner_layers:
-            yield (
-                f"model.frame_times=true gives no time to a whole caption, which model.num_refiner_layers="
-                f"{self.num_refiner_layers} needs; use num_refiner_layers=0, or given_channels instead of frame_times"
-            )
-        if self.frame_times and self.patch[0] > 1:
-            yield (
-                f"model.frame_times=true gives a time to each latent frame, but model.patch={list(self.patch)} puts "
-                f"{self.patch[0]} of them into a token; use a patch of one frame"
-            )
-        if self.rope_split == "time" and self.relative_position == "rope" and not self._spans_frames:
-            yield (
-                f"model.rope_split=time turns by time alone, but none of model.windows={self.windows} spans latent "
-                "frames; add such a window or temporal_attention, or use rope_split=third"
-            )
-        if any(size < 0 for window in self.windows if len(window) == 3 for size in window):
-            yield f"model.windows={self.windows} holds a negative size; use 0 for the whole axis"
-        yield from self._skip_faults()
-        if self.attention_backend == "flash" and self.relative_position == "bias":
-            yield "model.attention_backend=flash takes no position bias; set model.relative_position=rope"
-        if (
-            self.attention_backend == "flash"
-            and self.cross_attention in ("per_frame", "all")
-            and self.cross_keys != "text"
-        ):
-            yield "model.attention_backend=flash takes no mask over text keys; set model.cross_keys=text"
-        if self.cross_attention == "per_frame" and all(self.window(n)[0] != 1 for n in range(self.num_layers)):
-            yield (
-                f"model.cross_attention=per_frame, but no block's of model.windows={self.windows} is one latent frame "
-                "(1, h, w): no block would see the text; use cross_attention=all or none, or add such a window"
-            )
-
-    def _skip_faults(self) -> Iterator[str]:
-        """What windows through the whole clip exclude."""
-        skips = [window for window in self.windows if len(window) == 2]
-        if any(k < MIN_SKIP for _, k in skips):
-            yield f"model.windows={self.windows} skips by 1, which is to attend to all; use (0, 0, 0), or k above 1"
-        if skips and self.relative_position == "bias":
-            yield (
-                "model.relative_position=bias has an entry for each offset in a window, and tokens of one that skips "
-                f"lie anywhere (model.windows={self.windows}); use rope or none"
-            )
-        if 2 * self.full_ends >= self.num_layers or (self.full_ends and set(self.windows) == {(0, 0, 0)}):
-            yield (
-                f"model.full_ends={self.full_ends} with model.num_layers={self.num_layers} and model.windows="
-                f"{self.windows}: all blocks attend to all tokens; use windows=[[0,0,0]] and full_ends=0, or full_ends "
-                f"of at most {(self.num_layers - 1) // 2} beside other windows"
-            )
-
-    def _joint_faults(self) -> Iterator[str]:
-        """What text tokens in self-attention exclude."""
-        if self.temporal_attention:
-            yield (
-                "model.temporal_attention=true is of the video's tokens alone, not of the text's beside them (model."
-                "cross_attention=joint); leave it out, or use cross_attention=all"
-            )
-        if self.full_ends or any(any(window) for window in self.windows):
-            yield (
-                f"model.cross_attention=joint attends to all tokens of a clip, but model.windows={self.windows} has "
-                "windows; use windows=[[0,0,0]], or cross_attention=all"
-            )
-        if self.relative_position == "bias":
-            yield "model.cross_attention=joint takes no position bias; set model.relative_position=rope or none"
-        if self.frame_times:
-            yield (
-                "model.frame_times=true modulates the tokens of each latent frame, and the text's are of none "
-                "(model.cross_attention=joint); leave it out, or use cross_attention=all"
-            )
-        if self.image_attention != "frame":
-            yield (
-                "model.cross_attention=joint cannot let images pass unchanged, since their text would not; set "
-                "model.image_attention=frame"
-            )
-        if self.attention_backend == "flash" and self.text_padding == "masked":
-            yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
-
-    def _stream_faults(self) -> Iterator[str]:
-        """What single-stream blocks and weights of the text's own exclude."""
-        own, single = self.text_weights == "own", self.num_single_layers
-        given = {"model.text_weights=own": own, f"model.num_single_layers={single}": single > 0}
-        told = [name for name, is_set in given.items() if is_set]
-        if told and not self.is_joint:
-            yield f"{' and '.join(told)} treat text as tokens beside the video's; set model.cross_attention=joint"
-        if single > self.num_layers or (own and single == self.num_layers):
-            least = "fewer than" if own else "at most"
-            yield (
-                f"model.num_single_layers={single} of model.num_layers={self.num_layers}: use {least} {self.num_layers}"
-                + (", since text_weights=own is for the other blocks" if own else "")
-            )
-        if own and not single:
-            yield (
-                "model.text_weights=own without single-stream blocks: the last block's weights for text would reach no "
-                "output; set model.num_single_layers to at least 1"
-            )
-        if single and self.shares_modulation:
-            yield (
-                f"model.num_single_layers={single}: such a block has other modulation vectors than the rest, so "
-                "none are for all; set model.modulation=projected and model.adaln_rank=0"
-            )
-        if own and self.norm_affine:
-            yield "model.text_weights=own has no norms with scale and shift for the text; set model.norm_affine=false"
+        return model_faults(self)
 
 
 @overload
