@@ -18,7 +18,8 @@ from unittest.mock import patch
 import torch
 
 from benchmarks import parity
-from benchmarks.parity import LAYOUTS, Case, Result, Row, compare
+from benchmarks.parity import Result, compare
+from benchmarks.parity_rows import LAYOUTS, Case, Row
 from benchmarks.rank_pool import Pool
 from benchmarks.record import write_result
 
