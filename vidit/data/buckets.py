@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidit import keys
-from vidit.batching import micro_batch_rows, row_cost
+from vidit.batching import clip_tokens, micro_batch_rows, row_cost
 from vidit.config import Bucket, RunConfig
 from vidit.data.order import Shares, counts_of
-from vidit.data.schedule import Schedule
+from vidit.data.packed import Load, PackedRows
+from vidit.data.schedule import Deal, Schedule
 from vidit.data.texts import Texts
 
 NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
@@ -44,7 +45,7 @@ class Facts:
         return Facts(self.keys.take(clips), frames, width, height, self.label, settled)
 
 
-def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
+def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Deal:
     """The micro-batches of a run, given the share of its rows of each bucket; ValueError for a bucket without any."""
     c, shapes = config, config.data.shapes
     sizes = micro_batch_rows(c)
@@ -54,9 +55,13 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
                 f"no clip goes to the bucket of {shape.num_frames} frames of {shape.height}x{shape.width}; leave it "
                 "out of data.buckets, or lower `keep` of the larger ones"
             )
+    costs = tuple(row_cost(c, shape) for shape in shapes)
+    if c.data.packed_tokens:
+        counts = counts_of([share * shape.weight for share, shape in zip(row_shares, shapes, strict=True)])
+        load = Load(counts, tuple(clip_tokens(c, shape) for shape in shapes), costs)
+        return PackedRows(c.train.seed, load, c.data.packed_tokens, c.train.global_batch)
     shares = [share / size * shape.weight for share, size, shape in zip(row_shares, sizes, shapes, strict=True)]
     dealt = Shares(c.train.seed, "buckets", counts_of(shares))
-    costs = tuple(row_cost(c, shape) for shape in shapes)
     return Schedule(dealt, c.train.global_batch // c.train.micro_batch, sizes, costs)
 
 

@@ -13,7 +13,7 @@ from vidit.data.buckets import Facts, assign, schedule_of
 from vidit.data.clip_list import Clips
 from vidit.data.listing import Listing
 from vidit.data.order import ClipOrder
-from vidit.data.schedule import Schedule
+from vidit.data.schedule import Deal
 from vidit.data.shards import ClipRef
 from vidit.data.tar import LATENT_SUFFIX
 
@@ -95,7 +95,7 @@ class Catalog:
             self._orders[key] = ClipOrder(seed, self.stream(what, bucket), parts, weights)
         return self._orders[key]
 
-    def schedule(self, config: RunConfig) -> Schedule:
+    def schedule(self, config: RunConfig) -> Deal:
         """Of a run on these clips. ValueError for a bucket without any."""
         return schedule_of(config, self.shares.sum(1).tolist())
 

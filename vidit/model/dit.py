@@ -159,12 +159,12 @@ class DiT(nn.Module):
         """Predict the diffusion target.
 
         Args:
-            x: noisy latent (B, C, T, H, W), fp32, or a packed one (1, S, P, C), with `grid.clips`, whose output has that
-                form (`vidit/model/packed.py`); on a stage behind the first (`vidit/model/stage.py`) the tokens of the
-                stage before.
+            x: noisy latent (B, C, T, H, W), fp32, or a packed one (1, S, P, C), and then the output has that form
+                (`vidit/model/packed.py`); on a stage behind the first (`vidit/model/stage.py`) the tokens of the stage
+                before.
             grid: the latent in tokens, which rows are images, and how fast the others run.
-            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame. Of a
-                packed row B counts clips, here and below, and frames of all clips are (F,).
+            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame. Of
+                a packed row B counts clips, here and below, and frames of all clips are (F,).
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
             previous_BCTHW: the self-conditioning estimate; zeros when None.

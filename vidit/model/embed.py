@@ -21,7 +21,6 @@ from vidit.model.packed import of_clips, tokens_of
 from vidit.model.refiner import Refiner
 from vidit.model.windows import Grid
 
-
 PACKED = 4
 """Dims of a packed latent, where others have five."""
 

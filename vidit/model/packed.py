@@ -76,7 +76,7 @@ def side_by_side(found: Sequence[Tensor]) -> Tensor:
 
 
 def clip_of(position_S4: Tensor) -> Tensor:
-    """The number of the clip that each token of this rank belongs to, (S,): what packed positions have beside a place."""
+    """The number of the clip of each token of this rank, (S,): what packed positions have behind a place."""
     return position_S4[:, 3]
 
 

@@ -141,7 +141,9 @@ def _split(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> Split:
 
 def alone(config: RunConfig) -> RunConfig:
     """The config of a split of one data set and one shape, which validation has."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"buckets": (), "mixture": ()})})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"buckets": (), "packed_tokens": 0, "mixture": ()})}
+    )
 
 
 class ClipsDifferError(RuntimeError):

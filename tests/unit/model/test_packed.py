@@ -67,8 +67,8 @@ def inputs(c: Model) -> list[dict[str, Any]]:
             "pooled_BE": torch.randn(1, TEXT, generator=g, dtype=torch.float64),
             "previous_BCTHW": torch.randn(1, CHANNELS, *size, generator=g, dtype=torch.float64),
             "grid": Grid(
-                *grid, given_BCTHW=given, fps_B=torch.tensor([8.0 * number], dtype=torch.float64) if c.frame_rate else None,
-                still_B=torch.tensor([number % 2 == 0]) if c.motion_free else None,
+                *grid, given_BCTHW=given, still_B=torch.tensor([number % 2 == 0]) if c.motion_free else None,
+                fps_B=torch.tensor([8.0 * number], dtype=torch.float64) if c.frame_rate else None,
             ),
         })  # fmt: skip
     return rows
