@@ -29,7 +29,8 @@ def tokens_of(schedule: PackedRows, row: PackedRow) -> int:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    counts=st.lists(st.integers(1, 40), min_size=1, max_size=5), sizes=st.lists(st.integers(1, 50), min_size=5, max_size=5),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    sizes=st.lists(st.integers(1, 50), min_size=5, max_size=5),
     limit=st.integers(50, 200), per_step=st.integers(1, 6), step=st.integers(0, 10**6),
 )  # fmt: skip
 def test_a_window_of_steps_takes_each_bucket_without_a_gap(
