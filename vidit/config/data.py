@@ -48,6 +48,9 @@ class Data(Section):
     shuffle_buffer: NotNegative = Field(0, description="clips of a reader's tars that are shuffled; 0 = in tar order")
     mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
     buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
+    longest_first: bool = Field(
+        False, description="of the buckets that it fills a clip takes the longest, not the largest, before the other"
+    )
     packed_tokens: NotNegative = Field(
         0,
         description="most tokens of a packed row, in which clips of several buckets lie side by side (Sora, NaViT); "

@@ -1,8 +1,9 @@
 """Buckets: the shapes a run is trained on, and which of them each clip goes to.
 
 A clip goes to the bucket nearest to its aspect ratio, among those that it fills: long enough, and without being
-enlarged. Of these it takes the largest and then the longest, or with chance 1 - `keep` the next one (Open-Sora 1.2's
-multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket over all epochs.
+enlarged. Of these it takes the largest and then the longest (or the other way round), or with chance 1 - `keep` the
+next one (Open-Sora 1.2's multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket
+over all epochs.
 """
 
 from collections.abc import Sequence
@@ -65,15 +66,15 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Deal:
     return Schedule(dealt, c.train.global_batch // c.train.micro_batch, sizes, costs)
 
 
-def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
+def assign(facts: Facts, buckets: Sequence[Bucket], seed: int, longest_first: bool = False) -> NDArray[np.int64]:
     """The bucket of each clip; -1 for a clip that is too short for every one."""
     num = len(facts.frames)
     parts = (facts.part(range(start, min(start + CHUNK, num))) for start in range(0, num, CHUNK))
-    return np.concatenate([np.zeros(0, np.int64), *(_assigned(part, buckets, seed) for part in parts)])
+    return np.concatenate([np.zeros(0, np.int64), *(_assigned(part, buckets, seed, longest_first) for part in parts)])
 
 
-def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
-    ranked, drawn = _ranked(facts, buckets), _drawn(facts, buckets, seed)
+def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int, longest_first: bool) -> NDArray[np.int64]:
+    ranked, drawn = _ranked(facts, buckets, longest_first), _drawn(facts, buckets, seed)
     if facts.settled is not None:
         drawn[facts.settled] = 0
     keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
@@ -96,7 +97,7 @@ def _drawn(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.flo
     return drawn
 
 
-def _ranked(facts: Facts, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
+def _ranked(facts: Facts, buckets: Sequence[Bucket], longest_first: bool) -> NDArray[np.int64]:
     """The buckets of each clip in the order in which it would take them, -1 behind the last: (clips, buckets + 1)."""
     sizes = np.array([(b.num_frames, b.height, b.width) for b in buckets], np.float64)
     long_enough = facts.frames[:, None] >= sizes[None, :, 0]
@@ -112,7 +113,8 @@ def _ranked(facts: Facts, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
     off = np.where(fits, off, np.inf)
     best = off.min(axis=1, keepdims=True)
     fits &= off <= best + NEAR
-    order = np.lexsort((-sizes[:, 0], -pixels))  # the largest first, then the longest
+    by_size, by_length = -pixels, -sizes[:, 0]
+    order = np.lexsort((by_size, by_length) if longest_first else (by_length, by_size))  # by the last of them first
     ranked = np.full((len(fits), len(buckets) + 1), -1)
     filled = np.zeros(len(fits), np.int64)
     for bucket in order:

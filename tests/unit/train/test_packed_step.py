@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches
@@ -172,6 +174,21 @@ def test_layouts_that_packed_rows_exclude_are_refused(build: Configure) -> None:
     chosen = with_layout(adopt_vae(build(parallel={"sequence": 2})), 2)
     assert chosen.parallel.sequence_kind == "ulysses"
     assert with_layout(adopt_vae(build(parallel={"tensor": 2})), 2).parallel.sharded_norms is False
+
+
+def test_a_run_on_the_shapes_of_its_clips(
+    build: Configure, tmp_path: Path, config_file: Callable[[Path, RunConfig], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = config_file(tmp_path, build(data={"buckets": (), "packed_tokens": 0}))
+    assert main(["data", "shapes", name, "--max-tokens", "40"]) == 0
+    found = capsys.readouterr().out.strip()
+    assert found.startswith("data.buckets=[{")
+    listed = json.loads(found.removeprefix("data.buckets="))
+    # A clip of 5 frames of 32 x 32 has 48 tokens: it is scaled down to 24 x 24.
+    assert {(b["num_frames"], b["height"], b["width"]) for b in listed} == {*SHAPES[:2], (5, 24, 24), (5, 16, 32)}
+    config = build(tmp_path / "run", data={"buckets": listed, "longest_first": True}, train={"steps": 2})
+    assert run(config)
+    assert audit(config.directory).fault == ""
 
 
 def test_described(build: Configure) -> None:
