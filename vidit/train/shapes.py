@@ -10,6 +10,7 @@ from vidit.data.native import Limits, native_buckets
 from vidit.data.remote import Reach
 from vidit.data.shards import ClipRef, read_index
 
+
 def buckets_of_run(config: RunConfig, limits: Limits) -> list[Bucket]:
     """Buckets for the clips of `data.train` or `data.mixture` that rules keep, those set apart for validation left out.
 
