@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from vidit.config import FAMILIES, Model, Window
 from vidit.model import attention
-from vidit.model.attention import EVERY_FRAME, PADDING, Positions, attend_text
+from vidit.model.attention import EVERY_FRAME, PADDING, Positions, WindowCore, attend, attend_text
 from vidit.model.dit import DiT
 from vidit.model.packed import clip_means, packed, per_token, tokens_of
 from vidit.model.position import packed_places
@@ -151,6 +153,32 @@ def test_text_of_some_tokens_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> 
         for part in (slice(0, 50), slice(50, None)):
             own = Positions(places[part], places, places)
             torch.testing.assert_close(attend_text(q[:, part], k, v, seen, own, grid), whole[:, part])
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int) -> Tensor:
+    """What flash-attn promises of `flash_attn_varlen_func`, on any device: (tokens, N, K)."""
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    out = torch.empty_like(q)
+    for first, last, first_k, last_k in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        assert 0 < last - first <= most_q
+        assert last_k - first_k <= most_k
+        own = (x[None, a:b] for x, a, b in ((q, first, last), (k, first_k, last_k), (v, first_k, last_k)))
+        out[first:last] = attend(*own, None, "sdpa")[0]
+    return out
+
+
+def test_one_call_for_all_clips_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where flash-attn takes a row, it is told where clips begin; windows, text and unchanged images go another way."""
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    grid, g = packed(CLIPS), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, grid.num_tokens, 2, 8, generator=g, dtype=torch.float64) for _ in range(3))
+    whole, apart = WindowCore((0, 0, 0), "flash"), WindowCore((0, 0, 0), "sdpa")
+    torch.testing.assert_close(whole(q, k, v, grid), apart(q, k, v, grid), rtol=1e-12, atol=1e-12)
+    assert whole.is_one_kernel(grid, None)
+    assert not WindowCore((0, 2, 2)).is_one_kernel(grid, None)
+    assert not WindowCore((0, 0, 0), identity_images=True).is_one_kernel(grid, None)
+    assert WindowCore((0, 0, 0), identity_images=True).is_one_kernel(packed(CLIPS[:1]), None)
+    assert not whole.is_one_kernel(replace(grid, image_B=torch.zeros(len(CLIPS), dtype=torch.bool)), None)
 
 
 def test_numbers_of_clips_and_frames_are_spread_over_tokens() -> None:
