@@ -169,8 +169,7 @@ def data_audit(arguments: argparse.Namespace) -> int:
 
 
 def data_shapes(arguments: argparse.Namespace) -> int:
-    from vidit.data.native import Limits
-    from vidit.train.shapes import buckets_of_run
+    from vidit.train.shapes import Limits, buckets_of_run
     from vidit.vae.stored import adopt_vae
 
     config = adopt_vae(load_config(arguments.config, arguments.overrides))

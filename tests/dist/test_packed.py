@@ -26,9 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "joint": {**FAMILIES["cogvideox"], "text_padding": "masked", "pooled_text": False, "time_width": 0},
 }
 LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
-    "zero3 x3": ("text keys", 3, {}),
+    "hsdp 2 x 2": ("text keys", 4, {"replicate": 2}),
     "sp2 ulysses x zero2": ("text keys", 4, {"sequence": 2, "zero": 2}),
-    "tp2 x hsdp": ("joint", 4, {"tensor": 2, "replicate": 2, "zero": 3}),
     "tp2 x sp2": ("joint", 4, {"tensor": 2, "sequence": 2}),
 }
 
@@ -51,7 +50,7 @@ def build(configure: Configure, clips: Path) -> Configure:
     def build(folder: Path, model: str, **parallel: Any) -> RunConfig:
         return configure(
             folder, parallel=parallel, model=MODELS[model], sample={"prompts": ()},
-            train={"precision": "fp64", "steps": 3, "global_batch": 6, "micro_batch": 1},
+            train={"precision": "fp64", "steps": 3, "global_batch": 4, "micro_batch": 1},
             data={"train": str(clips), "buckets": buckets, "packed_tokens": 109, "num_validation": 0},
         )  # fmt: skip
 

@@ -10,9 +10,9 @@ import pytest
 from vidit.batching import clip_tokens
 from vidit.config import Data, Model, RunConfig, Vae
 from vidit.data.buckets import NEAR, Facts, assign
-from vidit.data.native import Limits, native_buckets
 from vidit.data.texts import Texts
 from vidit.resolve import faults
+from vidit.train.shapes import Limits, native_buckets
 
 CLIPS = (
     (120, 1920, 1080), (64, 1280, 720), (33, 854, 480), (20, 640, 480), (300, 1080, 1920), (1, 512, 512),
