@@ -20,6 +20,7 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
     resolved = resolve(config, ranks)
     derived: dict[str, Any] = asdict(resolved)
     if config.data.packed_tokens:
+        derived["packed_rows_total"] = derived.pop("clips_total")
         derived["buckets"] = [
             {"shape": [b.num_frames, b.height, b.width], "tokens": clip_tokens(config, b), "cost": row_cost(config, b)}
             for b in config.data.buckets

@@ -23,7 +23,7 @@ from vidit.describe import describe
 from vidit.resolve import resolve
 from vidit.text.encoder import TextTokens, build_text_encoder
 from vidit.train.audit import audit
-from vidit.train.clips import read_splits
+from vidit.train.clips import fixed_batches, read_splits
 from vidit.train.layout import with_layout
 from vidit.train.metrics import read_metrics
 from vidit.train.packed_step import PackedStep
@@ -195,3 +195,10 @@ def test_described(build: Configure) -> None:
     derived = describe(build())["derived"]
     assert [bucket["tokens"] for bucket in derived["buckets"]] == [16, 32, 48, 24]
     assert derived["training_flops_per_step"] > 0
+    assert derived["packed_rows_total"] == 18
+
+
+def test_validation_has_batches_as_large_as_a_packed_row(build: Configure) -> None:
+    config = adopt_vae(build(data={"num_validation": 4}))
+    batches = list(fixed_batches(config, read_splits(config)[1].refs, 2, None, 1))
+    assert [len(batch.rows) for batch in batches] == [2]
