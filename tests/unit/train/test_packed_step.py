@@ -17,6 +17,7 @@ from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches
+from vidit.data.packed import Load, PackedRows
 from vidit.data.rows import Clips
 from vidit.data.shard_writer import ShardWriter
 from vidit.describe import describe
@@ -29,6 +30,7 @@ from vidit.train.metrics import read_metrics
 from vidit.train.packed_step import PackedStep
 from vidit.train.parallelize import build_dit
 from vidit.train.run import run
+from vidit.train.run_data import filled
 from vidit.vae.store import load_vae
 from vidit.vae.stored import adopt_vae
 from vidit.whole_file import read_rows
@@ -130,11 +132,12 @@ def test_a_clip_has_the_loss_that_it_has_alone(build: Configure, case: str) -> N
     assert sum(bool(g.any()) for g in expected) > 0.8 * len(expected)
 
 
-def test_a_run_stops_and_goes_on(build: Configure, tmp_path: Path) -> None:
+def test_a_run_stops_and_goes_on(build: Configure, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The losses of a run that was resumed are those of one that was not; every clip is accounted for."""
     change = {"data": {"num_validation": 4}, "train": {"precision": "fp32"}}
     whole, parts = (build(tmp_path / name, **change) for name in ("whole", "parts"))
     assert run(whole)
+    assert "packed rows of at most 120 tokens, " in capsys.readouterr().out
     assert run(parts.model_copy(update={"train": parts.train.model_copy(update={"steps": 3})}))
     assert run(parts)
     one, other = (read_metrics(config.directory) for config in (whole, parts))
@@ -146,6 +149,14 @@ def test_a_run_stops_and_goes_on(build: Configure, tmp_path: Path) -> None:
     fills = [row["fill"] for row in read_rows(whole.directory / "speed.jsonl") if "fill" in row]
     assert len(fills) == 6
     assert 0.8 < np.mean(fills) <= 1
+
+
+def test_a_run_says_how_to_fill_its_rows() -> None:
+    poor = PackedRows(0, Load((100,), (60,), (1.0,)), 100, 4)
+    assert filled(poor) == (
+        "packed rows of at most 100 tokens, 60.0% full; more data.packed_tokens, or buckets of fewer tokens, fill them"
+    )
+    assert ";" not in filled(PackedRows(0, Load((100,), (50,), (1.0,)), 100, 4))
 
 
 def test_what_packed_rows_exclude_is_refused(build: Configure) -> None:
