@@ -43,6 +43,7 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.enable()
     pipe.send("ready")
     while True:
         task = pipe.recv()
@@ -55,6 +56,7 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
                 "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
             )
             try:
+                dist.barrier()  # or a task that sends nothing may be over here before another rank has connected
                 result = True, function(argument)
             finally:
                 dist.destroy_process_group()

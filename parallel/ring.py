@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from parallel.collectives import arrived, group_name, pass_on
 from parallel.names import PlanError
 from parallel.partial_attention import Part, attend_part, merge, part_gradients
+from parallel.ring_text import Words, attend_words
 from parallel.shares import pad_to
 
 
@@ -42,6 +43,8 @@ class RingCore(nn.Module):
 
     Besides the call, the core that it takes the place of has `pairs(grid, device, text)`, which says who sees whom
     (None: every value leaves unchanged), and `reach(grid, first, last)`, outside of which some tokens see nothing.
+    One whose text tokens ask too gets their queries as the third of `text`, and has `words_see(grid, text)`: which text
+    (B, 1 or L, L) and which video (B, L, S) each of them sees, bool, None for all. It then gives (video, text).
     """
 
     def __init__(self, inner: nn.Module, mesh: DeviceMesh):
@@ -51,12 +54,12 @@ class RingCore(nn.Module):
                 f"{type(inner).__name__} does not say who sees whom (`pairs`, `reach`), which a ring has to know; use "
                 "the kind ulysses"
             )
-        self.inner = inner
+        self.inner, self.mesh = inner, mesh
         self.rank, self.size, self.group = mesh.get_local_rank(), mesh.size(), group_name(mesh)
 
     def forward(
         self, q_BsNK: Tensor, k_BsNK: Tensor, v_BsNK: Tensor, grid: Any, bias: Any = None, text: Any = None
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         inner: Any = self.inner
         pairs = inner.pairs(grid, q_BsNK.device, text)
         if pairs is None:  # where a token's place does not matter
@@ -72,7 +75,12 @@ class RingCore(nn.Module):
         out = pad_to(_ring(q_BsNK[:, :real], *given, route), 1, own)
         if pairs.unchanged_B is not None:
             out = torch.where(pairs.unchanged_B[:, None, None, None], v_BsNK, out)
-        return out
+        if not hasattr(inner, "words_see"):
+            return out
+        sees_text, sees_video = inner.words_see(grid, text)
+        own_video = None if sees_video is None else sees_video[:, None, :, first : first + real]
+        words = Words(text[2], text[0], text[1], None if sees_text is None else sees_text[:, None], own_video)
+        return out, _words(words, k_BsNK, v_BsNK, real, self.mesh)
 
     def _own_text(self, text_BSL: Tensor, first: int, real: int) -> Tensor:
         own = text_BSL if text_BSL.shape[1] == 1 else text_BSL[:, first : first + real]
@@ -161,6 +169,11 @@ class _Ring(torch.autograd.Function):
 def _ring(*given: Any) -> Tensor:
     out: Tensor = _Ring.apply(*given)  # type: ignore[no-untyped-call]
     return out
+
+
+@torch.compiler.disable(recursive=True)  # type: ignore[no-untyped-call, untyped-decorator]
+def _words(*given: Any) -> Tensor:
+    return attend_words(*given)
 
 
 def _meet(kv: Tensor, route: Route) -> Iterator[tuple[tuple[int, int, int], Tensor]]:

@@ -49,7 +49,7 @@ class UlyssesCore(nn.Module):
         if isinstance(out, Tensor):
             return self._to_tokens(out)
         video, said = out  # text tokens that ask too: whole on every rank, of some heads here
-        return type(out)(self._to_tokens(video), gather(said, 2, self.mesh))
+        return self._to_tokens(video), gather(said, 2, self.mesh)
 
     def _own(self, x: Tensor, dim: int) -> Tensor:
         return x.chunk(self.size, dim)[self.rank]

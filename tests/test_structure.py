@@ -417,7 +417,8 @@ def pytest_sessionfinish(session, exitstatus):
     assert not [n for n in sys.modules if n.split(".")[0] in GONE]
     (HERE / "ran").write_text(str(session.testscollected))
 '''
-# The slowest, by name: what they check is checked in place, and needs no second time.
+# The slowest, by file and by name: what they check is checked in place, and needs no second time.
+SLOW_FILES = ("curation/*", "test_pack*", "test_staging*", "test_tr*", "test_storage*", "test_stream*", "test_columns*")
 SLOW = "workers or held_out or vocabulary or attribute or motions or collide or Awkward or awkward or things_stay"
 SLOW += " or window_core or TestWindowCore or test_partition or test_mask_marks or test_merge"
 SLOW += " or flops or TestFlops or TestStrides or process or spawn or catalogue or mid_run"
@@ -433,11 +434,12 @@ def test_one_device_needs_only_vidit(tmp_path):
     shutil.copy(ROOT / "pyproject.toml", copy)
     (copy / "conftest.py").write_text(ALONE.format(gone=ABSENT_IN_THE_COPY))
     suites = [f"tests/unit/{name}" for name in ("model", "diffusion", "vae", "data")]
+    suites += [f"--ignore-glob=*/data/{name}" for name in SLOW_FILES]
     clips = os.environ.get("VIDIT_TEST_CLIPS") or str(ROOT.parent / "shared/clips")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *suites, "-x", "-q", "-p", "no:cacheprovider", "-k", f"not ({SLOW})"],
         cwd=copy, env=environment(PYTHONPATH=str(copy), VIDIT_TEST_CLIPS=clips), capture_output=True, text=True,
-        timeout=300,
+        timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert int((copy / "ran").read_text()) > 200, done.stdout[-500:]

@@ -52,19 +52,19 @@ def clip_tokenizer() -> Any:
     return clip(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[("r", "e")])
 
 
-def tiny_model(kind: str) -> Any:
+def tiny_model(kind: str, width: int = 16) -> Any:
     import transformers
 
     torch.manual_seed(0)
     model: Any
     if kind == "clip":
         config = transformers.CLIPTextConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=64, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=24, bos_token_id=0, eos_token_id=1, pad_token_id=1,
         )  # fmt: skip
         model = transformers.CLIPTextModel(config)
         return model.eval()
-    sizes = {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    sizes = {"vocab_size": 64, "d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     name = kind.upper()
     config = getattr(transformers, f"{name}Config")(**sizes)
     return getattr(transformers, f"{name}EncoderModel")(config).eval()

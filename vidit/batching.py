@@ -13,7 +13,8 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
     if c.train.task == "vae":
         return float(shape.num_frames * shape.height * shape.width)
     grid = grid_of(c, shape.num_frames, shape.height, shape.width)
-    return float(forward_flops(c.denoiser, grid, c.vae.latent_channels, c.text.width, c.text.max_tokens))
+    channels, second = c.vae.latent_channels, c.second_captions
+    return float(forward_flops(c.denoiser, grid, channels, c.text.width, c.text.max_tokens, second))
 
 
 def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:

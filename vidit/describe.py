@@ -36,14 +36,15 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
     if config.train.task != "vae":
         m, channels, text = config.denoiser, config.vae.latent_channels, config.text
         grid = resolved.grid
-        forward = forward_flops(m, grid, channels, text.width, text.max_tokens)
+        forward = forward_flops(m, grid, channels, text.width, text.max_tokens, config.second_captions)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
         if config.data.packed_tokens:  # of rows that are full of the clips that cost most for a token
             grids = [grid_of(config, b.num_frames, b.height, b.width) for b in config.data.buckets]
-            dearest = max(forward_flops(m, g, channels, text.width, text.max_tokens) / prod(g) for g in grids)
+            captions = channels, text.width, text.max_tokens, config.second_captions
+            dearest = max(forward_flops(m, g, *captions) / prod(g) for g in grids)
             row = round(dearest * config.data.packed_tokens)
             step = training_flops(row, m.self_conditioning) * config.train.global_batch
-        parameters = parameter_count(m, resolved.largest_grid, channels, text.width)
+        parameters = parameter_count(m, resolved.largest_grid, channels, text.width, config.second_captions[1])
         derived |= {
             f"{config.train.task}_parameters": parameters,
             "forward_flops_per_clip": forward,

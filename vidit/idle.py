@@ -68,8 +68,14 @@ RULES = (
     Rule(("text.path", "text.revision"), lambda c: c.text.kind != "bytes", "a pretrained text.kind (t5, umt5, clip)"),
     Rule(("text.width", "text.num_layers", "text.num_heads", "text.hash_buckets"),
          lambda c: c.text.kind == "bytes", "text.kind=bytes"),
-    Rule(("model.cross_keys", "model.cross_norm"), lambda c: c.model.cross_attention in ("per_frame", "all"),
-         "model.cross_attention=per_frame or all"),
+    Rule(("text.second.path", "text.second.revision", "text.second.max_tokens"), lambda c: c.text.has_second,
+         "text.second.kind=t5, umt5 or clip"),
+    Rule(("text.second.kind",), lambda c: c.train.task == "dit", "train.task=dit: a U-Net reads one encoder"),
+    Rule(("text.second.kind",), lambda c: c.model.pooled_text or c.model.cross_text == "interleaved",
+         "model.pooled_text=true or model.cross_text=interleaved"),
+    Rule(("model.cross_text",), lambda c: c.text.has_second, "a second encoder (text.second)"),
+    Rule(("model.cross_keys", "model.cross_norm", "model.cross_text"),
+         lambda c: c.model.cross_attention in ("per_frame", "all"), "model.cross_attention=per_frame or all"),
     Rule(("model.text_embedding", "model.num_refiner_layers", "model.text_padding"),
          lambda c: c.model.cross_attention != "none", "a model.cross_attention"),
     Rule(("model.position_scale",), lambda c: c.model.absolute_position in ("sincos", "space", "space_then_time"),
@@ -131,6 +137,8 @@ RULES = (
          "parallel.schedule=interleaved or zero_bubble"),
     Rule(("train.sample_every",), lambda c: bool(c.sample.prompts), "sample.prompts"),
     Rule(("sample.guidance_rescale",), lambda c: c.sample.guidance != 1, "a sample.guidance other than 1"),
+    Rule(("sample.reconstruction_guidance",), lambda c: not (c.model.frame_times or c.model.given_channels),
+         "a model that is not told what frames are given (frame_times=false, given_channels=false)"),
 )  # fmt: skip
 
 

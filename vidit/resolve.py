@@ -360,6 +360,11 @@ def _stream_faults(c: RunConfig) -> Iterator[str]:
 
 def _caption_faults(c: RunConfig) -> Iterator[str]:
     """What is done with captions that no layer reads, whatever the defaults are: guidance costs a second pass."""
+    if c.train.task == "dit" and c.text.has_second and c.model.cross_attention == "none" and c.model.pooled_text:
+        yield (
+            f"text.kind={c.text.kind} has no effect: model.cross_attention=none reads the pooled caption alone, which "
+            f"text.second gives; give text.second.kind={c.text.second.kind} as text, and no second encoder"
+        )
     if c.denoiser.reads_text:
         return
     why = "model.cross_attention=none and model.pooled_text=false read no caption"

@@ -27,13 +27,14 @@ from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero
 from vidit import keys
 from vidit.config import Model
-from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 from vidit.model.windows import Grid
 from vidit.train.parallelize import recompute
 
 CHANNELS, TEXT, TOKENS = 3, 10, 6
+SECOND, MORE = 8, 7  # of a second encoder
 OF_GRID = ("image_B", "still_B", "given_BCTHW")
 TINY: dict[str, Any] = {
     "num_layers": 3, "width": 48, "num_heads": 4, "mlp_width": 64, "windows": ((1, 0, 0), (0, 2, 2)),
@@ -81,24 +82,32 @@ def batch(case: Case) -> dict[str, Tensor | None]:
         frame[image_B] = torch.arange(TOKENS) % frames
         frame[1, -1] = PADDING
     shape = (rows, CHANNELS, *case.grid)
+    two = case.config.cross_text == "interleaved"
+    more: dict[str, Tensor | None] = {}
+    if two:
+        other = torch.Generator().manual_seed(4)
+        more["second_BLE"] = torch.randn(rows, MORE, SECOND, generator=other, dtype=torch.float64)
+        more["second_frame_BL"] = torch.cat((frame, frame[:, :1]), dim=1)
     given = torch.randn(rows, CHANNELS + 1, *case.grid, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     return {
         "x_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
         "time_B": torch.rand(rows, *[frames] * case.config.frame_times, generator=g, dtype=torch.float64) * 1000,
         "text_BLE": torch.randn(rows, TOKENS, TEXT, generator=g, dtype=torch.float64),
         "text_frame_BL": frame,
-        "pooled_BE": torch.randn(rows, TEXT, generator=g, dtype=torch.float64),
+        "pooled_BE": torch.randn(rows, SECOND if two else TEXT, generator=g, dtype=torch.float64),
         "image_B": image_B,
         "given_BCTHW": given if case.config.given_channels else None,
         "still_B": torch.tensor([True, False, False, False]) if case.config.motion_free else None,
         "previous_BCTHW": torch.randn(shape, generator=g, dtype=torch.float64),
         "target": torch.randn(shape, generator=g, dtype=torch.float64),
+        **more,
     }
 
 
 def on_meta(case: Case) -> DiT:
     with torch.device("meta"):
-        model = DiT(case.config, CHANNELS, case.grid, TEXT).double()
+        second = SECOND if case.config.cross_text == "interleaved" else 0
+        model = DiT(case.config, CHANNELS, case.grid, TEXT, second).double()
     model.dtype = torch.float64
     return model
 
@@ -112,7 +121,8 @@ def loss(model: DiT, rows: dict[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """(mean over the rows, output)."""
     inputs = dict(rows)
     target, x = inputs.pop("target"), inputs.pop("x_BCTHW")
-    out = model(x, grid_of(x, inputs), **inputs)
+    second = TextContext(inputs.pop("second_BLE"), inputs.pop("second_frame_BL")) if "second_BLE" in inputs else None
+    out = model(x, grid_of(x, inputs), **inputs, second=second)
     return ((out - target).square() * (1.5 + target.sin())).flatten(1).mean(1).mean(), out
 
 

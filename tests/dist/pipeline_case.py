@@ -23,7 +23,7 @@ from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
 from vidit import keys
-from vidit.config import RunConfig, Vae
+from vidit.config import RunConfig, Text, Vae
 from vidit.data.loader import Batch
 from vidit.data.rows import Clips
 from vidit.model.dit import DiT
@@ -32,7 +32,8 @@ from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.resolve import resolve
 from vidit.sample.draw import draw
-from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens, build_text_encoder
+from vidit.text.encoder import CaptionTokenizer, TextEncoder, TextFeatures, TextTokens, build_text_encoder
+from vidit.text.pair import PairTextEncoder
 from vidit.train import pipeline as train_pipeline
 from vidit.train.ema import Ema
 from vidit.train.layout import own_tokens, stages_of
@@ -49,6 +50,10 @@ VAE = {
 MODEL: dict[str, Any] = {
     "num_layers": 5, "width": 32, "num_heads": 4, "mlp_width": 48, "windows": ((1, 0, 0), (0, 2, 2)), "patch": 1,
     "pooled_text": True, "frame_rate": True, "self_conditioning": 0.6, "attention_backend": "sdpa",
+}  # fmt: skip
+TEXT: dict[str, Any] = {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64}
+PAIR: dict[str, Any] = {
+    "kind": "t5", "path": "unread", "max_tokens": 5, "second": {"kind": "clip", "path": "unread", "max_tokens": 4},
 }  # fmt: skip
 ROWS, SEED = 3, 3
 
@@ -79,7 +84,7 @@ class Case:
         return RunConfig.model_validate(
             {
                 "name": "pipe", "vae": {"weights": "unread", **VAE}, "model": {**MODEL, **self.model},
-                "text": {"width": 16, "num_layers": 1, "num_heads": 2, "max_tokens": 5, "hash_buckets": 64},
+                "text": PAIR if self.model.get("cross_text") == "interleaved" else TEXT,
                 "data": {"train": "unread", "num_frames": 5, "height": 20, "width": 12, "image_rows": int(self.images)},
                 "train": {"global_batch": ROWS * self.micro_batches, "micro_batch": ROWS, "seed": SEED},
                 "parallel": {**layout, **pipeline, **sequence},
@@ -103,6 +108,28 @@ class FrozenText(TextEncoder):
     def forward(self, tokens: TextTokens) -> TextFeatures:
         features = self.table[tokens.ids[:, :, 0] % 64] * tokens.mask_BL.unsqueeze(-1)
         return TextFeatures(features, tokens.mask_BL, features.mean(1))
+
+
+class OtherText(FrozenText):
+    """Another one, with another width and fewer tokens of other words."""
+
+    def __init__(self, text: TextEncoder):
+        super().__init__(text)
+        self.width, self.max_tokens = text.width - 4, text.max_tokens - 1
+        self.tokenizer = OtherTokens(text.tokenizer, self.max_tokens)
+        self.table = nn.Parameter(value("other", (64, self.width)), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class OtherTokens:
+    """The first tokens, with other numbers."""
+
+    tokenizer: CaptionTokenizer
+    max_tokens: int
+
+    def __call__(self, captions: Sequence[str]) -> TextTokens:
+        tokens = self.tokenizer(captions)
+        return TextTokens(tokens.ids[:, : self.max_tokens] // 3, tokens.mask_BL[:, : self.max_tokens])
 
 
 class WideStep(DitStep):
@@ -148,19 +175,23 @@ def batch(case: Case, number: int, rows: int = ROWS) -> Batch:
 
 
 def tokenizer(case: Case) -> Any:
-    return build_text_encoder(case.config.text).tokenizer
+    return encoder(case).tokenizer
 
 
 def encoder(case: Case) -> TextEncoder:
-    text = build_text_encoder(case.config.text).double()
+    text = build_text_encoder(Text(**TEXT)).double()
     text.dtype = torch.float64
-    return text if case.trained_text else FrozenText(text)
+    if case.trained_text:
+        return text
+    two = case.config.model.cross_text == "interleaved"
+    return PairTextEncoder(FrozenText(text), OtherText(text), True) if two else FrozenText(text)
 
 
 def on_meta(case: Case) -> DiT:
-    c = case.config
+    c, text = case.config, encoder(case)
     with torch.device("meta"):
-        model = DiT(c.model, c.vae.latent_channels, resolve(c).grid, c.text.width).double()
+        size = c.vae.latent_channels, resolve(c).grid
+        model = DiT(c.model, *size, text.width, text.second_captions[1]).double()
     model.dtype = torch.float64
     return model
 

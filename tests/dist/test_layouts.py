@@ -48,6 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "gentron still": {**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5},
     "channels of frames": {"given_channels": True},
+    "two encoders": {**FAMILIES["gentron"], "patch": 1, "cross_text": "interleaved", "text_embedding": "none"},
     "times of frames": {"frame_times": True, "pooled_text": True},
     "stdit3 frames": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "pooled_text": True},
     "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "patch": 1, "num_single_layers": 1},
@@ -82,7 +83,7 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, grid, images, checkpoint=checkpoint), "bias"))
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m])
+@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m and m != "two encoders"])
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
     images = model in ("images in frame", "four windows", "rope, text keys", "times of frames", "skips", "gentron still", *FAMILIES)
@@ -99,6 +100,11 @@ def test_every_family(pool: Pool, layout: str, family: str) -> None:
 @pytest.mark.parametrize("family", ["wan seen", "cogvideox seen", "hunyuanvideo seen"])
 def test_padding_that_is_seen(pool: Pool, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD), family))
+
+
+def test_two_encoders(pool: Pool) -> None:
+    """Keys and values straight from both; rows of images among the clips. A pipeline has their embeddings."""
+    assert_equal(measured(pool, Case(LAYOUTS["tp2 sp2"], {}, ODD, True, checkpoint=True), "two encoders"))
 
 
 @pytest.mark.parametrize("layout", ["tp4", "sp4"])

@@ -128,6 +128,10 @@ MODELS: dict[str, Case] = {
     ),
     "opensora_plan": Case(PAIR, model={**FAMILIES["opensora_plan"], **PLAIN}, images=False),
     "gentron": Case(PAIR, model={**FAMILIES["gentron"], **PLAIN, "motion_free": 0.5, "self_conditioning": 0.6}),
+    "two encoders in turn": Case(
+        {**PAIR, "tensor": 2}, trained_text=False, stages=(range(4), range(4, 5)),
+        model={**FAMILIES["gentron"], "patch": 1, "cross_text": "interleaved", "frame_rate": False},
+    ),
     "frames given beside": Case(PAIR, model={"given_channels": True}, given=({"kind": "random", "share": 0.7},)),
     "more of them": Case({"pipeline": 4}, "zero_bubble", micro_batches=10),
 }  # fmt: skip

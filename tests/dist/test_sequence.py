@@ -18,7 +18,7 @@ from test_mesh import fake
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel import collectives, partial_attention, ring, sequence, window
+from parallel import collectives, partial_attention, ring, ring_text, sequence, window
 from parallel.dealing import switched_tokens
 from parallel.layout import Layout, LayoutError
 from parallel.mesh import build_mesh
@@ -69,11 +69,12 @@ def test_every_kind_of_block(pool: Pool, kind: Any, model: str) -> None:
     elif kind == "window" and "temporal_attention" in MODELS[model]:
         with pytest.raises(TaskError, match=r"blocks\.0 mixes tokens in windows of \(1, 0, 0\) and of \(0, 1, 1\)"):
             measured(pool, case)
-    elif MODELS[model].get("cross_attention") == "joint":
-        with pytest.raises(TaskError, match=r"JointCore does not say who sees whom.*use the kind ulysses"):
-            measured(pool, case)
     else:
         assert_equal(measured(pool, case))
+
+
+def test_text_that_is_seen_whole_around_a_ring(pool: Pool) -> None:
+    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS["cogvideox seen"], ODD, kind="ring")))
 
 
 @pytest.mark.parametrize(("grid", "images"), [(DEEP, True), (DEEP_EVEN, False)])
@@ -220,6 +221,16 @@ def _left_away(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return found[0], *away, *found[3:]
 
 
+def _own_words_on_every_rank(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """What text finds in itself is counted by each rank, not the n-th part of it."""
+    ctx.size = 1
+    return right_words_backward(ctx, grad)
+
+
+def _own_copy(x: Tensor, group: str) -> Tensor:
+    return x
+
+
 def _first_deal(switch: window.Switch, grid: Any) -> int:
     return 0
 
@@ -245,6 +256,7 @@ def _swapped(*args: Any, **kwargs: Any) -> Any:
 
 
 right_with_bias, right_backward = ring._with_bias, ring._Ring.backward
+right_words_backward = ring_text._Words.backward
 right_within, right_mesh = WindowCore.within, build_mesh
 SPLIT = (collectives._Split, "backward", staticmethod(dit_case._split_without_mean))
 # What is put in the place of what; kind, layout, model and grid that must see it, and where.
@@ -262,6 +274,11 @@ PLANTS: dict[str, tuple[tuple[Any, str, Any], tuple[str, str, str, Any], str]] =
     "bias learns from the own block only": (
         (ring, "_with_bias", _own_block_only), ("ring", "sp2", "bias", ODD), "gradient",
     ),
+    "text's own keys counted on every rank": (
+        (ring_text._Words, "backward", staticmethod(_own_words_on_every_rank)), ("ring", "sp2", "cogvideox", ODD),
+        "gradient",
+    ),
+    "text's gradients not summed": ((ring_text, "enter_tensor", _own_copy), ("ring", "sp2", "cogvideox", ODD), "gradient"),
     "ring inside and heads across": (
         (dit_case, "build_mesh", _swapped), ("ulysses_ring", "sp4", "bias", DEEP), "forward",
     ),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -202,8 +203,8 @@ class TestOverrides:
         assert {"name", "run_dir", "train.steps", "vae.weights"} <= set(names)
         tree = run().model_dump()
         for name in names:
-            section, _, leaf = name.rpartition(".")
-            assert leaf in (tree[section] if section else tree)
+            *sections, leaf = name.split(".")
+            assert leaf in reduce(lambda own, section: own[section], sections, tree)
 
 
 class TestPresets:

@@ -11,6 +11,7 @@ UNET = "train.task=unet"
 JUDGED = "vae_train.adversarial_weight=1"
 BLIND = "model.cross_attention=none"
 BUCKETS = 'data.buckets=[{"num_frames":1,"height":8,"width":8}]'
+TWO = ["text.kind=t5", "text.second.kind=clip"]
 # option, others that leave it idle, others that let it act
 CASES = [
     ("text.max_tokens=8", [VAE], []),
@@ -68,6 +69,16 @@ CASES = [
     ("text.revision=x", [], ["text.kind=t5"]),
     ("text.width=32", ["text.kind=t5"], []),
     ("text.hash_buckets=32", ["text.kind=clip"], []),
+    ("text.second.path=x", [], [*TWO, "model.pooled_text=true"]),
+    ("text.second.max_tokens=9", [], [*TWO, "model.pooled_text=true"]),
+    ("text.second.kind=clip", ["text.kind=t5"], ["text.kind=t5", "model.pooled_text=true"]),
+    (
+        "text.second.kind=clip",
+        ["text.kind=t5", "train.task=unet", "model.pooled_text=true"],
+        ["model.pooled_text=true"],
+    ),
+    ("text.second.kind=umt5", ["text.kind=t5"], ["model.cross_text=interleaved"]),
+    ("model.cross_text=interleaved", [], TWO),
     ("model.cross_keys=text", [BLIND, "model.pooled_text=true"], []),
     ("model.cross_norm=affine", [BLIND, "model.pooled_text=true"], []),
     ("model.text_padding=seen", [BLIND, "model.pooled_text=true"], []),
@@ -133,6 +144,7 @@ CASES = [
     ("parallel.hang_floor_s=9", ["parallel.hang_factor=0"], []),
     ("train.sample_every=5", [], ['sample.prompts=["a"]']),
     ("sample.guidance_rescale=0.7", ["sample.guidance=1"], []),
+    ("sample.reconstruction_guidance=9", ["model.frame_times=true"], []),
 ]
 
 

@@ -289,6 +289,12 @@ class TestCaptionsThatNoLayerReads:
     def test_pooled_text_is_enough(self):
         resolve(run(model=Model(cross_attention="none", pooled_text=True)))
 
+    def test_a_first_encoder_that_is_not_read(self):
+        text = Text(kind="t5", path="a", second={"kind": "clip", "path": "b"})
+        with pytest.raises(ConfigError, match=r"text\.kind=t5 has no effect: .* give text\.second\.kind=clip as text"):
+            resolve(run(text=text, model=Model(cross_attention="none", pooled_text=True)))
+        resolve(run(text=text, model=Model(pooled_text=True)))
+
 
 @pytest.mark.parametrize(("preset", "head_dim"), [("XL", 72), ("SR1", 88), ("demo", 32)])
 def test_rope_fits_every_preset(preset, head_dim):

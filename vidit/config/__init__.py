@@ -24,7 +24,7 @@ from vidit.config.presets import FAMILIES, PRESETS
 from vidit.config.run import RunConfig
 from vidit.config.sample import Sample, Sampler
 from vidit.config.section import ConfigError, Section, refuse
-from vidit.config.text import RESERVED_TEXT_ROWS, Text
+from vidit.config.text import RESERVED_TEXT_ROWS, SecondText, Text
 from vidit.config.train import Train
 from vidit.config.unet import UNET_FAMILIES, UNET_PRESETS, Unet
 from vidit.config.vae import VAE_PRESETS, Vae
@@ -54,6 +54,7 @@ __all__ = [
     "RunConfig",
     "Sample",
     "Sampler",
+    "SecondText",
     "Section",
     "Skip",
     "Source",

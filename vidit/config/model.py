@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from vidit.config.presets import PRESETS
 from vidit.config.section import Positive, Section
+from vidit.config.text_faults import text_faults
 
 Window = tuple[int, int, int]
 Skip = tuple[Literal["single", "group"], Positive]
@@ -111,6 +112,10 @@ class Model(Section):
         "shared", description="joint: text goes through the video's weights (CogVideoX) or through its own (MMDiT)"
     )
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
+    cross_text: Literal["first", "interleaved"] = Field(
+        "first",
+        description="whose tokens blocks attend to: those of text, or in even blocks those of text.second (GenTron)",
+    )
     cross_norm: Literal["none", "bare", "affine"] = Field(
         "bare", description="layer norm before cross-attention: none, without parameters, or with scale and shift (Wan)"
     )
@@ -143,7 +148,9 @@ class Model(Section):
     text_padding: Literal["masked", "seen"] = Field(
         "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"
     )
-    text_embedding: Literal["mlp", "linear"] = "mlp"
+    text_embedding: Literal["mlp", "linear", "none"] = Field(
+        "mlp", description="of the features to model.width; none: keys and values are made of them as they are"
+    )
     num_refiner_layers: int = Field(
         0, ge=0, description="blocks of attention within the caption behind text_embedding=linear (HunyuanVideo: 2)"
     )
@@ -164,6 +171,19 @@ class Model(Section):
     def reads_text(self) -> bool:
         """Whether any caption reaches a token."""
         return self.cross_attention != "none" or self.pooled_text
+
+    @property
+    def embeds_text(self) -> bool:
+        """Whether text features become as wide as the model before blocks read them."""
+        return self.cross_attention != "none" and self.text_embedding != "none"
+
+    def crosses(self, layer: int) -> bool:
+        """Whether a block attends to text."""
+        return self.cross_attention == "all" or (self.cross_attention == "per_frame" and self.window(layer)[0] == 1)
+
+    def reads_second(self, layer: int) -> bool:
+        """Whether a block that attends to text attends to that of the second encoder."""
+        return self.cross_text == "interleaved" and layer % 2 == 0
 
     @property
     def patch_size(self) -> int:
@@ -249,13 +269,7 @@ class Model(Section):
                 f"model.time_width={self.time_width} is not model.width={self.width}, which a modulation of the whole "
                 "model (adaln_rank above 0, modulation=table) needs; use time_width=0, or adaln_rank=0"
             )
-        if self.text_padding == "seen" and self.cross_attention in ("per_frame", "all") and self.cross_keys != "text":
-            yield "model.text_padding=seen is for text alone among the keys; set model.cross_keys=text"
-        if self.num_refiner_layers and self.text_embedding != "linear":
-            yield (
-                f"model.num_refiner_layers={self.num_refiner_layers} refines what text_embedding=linear gives, not "
-                f"{self.text_embedding}; set that, or num_refiner_layers=0"
-            )
+        yield from text_faults(self)
         if self.is_joint:
             yield from self._joint_faults()
         yield from self._stream_faults()

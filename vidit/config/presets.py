@@ -70,6 +70,8 @@ COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
     "position_scale": (1.0, 1.875, 1.875), "time_frequencies": 1920,
 }  # fmt: skip
+# GenTron: CLIP's tokens in even blocks, T5's in odd ones, keys and values straight from both.
+TWO_TEXTS: dict[str, Any] = {"cross_text": "interleaved", "text_embedding": "none", "pooled_width": 768}
 PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "demo": (4, 128, 4, 512, {"relative_position": "rope", "self_conditioning": 0.0, "pooled_text": True}),
     "S": (12, 384, 6, 1536, {}),
@@ -88,8 +90,8 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "hunyuanvideo": (60, 3072, 24, 12288, {**FAMILIES["hunyuanvideo"], "num_single_layers": 40, "pooled_width": 768}),
     "opensora-2": (57, 3072, 24, 12288, {**FAMILIES["flux"], "num_single_layers": 38, "pooled_width": 768}),
     "latte-1": (56, 1152, 16, 4608, {**FAMILIES["latte"], "learned_variance": True}),
-    "gentron-XL": (28, 1152, 16, 4608, FAMILIES["gentron"]),
-    "gentron-G": (48, 1664, 16, 6656, FAMILIES["gentron"]),
+    "gentron-XL": (28, 1152, 16, 4608, {**FAMILIES["gentron"], **TWO_TEXTS}),
+    "gentron-G": (48, 1664, 16, 6656, {**FAMILIES["gentron"], **TWO_TEXTS}),
     "opensora-plan-1.3": (32, 2304, 24, 9216, {**FAMILIES["opensora_plan"], "full_ends": 2}),
     "opensora-1.2": (56, 1152, 16, 4608, {**FAMILIES["stdit3"], "learned_variance": True, "frame_rate": True}),
 }

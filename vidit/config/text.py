@@ -1,4 +1,4 @@
-"""The text encoder."""
+"""The text encoder, and a second one beside it."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -9,6 +9,15 @@ from vidit.config.section import Section
 
 # Rows of the byte encoder's table that no n-gram is hashed to: padding, begin token.
 RESERVED_TEXT_ROWS = 2
+
+
+class SecondText(Section):
+    """A frozen encoder beside that of `text`: what the model reads of it is `model.pooled_text` and `cross_text`."""
+
+    kind: Literal["none", "t5", "umt5", "clip"] = "none"
+    path: str | None = Field(None, description="local folder or hub name")
+    revision: str | None = Field(None, description="commit of the hub repository")
+    max_tokens: int = Field(77, gt=1, description="as text.max_tokens; 77 is all that CLIP takes")
 
 
 class Text(Section):
@@ -22,8 +31,16 @@ class Text(Section):
     num_heads: int = Field(4, gt=0)
     max_tokens: int = Field(32, gt=1, description="L, begin token included")
     hash_buckets: int = Field(8192, gt=0, description="rows of the n-gram table of `bytes`, 2 of them reserved")
+    second: SecondText = SecondText()
+
+    @property
+    def has_second(self) -> bool:
+        """Whether captions are read by two encoders."""
+        return self.second.kind != "none"
 
     def faults(self) -> Iterator[str]:
+        if self.has_second:
+            yield from self._second_faults()
         if self.kind != "bytes":
             if not self.path:
                 yield f"text.kind={self.kind} needs text.path (a local folder or hub name)"
@@ -37,3 +54,15 @@ class Text(Section):
                 f"text.hash_buckets={self.hash_buckets} leaves no row beside the {RESERVED_TEXT_ROWS} reserved ones; "
                 f"use at least {RESERVED_TEXT_ROWS + 1}"
             )
+
+    def _second_faults(self) -> Iterator[str]:
+        second = self.second
+        if not second.path:
+            yield f"text.second.kind={second.kind} needs text.second.path (a local folder or hub name)"
+        if self.kind == "bytes":
+            yield (
+                f"text.second.kind={second.kind} stands beside a frozen encoder, and text.kind=bytes is trained; set "
+                "text.kind=t5, umt5 or clip, or leave text.second out"
+            )
+        elif second.path and (self.kind, self.path, self.revision) == (second.kind, second.path, second.revision):
+            yield f"text.second.path={second.path} is the encoder of text once more; give another, or leave it out"

@@ -2,8 +2,10 @@
 
 A clip is ``<key>.json``, the sidecar of the video, and ``<key>.safetensors`` with ``mean`` and ``std`` of the VAE's
 posterior, raw and (C, T, H, W), and where a frozen text encoder read the caption ``text`` (n, E) of its n valid tokens
-and ``pooled`` (E,). The index gives frames, size and rate of the cut that was encoded. ``dataset.json`` says under
-``encoded`` what it was made with and, once, the text of the empty caption, which caption dropout takes instead.
+and ``pooled`` (E,). Of two encoders there are ``text`` of the first, ``second_pooled`` of the second, and where the
+model reads its tokens ``second_text``. The index gives frames, size and rate of the cut that was encoded.
+``dataset.json`` says under ``encoded`` what it was made with and, once, the text of the empty caption, which caption
+dropout takes instead.
 """
 
 from __future__ import annotations
@@ -32,10 +34,15 @@ ENCODED = "encoded"
 
 @dataclass(frozen=True)
 class CaptionText:
-    """The features of one caption: of its valid tokens (n, E), and pooled (E,)."""
+    """The features of one caption: of its valid tokens (n, E), and pooled (E,), with two encoders of the second.
+
+    `second` are the features of the second's valid tokens, where they are kept, `paired` says that there are two.
+    """
 
     features: Tensor
     pooled: Tensor
+    second: Tensor | None = None
+    paired: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,29 +119,48 @@ def _check(facts: dict[str, Any]) -> None:
         raise TypeError("fps, shapes or a hash is of another kind than `vidit encode` writes")
 
 
-def stored_text(rows: Sequence[tuple[int, CaptionText]], num_tokens: int) -> StoredText | None:
-    """(place, text) of each caption that has one, padded to `num_tokens` as the encoder pads; None without any."""
+def stored_text(rows: Sequence[tuple[int, CaptionText]], num_tokens: int, second_tokens: int = 0) -> StoredText | None:
+    """(place, text) of each caption that has one, padded to `num_tokens` as the encoder pads; None without any.
+
+    `second_tokens` is the same of a second encoder.
+    """
     if not rows:
         return None
-    lengths = torch.tensor([len(text.features) for _, text in rows])
-    padded = pad_sequence([text.features for _, text in rows], batch_first=True)
-    features = torch.nn.functional.pad(padded, (0, 0, 0, num_tokens - padded.shape[1]))
-    mask = torch.arange(num_tokens) < lengths[:, None]
     pooled = torch.stack([text.pooled for _, text in rows])
-    return StoredText(tuple(place for place, _ in rows), TextFeatures(features, mask, pooled))
+    features, mask = _padded([text.features for _, text in rows], num_tokens)
+    others, second = [text.second for _, text in rows if text.second is not None], None
+    if len(others) == len(rows):
+        second = TextFeatures(*_padded(others, second_tokens), pooled)
+    return StoredText(tuple(place for place, _ in rows), TextFeatures(features, mask, pooled, second))
+
+
+def _padded(captions: Sequence[Tensor], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Features (B, L, E) and which are valid (B, L)."""
+    lengths = torch.tensor([len(caption) for caption in captions])
+    padded = pad_sequence(list(captions), batch_first=True)
+    features = torch.nn.functional.pad(padded, (0, 0, 0, num_tokens - padded.shape[1]))
+    return features, torch.arange(num_tokens) < lengths[:, None]
 
 
 def _text_tensors(text: CaptionText | None) -> dict[str, Tensor]:
-    return {} if text is None else {"text": text.features.contiguous(), "pooled": text.pooled.contiguous()}
+    if text is None:
+        return {}
+    tensors = {"text": text.features, "second_pooled" if text.paired else "pooled": text.pooled}
+    tensors |= {} if text.second is None else {"second_text": text.second}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _text(tensors: dict[str, Tensor]) -> CaptionText | None:
     if "text" not in tensors:
         return None
-    text, pooled = tensors["text"], tensors.get("pooled", torch.empty(0))
-    if text.ndim != 2 or pooled.shape != text.shape[1:]:
-        raise ClipError(f"its text is {list(text.shape)} and pooled {list(pooled.shape)}, not (n, E) and (E)")
-    return CaptionText(text, pooled)
+    text, second, paired = tensors["text"], tensors.get("second_text"), "second_pooled" in tensors
+    pooled = tensors.get("second_pooled" if paired else "pooled", torch.empty(0))
+    # With two encoders the vector is as wide as the second's features, which need not be kept.
+    width = second.shape[1:] if second is not None else pooled.shape if paired else text.shape[1:]
+    if text.ndim != 2 or pooled.ndim != 1 or pooled.shape != width:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if "text" in name or "pooled" in name}
+        raise ClipError(f"its text is {shapes}, not (n, E) of tokens and (E) pooled")
+    return CaptionText(text, pooled, second, paired)
 
 
 def _tensors(content: bytes) -> dict[str, Tensor]:

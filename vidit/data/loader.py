@@ -103,6 +103,7 @@ class MicroBatches(TorchDataset[Batch]):
         )
         self.captioned = config.train.task != "vae"
         self.max_tokens = config.text.max_tokens if config.text.kind != "bytes" else 0  # of text that may be stored
+        self.second_tokens = config.text.second.max_tokens
         self._encodings: dict[Folder, Encoding | None] = {}
         self.refs, self.catalog, self.schedule = catalog.refs, catalog, catalog.schedule(config)
         self.tokenizer, self.images_per_row = tokenizer, images_per_row
@@ -115,7 +116,7 @@ class MicroBatches(TorchDataset[Batch]):
         found, texts = [clips for clips, _ in read], [text for _, own in read for text in own]
         tokens = None if self.tokenizer is None else self.tokenizer([caption for caption, _ in texts])
         kept = [(place, text) for place, (_, text) in enumerate(texts) if text is not None]
-        text = stored_text(kept, self.max_tokens) if self.max_tokens else None
+        text = stored_text(kept, self.max_tokens, self.second_tokens) if self.max_tokens else None
         shapes = [self.data.shapes[part.bucket] for part in asked]
         sizes = [(shape.num_frames, shape.height, shape.width) for shape in shapes]
         rows = list(of.rows)

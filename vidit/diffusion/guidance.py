@@ -1,4 +1,4 @@
-"""Classifier-free guidance (2207.12598) around any conditional denoiser, with rescale.
+"""What steers a denoiser from outside: classifier-free guidance (2207.12598) with rescale, and frames that are known.
 
 g = u + s (c - u), s = 1 + w. The map is affine with weights that sum to 1, so guiding x_hat, e_hat or v is
 the same thing; here it is x_hat, which is what samplers ask for. The rescale is not affine: applied to x_hat
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vidit.diffusion.paths import Path
 from vidit.diffusion.samplers import Denoise
 
 Condition = Mapping[str, Tensor]
@@ -72,5 +73,32 @@ def guided(
         if free:
             g = g + (motion - 1) * (u - free[0])
         return guidance_rescale(g, c, rescale) if rescale else g
+
+    return call
+
+
+def reconstructing(denoise: Denoise, path: Path, first: Tensor, weight: float) -> Denoise:
+    """A denoiser that knows how a clip begins, of one that was not trained for it (2204.03458, section 3.1).
+
+    The known frames x_a take the place of their estimate, so that a deterministic sampler keeps the noisy ones where
+    they belong, and that of the others is x_b - (w a / 2) grad_b ||x_a - x_hat_a||^2: a backward pass for every call.
+
+    Args:
+        denoise: made of differentiable operations, guidance included.
+        path: its a(t).
+        first: x_a, (1 or B, C, f, H, W), the first f of the clip's frames.
+        weight: w; the paper has 50 and 9.
+    """
+    known = first.shape[2]
+
+    def call(x: Tensor, t_B: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            x_hat = denoise(z, t_B)
+            missed = (first - x_hat[:, :, :known]).square().sum()
+        (pull,) = torch.autograd.grad(missed, z)
+        alpha = path.alpha(t_B).to(x_hat).reshape(-1, 1, 1, 1, 1)
+        behind = (x_hat.detach() - weight / 2 * alpha * pull)[:, :, known:]
+        return torch.cat((first.to(behind).expand(len(behind), -1, -1, -1, -1), behind), dim=2)
 
     return call

@@ -47,10 +47,12 @@ class TextContext(NamedTuple):
 
     `frame_BL` holds a latent frame's number, EVERY_FRAME, or PADDING: a row of T independent images carries
     T captions side by side, each visible to its own image only. None: every token sees all of it, padding too.
+    `second` is that of another encoder, which some blocks attend to instead (`model.cross_text`).
     """
 
     features_BLD: Tensor
     frame_BL: Tensor | None
+    second: "TextContext | None" = None
 
 
 class TextKeys(NamedTuple):
@@ -338,12 +340,16 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to text, and with `cross_keys=video_and_text` to the tokens of their own window as well."""
+    """Video tokens attend to text, and with `cross_keys=video_and_text` to the tokens of their own window as well.
 
-    def __init__(self, c: Model, window: AnyWindow):
+    `text_width` is that of the text where it is not the model's (`text_embedding=none`).
+    """
+
+    def __init__(self, c: Model, window: AnyWindow, text_width: int = 0):
         super().__init__()
         self.head_dim = c.width // c.num_heads
-        self.query, self.key, self.value, self.out = (Linear(c.width, c.width) for _ in range(4))
+        self.query, self.out = (Linear(c.width, c.width) for _ in range(2))
+        self.key, self.value = (Linear(text_width or c.width, c.width) for _ in range(2))
         self.query_norm, self.key_norm = query_key_norm(c), query_key_norm(c)
         self.core = WindowCore(window, c.attention_backend) if c.cross_keys == "video_and_text" else None
 

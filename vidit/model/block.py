@@ -42,11 +42,21 @@ class Block(nn.Module):
     """(B, S, D) -> (B, S, D), or `Streams` to `Streams` where text tokens take part in self-attention.
 
     `cross` says whether the block attends to text, `identity_images` whether images pass its attention
-    unchanged, `adds_time` whether sinusoids of time come first.
+    unchanged, `adds_time` whether sinusoids of time come first; `reads_second` and `text_width`, which text it is.
     """
 
-    def __init__(self, c: Model, window: AnyWindow, cross: bool, identity_images: bool, adds_time: bool):
+    def __init__(
+        self,
+        c: Model,
+        window: AnyWindow,
+        cross: bool,
+        identity_images: bool,
+        adds_time: bool,
+        reads_second: bool = False,
+        text_width: int = 0,
+    ):
         super().__init__()
+        self.reads_second = reads_second
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
         self.frames = FrameVectors() if c.frame_times else None
@@ -54,7 +64,7 @@ class Block(nn.Module):
         self.attn = joint_attention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
         bare = c.cross_norm == "bare"
         self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None
-        self.cross = CrossAttention(c, window) if cross else None
+        self.cross = CrossAttention(c, window, text_width) if cross else None
         self.temporal_norm = Norm(c.width, c.norm_affine, c.norm_eps) if c.temporal_attention else None
         self.temporal = SelfAttention(c, (0, 1, 1), identity_images=False) if c.temporal_attention else None
         self.mlp = Mlp(c.width, c.mlp_width, c.activation)
@@ -79,7 +89,8 @@ class Block(nn.Module):
         if self.cross is not None:
             (video,) = streams
             asking = video if self.cross_norm is None else self.cross_norm(video).to(dtype)
-            streams = [video + self.cross(asking, text, positions, grid)]
+            said = text.second if self.reads_second else text
+            streams = [video + self.cross(asking, said, positions, grid)]
         if self.temporal is not None and self.temporal_norm is not None:
             (video,) = streams
             streams = [video + self.temporal(self.temporal_norm(video).to(dtype), positions, grid.through_time)]

@@ -12,7 +12,7 @@ from vidit.dtypes import widen
 from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block, Tokens
 from vidit.model.embed import Head, PatchEmbed, TextEmbed
-from vidit.model.flops import crosses, window_of
+from vidit.model.flops import window_of
 from vidit.model.joint import Streams
 from vidit.model.linear import Linear
 from vidit.model.packed import per_frame
@@ -29,11 +29,11 @@ class Conditioning(nn.Module):
     Of a model that was distilled with guidance its scale, 1000 times as large, enters in the same way.
     """
 
-    def __init__(self, c: Model, text_width: int):
+    def __init__(self, c: Model, pooled_width: int):
         super().__init__()
         self.num_vectors = c.num_vectors
         self.time = TimeEmbed(c.time_frequencies, c.cond_width)
-        pooled_width = c.pooled_width or text_width
+        pooled_width = c.pooled_width or pooled_width
         self.pooled: nn.Module | None = None
         if c.pooled_text:
             kind = VectorEmbed if c.pooled_embedding == "mlp" else Linear
@@ -80,11 +80,13 @@ class Embed(nn.Module):
     `tokens` passes the tokens on: the seam behind which sequence parallelism divides them.
     """
 
-    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
+    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int, second_width: int):
         super().__init__()
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0, c.given_channels)
-        self.conditioning = Conditioning(c, text_width)
-        self.text = TextEmbed(c, text_width) if c.cross_attention != "none" else None
+        self.conditioning = Conditioning(c, second_width or text_width)
+        self.text = TextEmbed(c, text_width) if c.embeds_text else None
+        self.reads_second = c.cross_text == "interleaved"
+        self.second_text = TextEmbed(c, second_width) if c.embeds_text and self.reads_second else None
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)
         self.sees_padding = c.text_padding == "seen"
@@ -100,15 +102,23 @@ class Embed(nn.Module):
         pooled_BE: Tensor | None,
         previous_BCTHW: Tensor | None,
         dtype: torch.dtype,
+        second: TextContext | None = None,
     ) -> tuple[Tokens, TextContext, Tensor]:
         tokens = self.patch(x, previous_BCTHW, grid.given_BCTHW)
         if self.position is not None:
             tokens = tokens + placed(self.position, grid, tokens.device)
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
-        frame, features = None if self.sees_padding else text_frame_BL, text_BLE
-        if self.text is not None:
-            features = self.text(text_BLE.to(dtype), time_B, frame, grid.image_B is not None)
-        tokens = self.tokens(tokens, grid, features, dtype)
+        images = grid.image_B is not None
+
+        def embedded(text: TextEmbed | None, text_BLE: Tensor, frame_BL: Tensor | None) -> TextContext:
+            frame, features = None if self.sees_padding else frame_BL, text_BLE.to(dtype)
+            return TextContext(features if text is None else text(features, time_B, frame, images), frame)
+
+        context = embedded(self.text, text_BLE, text_frame_BL)
+        if self.reads_second:
+            assert second is not None, "model.cross_text=interleaved, but the batch has no text of a second encoder"
+            context = context._replace(second=embedded(self.second_text, second.features_BLD, second.frame_BL))
+        tokens = self.tokens(tokens, grid, context.features_BLD, dtype)
         fps_B = grid.fps_B
         if self.frame_times and grid.clips:
             time_B = time_B if len(time_B) != len(grid.clips) else per_frame(time_B, grid)
@@ -116,18 +126,20 @@ class Embed(nn.Module):
         elif self.frame_times:
             time_B = (time_B if time_B.ndim > 1 else time_B[:, None].expand(-1, grid.frames)).flatten()
             pooled_BE, fps_B = (None if x is None else x.repeat_interleave(grid.frames, 0) for x in (pooled_BE, fps_B))
-        return tokens, TextContext(features, frame), self.conditioning(time_B, pooled_BE, fps_B)
+        return tokens, context, self.conditioning(time_B, pooled_BE, fps_B)
 
 
 class DiT(nn.Module):
     """Denoiser: (x_t, time, text) -> output of the shape of x_t, fp32.
 
     `channels` is the latent's, `grid` the largest token grid it is built for, `text_width` the
-    text encoder's. Parameters are allocated, not filled: see `vidit.model.init.initialise`.
+    text encoder's, `second_width` that of a second one, which then gives the pooled caption; 0 where there is none.
+    Parameters are allocated, not filled: see `vidit.model.init.initialise`.
     """
 
-    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int):
+    def __init__(self, c: Model, channels: int, grid: tuple[int, int, int], text_width: int, second_width: int = 0):
         super().__init__()
+        assert second_width or c.cross_text == "first", "model.cross_text=interleaved reads a second encoder"
         self.dtype = torch.float32
         self.config, self.channels, self.text_width = c, channels, text_width
         blocks: dict[str, nn.Module] = {}
@@ -140,8 +152,11 @@ class DiT(nn.Module):
             if layer >= c.num_double_layers:
                 blocks[str(layer)] = SingleBlock(c, window)
             else:
-                blocks[str(layer)] = Block(c, window, crosses(c, layer), identity_images, layer == c.time_layer)
-        self.embed = Embed(c, channels, grid, text_width)
+                second = c.reads_second(layer)
+                wide = 0 if c.text_embedding != "none" else second_width if second else text_width
+                time = layer == c.time_layer
+                blocks[str(layer)] = Block(c, window, c.crosses(layer), identity_images, time, second, wide)
+        self.embed = Embed(c, channels, grid, text_width, second_width)
         self.positions = TokenPositions(c.width // c.num_heads, c.rope_split, c.rope_theta)
         self.blocks = nn.ModuleDict(blocks)
         self.head: nn.Module = Head(c, channels)
@@ -155,6 +170,7 @@ class DiT(nn.Module):
         text_frame_BL: Tensor,
         pooled_BE: Tensor | None = None,
         previous_BCTHW: Tensor | None = None,
+        second: TextContext | None = None,
     ) -> Tensor:
         """Predict the diffusion target.
 
@@ -168,8 +184,11 @@ class DiT(nn.Module):
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
             previous_BCTHW: the self-conditioning estimate; zeros when None.
+            second: text of a second encoder, needed when `model.cross_text=interleaved`.
         """
-        tokens, text, cond = self.embed(x, grid, time_B, text_BLE, text_frame_BL, pooled_BE, previous_BCTHW, self.dtype)
+        tokens, text, cond = self.embed(
+            x, grid, time_B, text_BLE, text_frame_BL, pooled_BE, previous_BCTHW, self.dtype, second
+        )
         positions = self.positions(grid, cond.device)
         for block in self.blocks.values():
             tokens = block(tokens, text, cond, positions, grid)

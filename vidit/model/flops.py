@@ -8,13 +8,10 @@ out, as every published MFU does.
 from vidit.config import AnyWindow, Model, Unet, Window, whole_window
 from vidit.model.unet.flops import unet_flops, unet_parameters
 
+Captions = tuple[int, int]
+"""Tokens of a caption, and the width of its features."""
 REFINER_RATIO = 4
 """Hidden width of a refiner's MLP over the model's."""
-
-
-def crosses(c: Model, layer: int) -> bool:
-    """Whether a block attends to text."""
-    return c.cross_attention == "all" or (c.cross_attention == "per_frame" and window_of(c, layer)[0] == 1)
 
 
 def window_of(c: Model, layer: int) -> AnyWindow:
@@ -31,16 +28,29 @@ def window_tokens(window: AnyWindow, grid: Window) -> int:
     return t * h * w
 
 
-def forward_flops(c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int, text_tokens: int) -> int:
-    """FLOPs of one forward pass of one clip through the denoiser, two for each multiply-add."""
+def forward_flops(
+    c: Model | Unet,
+    grid: tuple[int, int, int],
+    channels: int,
+    text_width: int,
+    text_tokens: int,
+    second: Captions = (0, 0),
+) -> int:
+    """FLOPs of one forward pass of one clip through the denoiser, two for each multiply-add.
+
+    `second` are the captions of a second encoder.
+    """
     if isinstance(c, Unet):
         return unet_flops(c, grid, channels, text_width, text_tokens)
+    captions = text_tokens, text_width
     total = embed_flops(c, grid, channels) + head_flops(c, grid, channels) + text_flops(c, text_width, text_tokens)
-    return total + sum(block_flops(c, layer, grid, text_tokens) for layer in range(c.num_layers))
+    total += text_flops(c, second[1], second[0]) if c.cross_text == "interleaved" else 0
+    return total + sum(block_flops(c, layer, grid, captions, second) for layer in range(c.num_layers))
 
 
-def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: int) -> int:
+def block_flops(c: Model, layer: int, grid: tuple[int, int, int], captions: Captions, second: Captions = (0, 0)) -> int:
     """Of one block and one clip, as `forward_flops` counts."""
+    text_tokens, text_width = second if c.reads_second(layer) else captions
     tokens, d = grid[0] * grid[1] * grid[2], c.width
     window = window_tokens(window_of(c, layer), grid)
     total = tokens * (8 * d * d + 4 * d * c.mlp_width + 4 * window * d)
@@ -49,9 +59,9 @@ def block_flops(c: Model, layer: int, grid: tuple[int, int, int], text_tokens: i
         return both * (8 * d * d + 4 * d * c.mlp_width + 4 * both * d)
     if c.temporal_attention:
         total += tokens * (8 * d * d + 4 * grid[0] * d)
-    if crosses(c, layer):
+    if c.crosses(layer):
         joint = c.cross_keys == "video_and_text"
-        total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * d * d
+        total += 2 * tokens * (4 if joint else 2) * d * d + 2 * text_tokens * 2 * _key_width(c, text_width) * d
         total += 4 * tokens * (text_tokens + (window if joint else 0)) * d
     return total
 
@@ -65,7 +75,7 @@ def embed_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
 
 def text_flops(c: Model, text_width: int, text_tokens: int) -> int:
     """Of the text embedding and one caption."""
-    if c.cross_attention == "none":
+    if not c.embeds_text:
         return 0
     d, refined = c.width, c.num_refiner_layers
     embedded = 2 * text_tokens * (text_width + (d if c.text_embedding == "mlp" else 0)) * d
@@ -77,8 +87,10 @@ def head_flops(c: Model, grid: tuple[int, int, int], channels: int) -> int:
     return 2 * grid[0] * grid[1] * grid[2] * c.width * channels * c.patch_size * c.out_factor
 
 
-def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int) -> int:
-    """Parameters of the denoiser, text encoder not included; equal to what `DiT` or `VideoUnet` allocates."""
+def parameter_count(
+    c: Model | Unet, grid: tuple[int, int, int], channels: int, text_width: int, second_width: int = 0
+) -> int:
+    """Parameters of the denoiser, text encoders not included; equal to what `DiT` or `VideoUnet` allocates."""
     if isinstance(c, Unet):
         return unet_parameters(c, grid[0], channels, text_width)
     d, head_dim, f, cond = c.width, c.width // c.num_heads, c.mlp_width, c.cond_width
@@ -89,10 +101,11 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     numbers = 1 + c.frame_rate + (c.guidance > 0)
     total += (c.time_frequencies + 1 + cond + 1) * cond * numbers
     if c.pooled_text:
-        total += ((c.pooled_width or text_width) + 1) * cond + (cond + 1) * cond * (c.pooled_embedding == "mlp")
-    if c.cross_attention != "none":
-        total += (text_width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
-        total += refiner_parameters(c, text_width) if c.num_refiner_layers else 0
+        pooled = c.pooled_width or second_width or text_width
+        total += (pooled + 1) * cond + (cond + 1) * cond * (c.pooled_embedding == "mlp")
+    for width in (text_width, *[second_width] * (c.cross_text == "interleaved")) if c.embeds_text else ():
+        total += (width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
+        total += refiner_parameters(c, width) if c.num_refiner_layers else 0
     total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position == "learned" else 0
     total += (d + 1) * vectors if c.shares_modulation else 0
     of_heads = {"head": 2 * head_dim, "head_rms": 2 * head_dim, "head_affine": 4 * head_dim}
@@ -105,7 +118,8 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
     total += c.num_double_layers * (attention + norm) * c.temporal_attention
     for layer in range(c.num_double_layers):
         total += (attention + mlp) * (2 if c.text_weights == "own" else 1) + 2 * norm
-        total += cross if crosses(c, layer) else 0
+        keys = _key_width(c, second_width if c.reads_second(layer) else text_width)
+        total += cross + 2 * (keys - d) * d if c.crosses(layer) else 0
         total += vectors if c.modulation == "table" else own
         window = window_of(c, layer)
         if c.relative_position == "bias" and len(window) == 3:
@@ -113,6 +127,11 @@ def parameter_count(c: Model | Unet, grid: tuple[int, int, int], channels: int, 
             total += c.num_heads * (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
     total += 2 * d if c.modulation == "table" else 2 * d * (cond + 1)
     return total + (d + 1) * patch * c.out_factor + 2 * norm  # head
+
+
+def _key_width(c: Model, text_width: int) -> int:
+    """Of the text that keys and values are made of."""
+    return c.width if c.embeds_text else text_width
 
 
 def refiner_parameters(c: Model, text_width: int) -> int:

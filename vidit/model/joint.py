@@ -9,10 +9,11 @@ whole on each. Only the core sees both; to it the text's queries, keys and value
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import AnyWindow, Model
-from vidit.model.attention import EVERY_FRAME, PADDING, Positions, SelfAttention, TextContext, attend
+from vidit.model.attention import EVERY_FRAME, PADDING, Pairs, Positions, SelfAttention, TextContext, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
 from vidit.model.packed import clip_by_clip
@@ -29,9 +30,9 @@ class Streams(NamedTuple):
 class TextStream(NamedTuple):
     """Projected text for a joint core, heads in dim 2, with the visibility of `TextContext`."""
 
-    query_BLNK: Tensor
     key_BLNK: Tensor
     value_BLNK: Tensor
+    query_BLNK: Tensor
     frame_BL: Tensor | None
 
 
@@ -39,6 +40,8 @@ class JointCore(nn.Module):
     """Attention among all tokens of a row and its text: video (B, S, N, K) and text (B, L, N, K), the same out.
 
     What `TextContext` calls padding is seen by nothing. Of a row of images each attends within its frame and caption.
+
+    `pairs`, `reach` and `words_see` tell the same to who has some of the video's tokens.
     """
 
     def __init__(self, backend: str = "auto"):
@@ -53,31 +56,57 @@ class JointCore(nn.Module):
         grid: Grid,
         bias: None = None,
         text: TextStream | None = None,
-    ) -> Streams:
+    ) -> tuple[Tensor, Tensor]:
         assert text is not None, "joint attention takes text"
         if grid.clips:
-            both: Streams = clip_by_clip(self, q_BSNK, k_BSNK, v_BSNK, grid, text)
+            both: tuple[Tensor, Tensor] = clip_by_clip(self, q_BSNK, k_BSNK, v_BSNK, grid, text)
             return both
         q = torch.cat((text.query_BLNK, q_BSNK), dim=1)
         k = torch.cat((text.key_BLNK, k_BSNK), dim=1)
         v = torch.cat((text.value_BLNK, v_BSNK), dim=1)
-        out = attend(q, k, v, sees(text.frame_BL, grid), self.backend)
+        out = attend(q, k, v, self._sees(grid, text), self.backend)
         words = text.query_BLNK.shape[1]
-        return Streams(out[:, words:], out[:, :words])
+        return out[:, words:], out[:, :words]
 
+    def pairs(self, grid: Grid, device: torch.device, text: TextStream) -> Pairs:
+        """Which video tokens, and which text, each video token sees."""
+        place_S, frame_BL = torch.arange(grid.num_tokens, device=device), text.frame_BL
+        if frame_BL is None:
+            return Pairs(None, place_S, None, None)
+        if grid.image_B is None:
+            return Pairs(None, place_S, (frame_BL != PADDING)[:, None], None)
+        # A clip's tokens are all of one frame, an image's of its own; padding is of a frame of padding.
+        frame_S = torch.arange(grid.frames, device=device).repeat_interleave(grid.height * grid.width)
+        frame_BS = torch.where(grid.image_B[:, None], frame_S, EVERY_FRAME)
+        return Pairs(frame_BS, place_S, frame_BS[:, :, None] == frame_BL[:, None], None)
 
-def sees(frame_BL: Tensor | None, grid: Grid) -> Tensor | None:
-    """Which of the text and video tokens each of them sees, text first: (B, 1, 1 or L + S, L + S); None for all."""
-    if frame_BL is None:
-        return None
-    frame_S = torch.arange(grid.frames, device=frame_BL.device).repeat_interleave(grid.height * grid.width)
-    if grid.image_B is None:
-        real = torch.cat((frame_BL != PADDING, frame_BL.new_ones(len(frame_BL), len(frame_S), dtype=torch.bool)), dim=1)
-        return real[:, None, None, :]
-    # A clip's tokens are all of one frame, an image's of its own; padding is of a frame of padding.
-    frame_BS = torch.where(grid.image_B[:, None], frame_S, EVERY_FRAME)
-    place = torch.cat((frame_BL, frame_BS), dim=1)
-    return (place[:, :, None] == place[:, None, :])[:, None]
+    def reach(self, grid: Grid, first: int, last: int) -> tuple[int, int]:
+        """All tokens."""
+        return 0, grid.num_tokens
+
+    def words_see(self, grid: Grid, text: TextStream) -> tuple[Tensor | None, Tensor | None]:
+        """Which text (B, 1 or L, L) and which video (B, L, S) each text token sees; None for all."""
+        frame_BL = text.frame_BL
+        if frame_BL is None:
+            return None, None
+        if grid.image_B is None:
+            return (frame_BL != PADDING)[:, None], None
+        seen_BSL = self.pairs(grid, frame_BL.device, text).text_BSL
+        assert seen_BSL is not None
+        return frame_BL[:, :, None] == frame_BL[:, None], seen_BSL.mT
+
+    def _sees(self, grid: Grid, text: TextStream) -> Tensor | None:
+        """Which of the text and video tokens each of them sees, text first: (B, 1, 1 or L + S, L + S); None for all."""
+        by_video = self.pairs(grid, text.key_BLNK.device, text)
+        among_text, video = self.words_see(grid, text)
+        if among_text is None or by_video.text_BSL is None:
+            return None
+        if by_video.group_BS is None or video is None:
+            return F.pad(among_text, (0, grid.num_tokens), value=True)[:, None]
+        group = by_video.group_BS
+        above = torch.cat((among_text, video), dim=2)
+        below = torch.cat((by_video.text_BSL, group[:, :, None] == group[:, None]), dim=2)
+        return torch.cat((above, below), dim=1)[:, None]
 
 
 class JointAttention(SelfAttention):
@@ -90,7 +119,8 @@ class JointAttention(SelfAttention):
     def forward(  # type: ignore[override]
         self, x_BSD: Tensor, positions: Positions, grid: Grid, text: TextContext
     ) -> Streams:
-        words = TextStream(*self.text_heads(text.features_BLD), text.frame_BL)
+        q, k, v = self.text_heads(text.features_BLD)
+        words = TextStream(k, v, q, text.frame_BL)
         video, said = self.core(*self.heads(x_BSD, positions), grid, None, words)
         return Streams(self.out(video.flatten(-2)), self.text_output(said.flatten(-2)))
 

@@ -59,7 +59,7 @@ def tokens_of(x_BCTHW: Tensor, patch: Window) -> Tensor:
 def clip_by_clip(core: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, grid: Grid, text: Any = None) -> Any:
     """What a core gives for each run of a packed row, side by side; of its text each clip is given its own row.
 
-    A core that answers to the text as well gives a named tuple: its video's output, and its text's, a clip a row.
+    A core that answers to the text as well gives a pair: its video's output, and its text's, a clip a row.
     """
     found = []
     for run in runs(grid):
@@ -67,7 +67,8 @@ def clip_by_clip(core: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, grid
         found.append(core(run.rows(q), run.rows(k), run.rows(v), run.grid, None, own))
     if isinstance(found[0], Tensor):
         return side_by_side(found)
-    return type(found[0])(side_by_side([out[0] for out in found]), torch.cat([out[1] for out in found]))
+    videos, said = zip(*found, strict=True)
+    return side_by_side(videos), torch.cat(said)
 
 
 def side_by_side(found: Sequence[Tensor]) -> Tensor:

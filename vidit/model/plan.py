@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vidit.config import AnyWindow, Model
-from vidit.model.flops import crosses, window_of
+from vidit.model.flops import window_of
 
 Kind = Literal["column", "row", "per_head", "replicate"]
 QK_NORMS = ("query_norm", "key_norm")
@@ -54,7 +54,7 @@ class Plan:
 
 def sharding_plan(c: Model) -> Plan:
     """The plan of a model with this config."""
-    cross = any(crosses(c, layer) for layer in range(c.num_layers))
+    cross = any(c.crosses(layer) for layer in range(c.num_layers))
     attending = ("attn", *["cross"] * cross, *["temporal"] * c.temporal_attention)
     wide_norms = [f"blocks.*.{name}.{norm}" for name in attending for norm in QK_NORMS]
     wide_norms += [f"blocks.*.attn.text_{norm}" for norm in QK_NORMS] * (c.text_weights == "own")
@@ -111,9 +111,10 @@ def _outside(c: Model) -> dict[str, Kind]:
     pooled = "embed.conditioning.pooled.*" + ".*" * (c.pooled_embedding == "mlp")
     patterns += [pooled] * c.pooled_text
     patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
-    patterns += ["embed.text.*.*"] * (c.cross_attention != "none")
-    refiner = ["embed.text.refiner.*.*.*", "embed.text.refiner.blocks.*.*.*"]
-    patterns += refiner * (c.num_refiner_layers > 0)
+    for text in ("text", *["second_text"] * (c.cross_text == "interleaved")) if c.embeds_text else ():
+        patterns += [f"embed.{text}.*.*"]
+        refiner = [f"embed.{text}.refiner.*.*.*", f"embed.{text}.refiner.blocks.*.*.*"]
+        patterns += refiner * (c.num_refiner_layers > 0)
     patterns += ["embed.position.*"] * (c.absolute_position == "learned")
     patterns += ["embed.conditioning.shared.*"] * c.shares_modulation
     patterns += ["blocks.*.modulation.table" if table else "blocks.*.modulation.*.*"]
@@ -123,7 +124,7 @@ def _outside(c: Model) -> dict[str, Kind]:
 
 def _affine_norms(c: Model) -> list[str]:
     """Norms of tokens with scale and shift."""
-    cross = any(crosses(c, layer) for layer in range(c.num_layers))
+    cross = any(c.crosses(layer) for layer in range(c.num_layers))
     single = ["blocks.*.norm"] * (c.num_single_layers > 0)
     double = ["blocks.*.attn_norm", "blocks.*.mlp_norm"] * (c.num_double_layers > 0)
     own = [*double, *single, "head.final_norm", "head.norm"] * c.norm_affine

@@ -18,7 +18,7 @@ from vidit.model.dit import DiT
 from vidit.model.joint import Streams
 from vidit.model.plan import Plan
 
-SHARED = ("embed.conditioning", "embed.text")
+SHARED = ("embed.conditioning", "embed.text", "embed.second_text")
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
@@ -51,7 +51,7 @@ def view_of_stage(dit: DiT, layers: range, num_layers: int) -> DiT:
 
 def shared_parameters(dit: DiT) -> list[nn.Parameter]:
     """The parameters that every stage holds, in the same order on each."""
-    modules = (dit.embed.conditioning, None if dit.config.is_joint else dit.embed.text)
+    modules = (dit.embed.conditioning, None if dit.config.is_joint else dit.embed.text, dit.embed.second_text)
     return [p for module in modules if module is not None for p in module.parameters()]
 
 

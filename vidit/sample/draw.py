@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from vidit import keys
 from vidit.config import Bucket, RunConfig
-from vidit.diffusion.guidance import guided
+from vidit.diffusion.guidance import guided, reconstructing
 from vidit.diffusion.samplers import sample
+from vidit.model.attention import TextContext
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder
@@ -75,13 +76,25 @@ def draw_latents(
         _Denoiser(config, step, model, first), condition, empty, s.guidance, rescale=s.guidance_rescale, still=still,
         motion=s.motion_guidance,
     )  # fmt: skip
+    pulled = first is not None and s.reconstruction_guidance > 0
+    if first is not None and pulled:
+        denoise = reconstructing(denoise, path, first.to(noise), s.reconstruction_guidance)
     latent = sample(s.sampler, denoise, path, noise, path.sampling_times(s.num_steps, step.shift))
-    return begun(latent, first if config.model.frame_times else None)
+    return begun(latent, first if pulled or config.model.frame_times else None)
 
 
 def _conditions(step: DitStep, text: TextEncoder, prompts: list[str]) -> dict[str, Tensor]:
     inputs = row_text(text(text.tokenize(prompts).to(step.device)), len(prompts), step.images_per_row)
-    return {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
+    found = {"text": inputs.features_BLE, "frame": inputs.frame_BL, "pooled": inputs.pooled_BE}
+    if inputs.second is not None and inputs.second.frame_BL is not None:
+        found |= {"second": inputs.second.features_BLD, "second_frame": inputs.second.frame_BL}
+    return found
+
+
+def _said(condition: Mapping[str, Tensor]) -> TextInputs:
+    """The inverse."""
+    second = TextContext(condition["second"], condition["second_frame"]) if "second" in condition else None
+    return TextInputs(condition["text"], condition["frame"], condition["pooled"], second)
 
 
 def begun(x: Tensor, first: Tensor | None) -> Tensor:
@@ -104,7 +117,7 @@ class _Denoiser:
         self.previous: Tensor | None = None
 
     def __call__(self, x: Tensor, t_B: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        text = TextInputs(condition["text"], condition["frame"], condition["pooled"])
+        text = _said(condition)
         t_B = t_B.to(self.step.device)
         grid = Grid(*self.tokens, fps_B=self.step.frame_rates([self.fps] * len(x)), still_B=condition.get("still"))
         if self.beside is not None:
@@ -117,5 +130,5 @@ class _Denoiser:
         output = self.step.denoise(self.model, x, told, text, grid, self.previous)
         x_hat = begun(self.step.objective.denoised(output, x, t_B), self.first)
         if self.step.config.denoiser.self_conditioning:
-            self.previous = x_hat.to(self.step.dtype)
+            self.previous = x_hat.detach().to(self.step.dtype)
         return x_hat

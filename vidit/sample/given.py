@@ -1,7 +1,8 @@
-"""How a video begins: frames of a file that a model continues which was trained so (`diffusion.given`).
+"""How a video begins: frames of a file that a model continues.
 
-It knows what the time 0 of a frame means (`model.frame_times`), or sees them beside the noise (`given_channels`). The
-frames are coded by the VAE on their own, which is what it would make of them in the whole clip: it is causal.
+One that was trained so (`diffusion.given`) knows what the time 0 of a frame means (`model.frame_times`), or sees them
+beside the noise (`given_channels`); any other is pulled towards them (`sample.reconstruction_guidance`). The frames are
+coded by the VAE on their own, which is what it would make of them in the whole clip: it is causal.
 """
 
 from pathlib import Path
@@ -26,10 +27,10 @@ def read_first(config: RunConfig, path: Path, num_frames: int) -> Tensor:
     Raises ConfigError where the model cannot be given them, ValueError for a file that does not show so many.
     """
     d, unit = config.data, config.vae.frames_unit
-    if not (config.model.frame_times or config.model.given_channels):
+    if not (config.model.frame_times or config.model.given_channels or config.sample.reconstruction_guidance):
         raise ConfigError(
             [f"--first={path} gives frames to a model that was not trained for it; train with model.frame_times=true "
-             "or given_channels=true, and diffusion.given"]
+             "or given_channels=true, and diffusion.given, or sample with sample.reconstruction_guidance=9"]
         )  # fmt: skip
     if not config.vae.first_frame_alone:
         raise ConfigError(

@@ -28,7 +28,7 @@ from vidit.whole_file import full_disk_explained, write_whole
 # What acts when sampling. The captions come with the request, everything else is in the weights.
 SAMPLING = (
     "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.motion_guidance",
-    "sample.micro_batch",
+    "sample.reconstruction_guidance", "sample.micro_batch",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
     "diffusion.shift", "diffusion.shift_value", "model.guidance", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip
@@ -61,7 +61,7 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
-    text = build_text_encoder(config.text, dtype).to(device)
+    text = build_text_encoder(config.text, dtype, config.model.cross_text == "interleaved").to(device)
     model = build_dit(trained.model_copy(update={"model": config.model}), text, device, dtype).eval()
     # What is frozen has no average.
     named = {f"{'ema' if p.requires_grad else 'model'}.{name}": p.data for name, p in model.named_parameters()}

@@ -12,6 +12,8 @@ The contract of every encoder:
   classifier-free guidance (Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv 2207.12598);
 - a caption longer than L tokens is cut, and only its first `CHARS_PER_TOKEN * max_tokens` characters are
   read, so a hostile caption costs no more than a long one.
+
+Two encoders at once (`vidit/text/pair.py`) are one more encoder: what the second gives hangs on what the first gives.
 """
 
 from __future__ import annotations
@@ -40,16 +42,24 @@ class TextTokens:
     ids: integers that only their own encoder understands, (B, L) or (B, L, n-grams); 0 fills the padding
         of the byte encoder, the tokenizer's own padding id that of a pretrained one.
     mask_BL: bool, True at valid tokens; at least one a row.
+    second: the same captions as a second encoder takes them; its L is its own.
     """
 
     ids: Tensor
     mask_BL: Tensor
+    second: TextTokens | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TextTokens:
         """The same tokens on `device`."""
+        second = None if self.second is None else self.second.to(device, non_blocking)
         return TextTokens(
-            self.ids.to(device, non_blocking=non_blocking), self.mask_BL.to(device, non_blocking=non_blocking)
+            self.ids.to(device, non_blocking=non_blocking), self.mask_BL.to(device, non_blocking=non_blocking), second
         )
+
+    def rows(self, chosen: Sequence[int]) -> TextTokens:
+        """Of these captions alone."""
+        own, second = list(chosen), None if self.second is None else self.second.rows(chosen)
+        return TextTokens(self.ids[own], self.mask_BL[own], second)
 
 
 @dataclass(frozen=True)
@@ -58,12 +68,23 @@ class TextFeatures:
 
     features_BLD: float, D = `encoder.width`; zero at padding.
     mask_BL: bool, True at valid tokens.
-    pooled_BD: float, one vector a caption (for adaptive layer norm).
+    pooled_BD: float, one vector a caption (for adaptive layer norm); of the second encoder, where there are two.
+    second: what a second encoder gives for the same captions, where its tokens are asked for.
     """
 
     features_BLD: Tensor
     mask_BL: Tensor
     pooled_BD: Tensor
+    second: TextFeatures | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> TextFeatures:
+        """The same on `device`, features in `dtype`."""
+        return TextFeatures(
+            self.features_BLD.to(device, dtype),
+            self.mask_BL.to(device),
+            self.pooled_BD.to(device, dtype),
+            None if self.second is None else self.second.to(device, dtype),
+        )
 
 
 class CaptionTokenizer(Protocol):
@@ -80,12 +101,19 @@ class TextEncoder(nn.Module, ABC):
     trainable: whether the parameters are trained together with the denoiser; if not they ask for no
         gradient and the module stays in eval mode.
     tokenizer: what `tokenize` calls; hand it to data workers.
+    second_captions: (tokens, width) of a second encoder, 0 each where there is none.
     """
 
     width: int
     max_tokens: int
     trainable: bool
     tokenizer: CaptionTokenizer
+    second_captions: tuple[int, int] = (0, 0)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of the pooled caption."""
+        return self.second_captions[1] or self.width
 
     def tokenize(self, captions: Sequence[str]) -> TextTokens:
         """B captions to CPU tokens of static shape. Touches no parameter. ValueError on an empty batch."""
@@ -119,10 +147,11 @@ def masked_mean(features_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     return (widen(features_BLD).sum(dim=1) / count_B1).to(features_BLD.dtype)
 
 
-def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncoder:
-    """The encoder that the `text` section asks for.
+def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32, second_tokens: bool = False) -> TextEncoder:
+    """The encoder that the `text` section asks for, or the pair of them.
 
     dtype: of a pretrained encoder's weights and features; the byte encoder is trained and is in fp32, or fp64 for that.
+    second_tokens: whether the model reads the tokens of a second one, beside its pooled caption.
 
     Raises ValueError for settings that contradict each other, and for files that are missing or hold
     something else than `text.kind`.
@@ -140,4 +169,15 @@ def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32) -> TextEncod
 
     if c.path is None:
         raise ValueError(f"text.kind={c.kind} needs text.path: a folder, or a hub name with text.revision")
-    return PretrainedTextEncoder(c.kind, c.path, revision=c.revision, max_tokens=c.max_tokens, dtype=dtype)
+    first = PretrainedTextEncoder(c.kind, c.path, revision=c.revision, max_tokens=c.max_tokens, dtype=dtype)
+    if not c.has_second:
+        return first
+    from vidit.text.pair import PairTextEncoder
+
+    s = c.second
+    if s.path is None:
+        raise ValueError(f"text.second.kind={s.kind} needs text.second.path: a folder, or a hub name with a revision")
+    second = PretrainedTextEncoder(
+        s.kind, s.path, revision=s.revision, max_tokens=s.max_tokens, dtype=dtype, section="text.second"
+    )
+    return PairTextEncoder(first, second, second_tokens)

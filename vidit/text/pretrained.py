@@ -56,7 +56,8 @@ class PretrainedTextEncoder(TextEncoder):
     """A frozen T5, UMT5 or CLIP text tower. `width` is the model's own.
 
     kind: "t5", "umt5" or "clip". path: a local folder or, with `revision` (a commit hash), a hub name.
-    max_tokens: L; at most the number of positions of a CLIP. dtype: of the weights and of the features.
+    max_tokens: L; at most the number of positions of a CLIP. dtype: of the weights and of the features. section: of the
+    config, for messages.
 
     The weights come from files, so it is built outside `torch.device("meta")` (RuntimeError from
     transformers otherwise). Raises ValueError when `path` holds no model, another model, incomplete
@@ -73,18 +74,19 @@ class PretrainedTextEncoder(TextEncoder):
         revision: str | None = None,
         max_tokens: int,
         dtype: torch.dtype = torch.float32,
+        section: str = "text",
     ):
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f"text.kind={kind!r} is not a pretrained encoder; use one of {' '.join(KINDS)}")
-        config = _read_config(kind, path, revision)
-        tokenizer = _load_tokenizer(path, revision)
+            raise ValueError(f"{section}.kind={kind!r} is not a pretrained encoder; use one of {' '.join(KINDS)}")
+        config = _read_config(kind, path, revision, section)
+        tokenizer = _load_tokenizer(path, revision, section)
         self.kind, self.max_tokens = kind, max_tokens
-        self.model = _load_model(kind, path, revision, dtype).requires_grad_(False).eval()
+        self.model = _load_model(kind, path, revision, dtype, section).requires_grad_(False).eval()
         self.dtype = dtype
         self.width: int = self.model.config.hidden_size  # T5 configs map it to d_model
         self.tokenizer = HubTokenizer(tokenizer, max_tokens)
-        _check_fit(config["model_type"], path, self.model.config, tokenizer, self.tokenizer)
+        _check_fit(config["model_type"], path, self.model.config, tokenizer, self.tokenizer, section)
 
     def train(self, mode: bool = True) -> PretrainedTextEncoder:
         """Stays in eval mode: a frozen encoder has no business with its parent's dropout."""
@@ -113,31 +115,33 @@ def _find_file(path: str, name: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _read_config(kind: str, path: str, revision: str | None) -> dict[str, Any]:
+def _read_config(kind: str, path: str, revision: str | None, section: str) -> dict[str, Any]:
     """`config.json`, after checking where it comes from and that its model type belongs to `kind`."""
     if revision is None and not Path(path).is_dir():
-        raise ValueError(f"text.path={path!r} is not a folder; for a hub name set text.revision to its commit hash")
+        raise ValueError(
+            f"{section}.path={path!r} is not a folder; for a hub name set {section}.revision to its commit hash"
+        )
     if revision is not None and Path(path).is_dir():
-        raise ValueError(f"text.revision={revision!r} has no effect on the local folder {path!r}; unset it")
+        raise ValueError(f"{section}.revision={revision!r} has no effect on the local folder {path!r}; unset it")
     if revision is not None and not _COMMIT.fullmatch(revision):
-        raise ValueError(f"text.revision={revision!r} can move; pin the 40-digit commit hash")
+        raise ValueError(f"{section}.revision={revision!r} can move; pin the 40-digit commit hash")
     file = _find_file(path, "config.json", revision)
     if file is None:
-        raise ValueError(f"text.path={path!r} has no config.json; expected what save_pretrained writes")
+        raise ValueError(f"{section}.path={path!r} has no config.json; expected what save_pretrained writes")
     config = json.loads(file.read_text(encoding="utf-8"))
     found, expected = config.get("model_type"), KINDS[kind][0]
     if found not in expected:
         raise ValueError(
-            f"text.path={path!r} holds model type {found!r}; text.kind={kind} expects {' or '.join(expected)}"
+            f"{section}.path={path!r} holds model type {found!r}; {section}.kind={kind} expects {' or '.join(expected)}"
         )
     return dict(config)
 
 
-def _load_tokenizer(path: str, revision: str | None) -> Any:
+def _load_tokenizer(path: str, revision: str | None, section: str) -> Any:
     """The tokenizer beside the weights, padding and cutting on the right."""
     if not any(_find_file(path, name, revision) for name in TOKENIZER_FILES):
         raise ValueError(
-            f"text.path={path!r} has no tokenizer (none of {' '.join(TOKENIZER_FILES)}); "
+            f"{section}.path={path!r} has no tokenizer (none of {' '.join(TOKENIZER_FILES)}); "
             "copy the tokenizer's files beside config.json"
         )
     from transformers import AutoTokenizer
@@ -152,12 +156,12 @@ def _load_tokenizer(path: str, revision: str | None) -> Any:
     )
 
 
-def _load_model(kind: str, path: str, revision: str | None, dtype: torch.dtype) -> Any:
+def _load_model(kind: str, path: str, revision: str | None, dtype: torch.dtype, section: str) -> Any:
     """The encoder in `dtype` with every weight from the files."""
     import transformers
 
     if revision is None and not any(Path(path).glob("*.safetensors")):
-        raise ValueError(f"text.path={path!r} has no *.safetensors; no other format is read")
+        raise ValueError(f"{section}.path={path!r} has no *.safetensors; no other format is read")
     model_class = getattr(transformers, KINDS[kind][1])
     model, loading = model_class.from_pretrained(
         path,
@@ -170,32 +174,34 @@ def _load_model(kind: str, path: str, revision: str | None, dtype: torch.dtype) 
     absent = sorted({*loading["missing_keys"], *map(str, loading["mismatched_keys"])})
     if absent:
         raise ValueError(
-            f"text.path={path!r} lacks {len(absent)} weights of {KINDS[kind][1]}, among them {absent[0]}; "
+            f"{section}.path={path!r} lacks {len(absent)} weights of {KINDS[kind][1]}, among them {absent[0]}; "
             "the files are incomplete or belong to another model"
         )
     return model
 
 
-def _check_fit(model_type: str, path: str, config: Any, tokenizer: Any, tokenize: HubTokenizer) -> None:
+def _check_fit(model_type: str, path: str, config: Any, tokenizer: Any, tokenize: HubTokenizer, section: str) -> None:
     """ValueError when tokenizer, model and `max_tokens` do not belong together."""
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
-            f"text.path={path!r}: the tokenizer has {len(tokenizer)} entries and the model only "
+            f"{section}.path={path!r}: the tokenizer has {len(tokenizer)} entries and the model only "
             f"{config.vocab_size} rows; they belong to different models"
         )
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"text.path={path!r}: the tokenizer has no padding token, batches cannot be padded")
+        raise ValueError(f"{section}.path={path!r}: the tokenizer has no padding token, batches cannot be padded")
     num_positions = getattr(config, "max_position_embeddings", None)
     if num_positions is not None and tokenize.max_tokens > num_positions:
-        raise ValueError(f"text.max_tokens={tokenize.max_tokens} exceeds the {num_positions} positions of {path!r}")
+        raise ValueError(
+            f"{section}.max_tokens={tokenize.max_tokens} exceeds the {num_positions} positions of {path!r}"
+        )
     empty = tokenize([""])
     if not empty.mask_BL.any():
-        raise ValueError(f"text.path={path!r}: the tokenizer gives '' no token; it must add an end token")
+        raise ValueError(f"{section}.path={path!r}: the tokenizer gives '' no token; it must add an end token")
     # CLIP pools at its end token and takes the begin token, silently, where there is none. Old files say
     # end token 2 and pool at the largest id instead.
     is_clip = model_type in KINDS["clip"][0]
     if is_clip and config.eos_token_id != 2 and config.eos_token_id not in empty.ids[empty.mask_BL]:
         raise ValueError(
-            f"text.path={path!r}: the tokenizer never gives the model's end token {config.eos_token_id}, "
+            f"{section}.path={path!r}: the tokenizer never gives the model's end token {config.eos_token_id}, "
             "where CLIP takes its pooled feature"
         )

@@ -59,13 +59,21 @@ class ClipEncoder:
             return [None] * len(captions)
         with torch.no_grad():
             found: TextFeatures = self.text(self.text.tokenize(captions).to(self.device))
+        pooled, paired = self._narrowed(found.pooled_BD, "text"), bool(self.text.second_captions[0])
+        features, second = self._valid(found), None if found.second is None else self._valid(found.second)
+        return [
+            CaptionText(features[row], pool.clone(), None if second is None else second[row], paired)
+            for row, pool in enumerate(pooled)
+        ]
+
+    def _valid(self, found: TextFeatures) -> list[Tensor]:
+        """Of each caption its valid tokens (n, E), narrowed."""
         lengths = found.mask_BL.sum(1).tolist()
         for mask, length in zip(found.mask_BL, lengths, strict=True):
             assert bool(mask[:length].all()), "an encoder pads on the right"
-        features, pooled = self._narrowed(found.features_BLD, "text"), self._narrowed(found.pooled_BD, "text")
+        features = self._narrowed(found.features_BLD, "text")
         # Copies: a view would be stored with all of its padding.
-        parts = zip(features, pooled, lengths, strict=True)
-        return [CaptionText(row[:length].clone(), pool.clone()) for row, pool, length in parts]
+        return [row[:length].clone() for row, length in zip(features, lengths, strict=True)]
 
     def _stored(self, mean: Tensor, std: Tensor, text: CaptionText | None) -> Stored | str:
         if not (bool(mean.isfinite().all()) and bool(std.isfinite().all())):

@@ -75,7 +75,8 @@ def encode_run(
         with together():
             dtype = choose_dtype(config.train.precision, device)
             vae = load_vae(vae_folder(config.vae), ranks.device, dtype)
-            text = build_text_encoder(config.text, dtype) if config.denoiser.reads_text else None
+            both = config.model.cross_text == "interleaved"
+            text = build_text_encoder(config.text, dtype, both) if config.denoiser.reads_text else None
             encoder = ClipEncoder(
                 vae,
                 config.vae,

@@ -15,13 +15,14 @@ import torch
 from torch import nn
 
 from parallel.exchange import from_first
-from vidit.config import ConfigError, RunConfig
+from vidit.config import ConfigError, RunConfig, SecondText, Text
 from vidit.data.clip_list import Clips
 from vidit.data.encoded import Encoding, read_encoding
 from vidit.data.shards import ClipRef
 from vidit.data.storage import Folder
 from vidit.data.tar import LATENT_SUFFIX
 from vidit.text.encoder import TextEncoder
+from vidit.text.pair import PairTextEncoder
 from vidit.vae.autoencoder import Autoencoder
 
 PROBE = ("", "A red fox, 3 cats & an owl: déjà vu!")
@@ -35,9 +36,15 @@ def vae_facts(config: RunConfig, vae: Autoencoder) -> Facts:
 
 def text_facts(config: RunConfig, text: TextEncoder | None) -> Facts | None:
     """Of a frozen encoder; None where captions are stored as they are, since what reads them is trained."""
-    c = config.text
     if text is None or text.trainable:
         return None
+    if not isinstance(text, PairTextEncoder):
+        return _encoder_facts(config.text, text)
+    second = _encoder_facts(config.text.second, text.second) | {"tokens": text.second_tokens}
+    return _encoder_facts(config.text, text.first) | {"second": second}
+
+
+def _encoder_facts(c: Text | SecondText, text: TextEncoder) -> Facts:
     tokens = text.tokenize(PROBE)
     hashed = hashlib.sha256(json.dumps([tokens.ids.tolist(), tokens.mask_BL.tolist()]).encode())
     # In bf16: the same whether the weights are held in that or in more.
@@ -154,7 +161,8 @@ def comparable(value: Any) -> Any:
     """A fact without what only says where something lies."""
     if not isinstance(value, dict):
         return value
-    return {name: part for name, part in value.items() if name not in ("weights", "path", "revision", "folder")}
+    kept = {name: part for name, part in value.items() if name not in ("weights", "path", "revision", "folder")}
+    return {name: comparable(part) for name, part in kept.items()}
 
 
 def _name(facts: Facts, path: str, digest: str) -> str:
@@ -162,7 +170,14 @@ def _name(facts: Facts, path: str, digest: str) -> str:
 
 
 def _text_name(facts: Facts) -> str:
-    return f"{facts['kind']} {_name(facts, 'path', 'sha256')} at text.max_tokens={facts['max_tokens']}"
+    told = f"{facts['kind']} {_name(facts, 'path', 'sha256')} at text.max_tokens={facts['max_tokens']}"
+    if not (second := facts.get("second")):
+        return told
+    read = "tokens and pooled caption" if second["tokens"] else "pooled caption"
+    return (
+        f"{told} with the {read} of {second['kind']} {_name(second, 'path', 'sha256')} at text.second.max_tokens="
+        f"{second['max_tokens']}"
+    )
 
 
 def _shown(shapes: Sequence[Sequence[int]]) -> str:

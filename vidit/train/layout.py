@@ -60,8 +60,8 @@ def kind_of(config: RunConfig) -> SequenceKind:
 def stages_of(config: RunConfig) -> list[range]:
     """The layers of every stage of the pipeline, cut by forward FLOPs."""
     c, r, p = config.model, resolve(config), config.parallel
-    channels, text = config.vae.latent_channels, config.text.max_tokens
-    costs = [block_flops(c, layer, r.grid, text) for layer in range(c.num_layers)]
+    channels, captions = config.vae.latent_channels, (config.text.max_tokens, config.text.width)
+    costs = [block_flops(c, layer, r.grid, captions, config.second_captions) for layer in range(c.num_layers)]
     ends = embed_flops(c, r.grid, channels), head_flops(c, r.grid, channels)
     return cut(costs, p.pipeline * p.stages_per_rank, *ends)
 
@@ -187,11 +187,6 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         yield (
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
-        )
-    if m.is_joint and kind != "ulysses":
-        yield (
-            f"parallel.sequence_kind={kind} has no way to let text tokens ask (model.cross_attention=joint); use "
-            f"ulysses, with a parallel.sequence that divides {m.num_heads // layout.tensor} heads"
         )
     if config.data.packed_tokens and kind != "ulysses":
         yield (

@@ -105,7 +105,8 @@ class PackedStep(DitStep):
         time_B = self.objective.path.time_embedding_input(t_B)
         x = self.objective.network_input(x_t, per_token(t_B, grid))[None]
         estimate = None if previous is None else previous[None]
-        out: Tensor = model["dit"](x, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, estimate)
+        said = text.features_BLE, text.frame_BL, text.pooled_BE
+        out: Tensor = model["dit"](x, grid, time_B, *said, estimate, text.second)
         return out[0]
 
     @torch.no_grad()

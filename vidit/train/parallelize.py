@@ -41,17 +41,18 @@ def build_dit(
 
     With a mesh the config is one that `with_layout` has completed, and the denoiser this rank's part.
     """
-    if (pooled := config.model.pooled_width) not in (0, text.width) and config.model.pooled_text:
+    if (pooled := config.model.pooled_width) not in (0, text.pooled_width) and config.model.pooled_text:
+        option, c = ("text.second", config.text.second) if config.text.has_second else ("text", config.text)
         raise ValueError(
-            f"model.pooled_width={pooled}, but text.kind={config.text.kind} gives pooled captions of {text.width}; use "
-            f"model.pooled_width=0, or an encoder of {pooled}"
+            f"model.pooled_width={pooled}, but {option}.kind={c.kind} gives pooled captions of {text.pooled_width}; "
+            f"use model.pooled_width=0, or an encoder of {pooled}"
         )
     task, channels, grid = config.train.task, config.vae.latent_channels, resolve(config).largest_grid
     with torch.device("meta"):
         if task == "unet":
             denoiser: DiT | VideoUnet = VideoUnet(config.unet, channels, grid, text.width)
         else:
-            denoiser = DiT(config.model, channels, grid, text.width)
+            denoiser = DiT(config.model, channels, grid, text.width, text.second_captions[1])
     denoiser.dtype = dtype
     model = nn.ModuleDict({task: denoiser})
     if text.trainable:

@@ -18,6 +18,7 @@ from parallel.pipeline import Pipeline, Shape, Shapes, sum_shared
 from parallel.stages import Schedule, rank_of_stage
 from vidit.data.loader import Batch
 from vidit.dtypes import wide
+from vidit.model.attention import TextContext
 from vidit.model.dit import DiT
 from vidit.model.linear import Linear
 from vidit.model.stage import entering, leaving, shared_parameters, view_of_stage
@@ -189,7 +190,8 @@ class _Stage(nn.Module):
     ) -> Tensor:
         own = self.step.text(self.beside, tokens, num_clips) if text is None else text
         entered = entering(self.dit, x, own.features_BLE.shape[1])
-        out = leaving(self.dit(entered, grid, time_B, own.features_BLE, own.frame_BL, own.pooled_BE, previous))
+        given = own.features_BLE, own.frame_BL, own.pooled_BE, previous, own.second
+        out = leaving(self.dit(entered, grid, time_B, *given))
         return out.contiguous()  # as a stage must promise of what it hands on
 
 
@@ -209,8 +211,9 @@ class _PipelinedDit(nn.Module):
         text_frame_BL: Tensor,
         pooled_BE: Tensor,
         previous_BCTHW: Tensor | None = None,
+        second: TextContext | None = None,
     ) -> Tensor:
-        text = TextInputs(text_BLE, text_frame_BL, pooled_BE)
+        text = TextInputs(text_BLE, text_frame_BL, pooled_BE, second)
         micro_batch = {"grid": grid, "time_B": time_B, "text": text, "previous": previous_BCTHW}
         shapes = self.passes._shapes(x.shape[0], tuple(x.shape[1:]), grid, text_BLE.shape[1])
         (output,) = self.passes.pipeline.forward([x], [micro_batch], shapes)

@@ -21,7 +21,7 @@ from vidit.data.rows import Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.given import given_frames
 from vidit.diffusion.objective import Objective, build_objective
-from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens
@@ -55,11 +55,12 @@ class Step(Protocol):
 
 @dataclass
 class TextInputs:
-    """The text of the rows of a batch as the model takes it: (B, L, E), (B, L), (B, E)."""
+    """The text of the rows of a batch as the model takes it: (B, L, E), (B, L), (B, E), and of a second encoder."""
 
     features_BLE: Tensor
     frame_BL: Tensor
     pooled_BE: Tensor
+    second: TextContext | None = None
 
 
 @dataclass
@@ -113,18 +114,29 @@ def row_text(features: TextFeatures, num_clips: int, per_row: int) -> TextInputs
     Each caption of an image row is visible to its own latent frame only; rows are padded to one length, and
     an image row's pooled text is the mean of its captions'.
     """
-    text, mask, pooled = features.features_BLD, features.mask_BL, features.pooled_BD
+    pooled, second = features.pooled_BD, None
+    text, frame = _side_by_side(features, num_clips, per_row)
+    if features.second is not None:
+        second = TextContext(*_side_by_side(features.second, num_clips, per_row))
+    if len(pooled) > num_clips:
+        of_images = rearrange(pooled[num_clips:], "(r t) e -> r t e", t=per_row).mean(1)
+        pooled = torch.cat((pooled[:num_clips], of_images))
+    return TextInputs(text, frame, pooled, second)
+
+
+def _side_by_side(features: TextFeatures, num_clips: int, per_row: int) -> tuple[Tensor, Tensor]:
+    """Features (B, L, E) and visibility (B, L) of each row."""
+    text, mask = features.features_BLD, features.mask_BL
     frame = torch.where(mask, EVERY_FRAME, PADDING)
     if text.shape[0] == num_clips:
-        return TextInputs(text, frame, pooled)
+        return text, frame
     images = rearrange(text[num_clips:], "(r t) l e -> r (t l) e", t=per_row)
     own = torch.arange(per_row, device=text.device)[None, :, None]
     image_frame = torch.where(rearrange(mask[num_clips:], "(r t) l -> r t l", t=per_row), own, PADDING).flatten(1)
     extra = images.shape[1] - text.shape[1]
-    return TextInputs(
+    return (
         torch.cat((nn.functional.pad(text[:num_clips], (0, 0, 0, extra)), images)),
         torch.cat((nn.functional.pad(frame[:num_clips], (0, extra), value=PADDING), image_frame)),
-        torch.cat((pooled[:num_clips], rearrange(pooled[num_clips:], "(r t) e -> r t e", t=per_row).mean(1))),
     )
 
 
@@ -141,6 +153,18 @@ def merged(made: Tensor, stored: Tensor, places: Sequence[int]) -> Tensor:
     whole[list(places)] = stored.to(made.dtype)
     whole[[place for place in range(total) if place not in places]] = made
     return whole
+
+
+def with_stored(
+    made: TextFeatures | None, known: TextFeatures, places: Sequence[int], tokens: TextTokens
+) -> TextFeatures:
+    """Features of all captions: those that are stored at their places, and between them what was made."""
+    features, pooled, second = known.features_BLD, known.pooled_BD, None
+    if made is not None:
+        features, pooled = merged(made.features_BLD, features, places), merged(made.pooled_BD, pooled, places)
+    if known.second is not None and tokens.second is not None:
+        second = with_stored(None if made is None else made.second, known.second, places, tokens.second)
+    return TextFeatures(features, tokens.mask_BL, pooled, second)
 
 
 class DitStep:
@@ -254,7 +278,7 @@ class DitStep:
         time_B = self.objective.path.time_embedding_input(t_B)
         inputs = self.objective.network_input(x_t, t_B)
         return model[self.config.train.task](
-            inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous
+            inputs, grid, time_B, text.features_BLE, text.frame_BL, text.pooled_BE, previous, text.second
         )
 
     def grid(self, batch: Batch) -> Grid:
@@ -302,17 +326,11 @@ class DitStep:
         if stored is None:
             features: TextFeatures = encoder(tokens)
             return features
-        known, places = stored.features, stored.places
         # In the dtype in which the encoder would have answered.
-        dtype = next(encoder.parameters()).dtype
-        taken = (known.features_BLD.to(self.device, dtype), known.pooled_BD.to(self.device, dtype))
-        new = [place for place in range(len(tokens.ids)) if place not in places]
-        if not new:
-            return TextFeatures(taken[0], tokens.mask_BL, taken[1])
-        made: TextFeatures = encoder(TextTokens(tokens.ids[new], tokens.mask_BL[new]))
-        return TextFeatures(
-            merged(made.features_BLD, taken[0], places), tokens.mask_BL, merged(made.pooled_BD, taken[1], places)
-        )
+        known = stored.features.to(self.device, next(encoder.parameters()).dtype)
+        new = [place for place in range(len(tokens.ids)) if place not in stored.places]
+        made = encoder(tokens.rows(new)) if new else None
+        return with_stored(made, known, stored.places, tokens)
 
     def quantiles(self, rows: list[int], purpose: str, step_rows: int) -> Tensor:
         """Where each row stands in the timestep density, (B,) fp64 in [0, 1).

@@ -152,14 +152,14 @@ def dit_task(
 ) -> Task:
     """The denoiser on latents of a VAE, which is there already."""
     divide_vae(vae, config, mesh)
-    text = build_text_encoder(config.text, dtype)
+    text = build_text_encoder(config.text, dtype, config.model.cross_text == "interleaved")
     model = build_dit(config, text, device, dtype, mesh)
     if not text.trainable:
         text.to(device)
     channels = config.vae.latent_channels
 
     def flops(grid: Grid) -> int:
-        return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens)
+        return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens, text.second_captions)
 
     kind = PackedStep if config.data.packed_tokens else DitStep
     step = kind(config, vae, text, device, num_validation)

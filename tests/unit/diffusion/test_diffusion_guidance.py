@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidit.config import Diffusion
-from vidit.diffusion.guidance import guidance_rescale, guide, guided
+from vidit.diffusion.guidance import guidance_rescale, guide, guided, reconstructing
 from vidit.diffusion.paths import build_path
 from vidit.diffusion.samplers import sample
 
@@ -114,3 +114,26 @@ def test_motion_free_guidance_is_its_formula(scale, motion):
 def test_a_scale_of_motion_needs_its_condition():
     with pytest.raises(ValueError, match=r"motion=1\.2 needs the condition of a clip without motion"):
         guided(Denoiser(), COND, UNCOND, 2.0, motion=1.2)
+
+
+@pytest.mark.parametrize(("path", "target"), [("flow", "flow"), ("vp", "v")])
+def test_a_known_frame_pulls_the_other_to_its_conditional_distribution(path, target):
+    """Two frames of one pixel, normal with correlation 0.9, and their exact denoiser: given that the first is 1.5, the
+    second is normal with mean 1.35 and deviation 0.436. Keeping the known frame alone (w = 0) finds half that mean."""
+    path, covariance = build_path(Diffusion(path=path, target=target)), torch.tensor([[1, 0.9], [0.9, 1]]).double()
+
+    def denoise(z, t_B):
+        a, s = float(path.alpha(t_B[:1])), float(path.sigma(t_B[:1]))
+        gain = a * covariance @ torch.linalg.inv(a * a * covariance + s * s * torch.eye(2))
+        return torch.einsum("ij,bcjhw->bcihw", gain, z)
+
+    noise = torch.randn(4000, 1, 2, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first, found = torch.full((1, 1, 1, 1, 1), 1.5).double(), {}
+    for weight in (0, 4):
+        with torch.no_grad():
+            steered = reconstructing(denoise, path, first, weight)
+            x = sample("ddim", steered, path, noise, path.sampling_times(50)).flatten(1)
+        assert (x[:, 0] == 1.5).all()
+        found[weight] = x[:, 1].mean().item(), x[:, 1].std().item()
+    assert found[4] == pytest.approx((1.35, 0.436), abs=0.08)
+    assert found[0][0] < 0.7

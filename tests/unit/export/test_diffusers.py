@@ -280,6 +280,14 @@ def test_a_model_that_no_class_expresses() -> None:
         to_diffusers(dit)
 
 
+def test_blocks_that_read_two_encoders_in_turn_have_no_class() -> None:
+    c = Model.preset("wan-1.3B", cross_text="interleaved", num_layers=2)
+    with torch.device("meta"):
+        dit = DiT(c, 4, (1, 1, 1), TEXT, TEXT)
+    with pytest.raises(ValueError, match=r"the nearest fails by model\.cross_text=interleaved where wan has first$"):
+        to_diffusers(dit)
+
+
 # What the published checkpoints have in their config.json beside the defaults of the class.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "wan-1.3B": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},

@@ -16,7 +16,7 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.text_models import save_text_models
+from tests.text_models import save_text_models, tiny_model
 from vidit import keys
 from vidit.cli import main
 from vidit.config import FAMILIES, RunConfig
@@ -35,6 +35,7 @@ transformers: Any = pytest.importorskip("transformers")
 
 FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 10
 FULL = "a red cube slides left"
+CLIP_TOKENS, CLIP_WIDTH = 24, 12
 MODEL = {"num_layers": 2, "width": 64, "num_heads": 2, "mlp_width": 256}
 VAE = {
     "block_out_channels": (4, 4, 4, 4), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1,
@@ -70,7 +71,9 @@ def pair(
     request: pytest.FixtureRequest, configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Pair:
     folder, hunyuan = tmp_path_factory.mktemp("pipeline"), request.param == "hunyuanvideo"
-    text = save_text_models(folder / "text")["t5"]
+    texts = save_text_models(folder / "text")
+    text = texts["t5"]
+    tiny_model("clip", CLIP_WIDTH).save_pretrained(texts["clip"])
     torch.manual_seed(3)
     vae = (diffusers.AutoencoderKLHunyuanVideo if hunyuan else diffusers.AutoencoderKLCogVideoX)(**VAE).eval()
     vae.save_pretrained(folder / "vae")
@@ -88,7 +91,12 @@ def pair(
         {
             **base,
             "model": MODELS[request.param],
-            "text": {"kind": "t5", "path": str(text), "max_tokens": len(tokenizer(FULL).input_ids)},
+            "text": {
+                "kind": "t5",
+                "path": str(text),
+                "max_tokens": len(tokenizer(FULL).input_ids),
+                "second": {"kind": "clip", "path": str(texts["clip"]), "max_tokens": CLIP_TOKENS} if hunyuan else {},
+            },
             "diffusion": {"shift": "constant", "shift_value": 7.0} if hunyuan else COG_DIFFUSION,
             "sample": {"sampler": "euler" if hunyuan else "ddim", "num_steps": STEPS},
         }
@@ -97,7 +105,7 @@ def pair(
     assert run(config)
     out = folder / "transformer"
     assert main(["export", config.run_dir, "--format", "diffusers", "--out", str(out)]) == 0
-    pipeline = hunyuan_pipeline(vae, out) if hunyuan else cog_pipeline(vae, out, text, tokenizer)
+    pipeline = hunyuan_pipeline(vae, out, texts["clip"]) if hunyuan else cog_pipeline(vae, out, text, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     trained = open_trained(config.directory)
     r = resolve(trained.config)
@@ -108,7 +116,8 @@ def pair(
 def weights_of(config: RunConfig, folder: Path) -> None:
     """Random weights to begin with: a model that has just begun draws next to nothing."""
     with torch.device("meta"):
-        dit = DiT(config.model, VAE["latent_channels"], (1, 1, 1), 16)
+        second = CLIP_WIDTH if config.text.has_second else 0
+        dit = DiT(config.model, VAE["latent_channels"], (1, 1, 1), 16, second)
     torch.manual_seed(1)
     folder.mkdir()
     weights = {
@@ -131,13 +140,13 @@ def cog_pipeline(vae: Any, transformer: Path, text: Path, tokenizer: Any) -> Any
     )
 
 
-def hunyuan_pipeline(vae: Any, transformer: Path) -> Any:
-    """Without its two text encoders, of which ours has none: it is given features."""
+def hunyuan_pipeline(vae: Any, transformer: Path, clip: Path) -> Any:
+    """Without its language model, which is none of our encoders: it is given T5's features, and has CLIP."""
     return diffusers.HunyuanVideoPipeline(
         text_encoder=None,
         tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        text_encoder_2=transformers.CLIPTextModel.from_pretrained(clip),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(clip),
         vae=vae,
         transformer=diffusers.HunyuanVideoTransformer3DModel.from_pretrained(transformer),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
@@ -175,8 +184,9 @@ def features(pair: Pair, prompt: str, negative: str) -> dict[str, Tensor]:
     for prefix, caption in (("", prompt), ("negative_", negative)):
         found = row_text(text(text.tokenize([caption])), 1, 1)
         given[f"{prefix}prompt_embeds"] = found.features_BLE
-        if pair.is_hunyuan:
-            given[f"{prefix}pooled_prompt_embeds"] = found.pooled_BE
+        if pair.is_hunyuan:  # the pooled caption by their CLIP, from the words
+            pooled = pair.pipeline._get_clip_prompt_embeds(caption, max_sequence_length=CLIP_TOKENS)
+            given[f"{prefix}pooled_prompt_embeds"] = pooled
             given[f"{prefix}prompt_attention_mask"] = (found.frame_BL == EVERY_FRAME).long()
     return given
 

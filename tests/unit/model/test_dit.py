@@ -149,8 +149,8 @@ class TestParameters:
 
     @pytest.mark.parametrize("name", PRESETS)
     def test_arithmetic_of_presets(self, name):
-        c, size = Model.preset(name), ((5, 16, 28), 8, 77)
-        assert num_parameters(meta(c, 8, size[0], 77)) == parameter_count(c, (5, 16, 28), 8, 77)
+        c, grid = Model.preset(name), (5, 16, 28)
+        assert num_parameters(meta(c, 8, grid, 77, 60)) == parameter_count(c, grid, 8, 77, 60)
 
     @pytest.mark.parametrize("changes", VARIATIONS.values(), ids=VARIATIONS)
     @pytest.mark.parametrize("grid", [GRID, (1, 5, 3)])

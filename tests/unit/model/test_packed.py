@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vidit.config import FAMILIES, Model, Window
 from vidit.model import attention
-from vidit.model.attention import EVERY_FRAME, PADDING, Positions, WindowCore, attend, attend_text
+from vidit.model.attention import EVERY_FRAME, PADDING, Positions, TextContext, WindowCore, attend, attend_text
 from vidit.model.dit import DiT
 from vidit.model.packed import clip_means, packed, per_token, tokens_of
 from vidit.model.position import packed_places
 from vidit.model.windows import Grid
 
-CHANNELS, TEXT, TOKENS = 3, 10, 6
+CHANNELS, TEXT, TOKENS, SECOND = 3, 10, 6, 8
 CLIPS: tuple[Window, ...] = ((3, 5, 3), (1, 4, 6), (1, 4, 6), (2, 4, 4), (1, 2, 3))
 """In tokens: odd numbers, images of two shapes, two of them neighbours."""
 TINY: dict[str, Any] = {
@@ -35,6 +35,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "sincos": {"absolute_position": "sincos", "relative_position": "none"},
     **{name: {**NO_TEXT, **fields} for name, fields in FAMILIES.items()},
     "gentron still": {**FAMILIES["gentron"], "motion_free": 0.5},
+    "two texts": {
+        **FAMILIES["gentron"], "cross_text": "interleaved", "text_embedding": "none", "pooled_width": TEXT,
+    },
     "stdit3 frames": {**FAMILIES["stdit3"], "frame_times": True},
     "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "num_single_layers": 1},
 }  # fmt: skip
@@ -43,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def model_of(name: str) -> DiT:
     c = Model(**{**TINY, **MODELS[name]})
     with torch.device("meta"):
-        model = DiT(c, CHANNELS, (3, 5, 6), TEXT).double()
+        model = DiT(c, CHANNELS, (3, 5, 6), TEXT, SECOND if c.cross_text == "interleaved" else 0).double()
     model.dtype = torch.float64
     model.to_empty(device="cpu")
     g = torch.Generator().manual_seed(1)
@@ -61,7 +64,9 @@ def inputs(c: Model) -> list[dict[str, Any]]:
         size = [axis * patch for axis, patch in zip(grid, c.patch, strict=True)]
         mask = torch.arange(TOKENS) < TOKENS - number
         given = torch.randn(1, CHANNELS + 1, *size, generator=g, dtype=torch.float64) if c.given_channels else None
+        said = torch.randn(1, TOKENS - 1, SECOND, generator=g, dtype=torch.float64)
         rows.append({
+            "second": TextContext(said, torch.where(mask, EVERY_FRAME, PADDING)[None, 1:]),
             "x": torch.randn(1, CHANNELS, *size, generator=g, dtype=torch.float64),
             "time_B": torch.rand(1, *[size[0]] * c.frame_times, generator=g, dtype=torch.float64) * 1000,
             "text_BLE": torch.randn(1, TOKENS, TEXT, generator=g, dtype=torch.float64),
@@ -91,9 +96,11 @@ def side_by_side(c: Model, rows: list[dict[str, Any]]) -> dict[str, Any]:
         packed(CLIPS), fps_B=joined("fps_B"), still_B=joined("still_B"),
         given_BCTHW=latent(given) if c.given_channels else None,
     )  # fmt: skip
-    whole = {name: torch.cat([row[name].flatten(0, row[name].ndim - 1 - inner) for row in rows])
+    second = TextContext(*(torch.cat([row["second"][part] for row in rows]) for part in (0, 1)))
+    whole: dict[str, Any] = {"grid": grid, "second": second}
+    whole |= {name: torch.cat([row[name].flatten(0, row[name].ndim - 1 - inner) for row in rows])
              for name, inner in (("time_B", 0), ("text_BLE", 2), ("text_frame_BL", 1), ("pooled_BE", 1))}  # fmt: skip
-    return whole | {name: latent([row[name] for row in rows]) for name in ("x", "previous_BCTHW")} | {"grid": grid}
+    return whole | {name: latent([row[name] for row in rows]) for name in ("x", "previous_BCTHW")}
 
 
 def gradients(model: DiT, total: Tensor) -> dict[str, Tensor]:

@@ -31,6 +31,14 @@ VARIATIONS = {
     "wide norms of two streams": {**FAMILIES["flux"], "qk_norm": "width", "num_single_layers": 1},
     "refined captions": {"text_embedding": "linear", "num_refiner_layers": 1},
     "norms": {"qk_norm": "width", "cross_norm": "affine"},
+    "two encoders": {"cross_text": "interleaved", "cross_attention": "all", "pooled_text": True},
+    "two encoders as they are": {**FAMILIES["gentron"], "cross_text": "interleaved", "text_embedding": "none"},
+    "two encoders, refined": {
+        "cross_text": "interleaved",
+        "cross_attention": "all",
+        "text_embedding": "linear",
+        "num_refiner_layers": 1,
+    },
     "one block without text": {"num_layers": 1, "windows": ((0, 0, 0),), "cross_attention": "none"},
 }
 
@@ -50,7 +58,7 @@ def matching(pattern: str, names: list[str]) -> list[str]:
 def pair(request: pytest.FixtureRequest) -> tuple[Model, DiT]:
     config = Model(**{**TINY, **request.param})
     with torch.device("meta"):
-        return config, DiT(config, 3, (3, 4, 6), 10)
+        return config, DiT(config, 3, (3, 4, 6), 10, 7)
 
 
 def test_every_parameter_once_and_every_pattern_used(pair: tuple[Model, DiT]) -> None:

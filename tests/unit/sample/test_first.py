@@ -88,6 +88,24 @@ def test_frames_beside_the_noise(configure, tmp_path, trained):
     assert seen[-1][0] is None
 
 
+def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained):
+    """It is pulled: the frames stand at the beginning, and those behind follow them through the model's gradient."""
+    config = configure(tmp_path / "run", train={"steps": 2}, sample={"prompts": ()}, model={"self_conditioning": 0.5})
+    assert run(config)
+    overrides, videos = ["sample.num_steps=3", "sample.sampler=ddim"], {}
+    for weight in (1e-9, 9.0):
+        opened = open_trained(tmp_path / "run", [*overrides, f"sample.reconstruction_guidance={weight}"])
+        frames = read_first(opened.config, trained / "clip.mp4", 3)
+        first = first_latent(opened.config, opened.step, frames)
+        with torch.no_grad():
+            (videos[weight],) = opened.draw(["a red circle"], 0, frames)
+        decoded = opened.step.vae.decode(opened.step.vae.unwhiten(first).float())
+        expected = ((decoded.clamp(-1, 1) + 1) * 127.5).round()[0].permute(1, 2, 3, 0)
+        assert (videos[weight][:3].float() - expected).abs().max() <= 1
+    assert not torch.equal(videos[1e-9][3:], videos[9.0][3:])
+    assert all(p.grad is None for p in opened.model.parameters())
+
+
 def test_the_command(trained, capsys):
     given = ["--first", str(trained / "clip.mp4"), "--first-frames", "3", "--out", str(trained / "out")]
     assert main(["sample", str(trained / "run"), "--prompt", "a red circle", "sample.num_steps=1", *given]) == 0

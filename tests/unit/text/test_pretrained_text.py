@@ -31,7 +31,7 @@ def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def load(kind: str, path: Path | str, dtype: torch.dtype = torch.float32, **changes: object) -> TextEncoder:
-    fields = {"kind": kind, "path": str(path), "revision": None, "max_tokens": LENGTH, "width": 99}
+    fields = {"kind": kind, "path": str(path), "revision": None, "max_tokens": LENGTH, "width": 99, "has_second": False}
     return build_text_encoder(cast(Any, SimpleNamespace(**{**fields, **changes})), dtype)
 
 

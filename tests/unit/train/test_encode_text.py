@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from tests.text_models import save_text_models
-from vidit.config import ConfigError, RunConfig
+from tests.text_models import save_text_models, tiny_model
+from vidit.config import ConfigError, RunConfig, Text
 from vidit.data.encoded import read_encoding
 from vidit.data.shards import read_clip, read_index
+from vidit.sample.run import open_trained
 from vidit.text.encoder import build_text_encoder
 from vidit.text.pretrained import PretrainedTextEncoder
 from vidit.train.encode_run import encode_run
@@ -129,3 +130,70 @@ def test_captions_are_stored_too(build: Callable[..., RunConfig], configure: Con
     direct = losses(configure(tmp_path / "bytes", **changes))
     trained = configure(tmp_path / "trained", data={"train": str(tmp_path / "text")}, **changes)
     assert losses(trained) == pytest.approx(direct, rel=5e-6)
+
+
+@pytest.fixture(scope="module")
+def narrow_clip(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP whose features are not as wide as those of the other encoders."""
+    folder = Path(shutil.copytree(folders["clip"], tmp_path_factory.mktemp("narrow") / "clip"))
+    tiny_model("clip", 12).save_pretrained(folder)
+    return folder
+
+
+def paired(config: RunConfig, first: Path, second: Path, cross_text: str, **more: Any) -> RunConfig:
+    """With T5, and CLIP beside it."""
+    beside = {"kind": "clip", "path": str(second), "max_tokens": 12, **more}
+    found = with_text(config, kind="t5", path=str(first), second=beside)
+    return found.model_copy(update={"model": found.model.model_copy(update={"cross_text": cross_text})})
+
+
+@pytest.mark.parametrize("cross_text", ["first", "interleaved"])
+def test_two_encoders(
+    build: Callable[..., RunConfig], folders: dict[str, Path], narrow_clip: Path, tmp_path: Path, cross_text: str
+) -> None:
+    """What both give is stored, as far as the model reads it, and gives the losses of captions encoded on the way."""
+
+    def two(name: str, **data: Any) -> RunConfig:
+        return paired(build(tmp_path / name, "t5", **data), folders["t5"], narrow_clip, cross_text)
+
+    direct, stored = two("direct"), two("run", train=str(tmp_path / "out"))
+    expected = losses(direct)
+    encode_run(direct, tmp_path / "out", "fp32")
+    content, caption, _ = read_clip(read_index(tmp_path / "out")[3])
+    tensors, clip = load(content), build_text_encoder(Text(kind="clip", path=str(narrow_clip), max_tokens=12))
+    of_clip = clip(clip.tokenize([caption]))
+    torch.testing.assert_close(tensors["second_pooled"], of_clip.pooled_BD[0], rtol=1e-4, atol=1e-5)
+    assert ("second_text" in tensors) == (cross_text == "interleaved")
+    if "second_text" in tensors:
+        count = int(of_clip.mask_BL.sum())
+        torch.testing.assert_close(tensors["second_text"], of_clip.features_BLD[0, :count], rtol=1e-4, atol=1e-5)
+    with patch.object(PretrainedTextEncoder, "forward", side_effect=AssertionError("the text is stored")):
+        assert losses(stored) == pytest.approx(expected, rel=5e-6)
+    trained = open_trained(stored.directory, ["sample.guidance=3"])
+    a, b = trained.draw(["a red cube", "two cats"], 0)
+    assert not torch.equal(a, b)
+    swapped = {"first": "interleaved", "interleaved": "first"}[cross_text]
+    data = {"train": str(tmp_path / "out")}
+    for other in (
+        paired(build(tmp_path / "other", "t5", **data), folders["t5"], folders["clip"], cross_text),
+        paired(build(tmp_path / "other", "t5", **data), folders["t5"], narrow_clip, cross_text, max_tokens=11),
+        paired(build(tmp_path / "other", "t5", **data), folders["t5"], narrow_clip, swapped),
+        build(tmp_path / "other", "t5", **data),
+    ):
+        with pytest.raises(ConfigError, match=r"text of t5 .* with the .*pooled caption of clip .* the run has t5"):
+            run(other)
+
+
+def test_videos_beside_stored_text_of_two_encoders(
+    build: Callable[..., RunConfig], folders: dict[str, Path], narrow_clip: Path, tiny_clips: Path, tmp_path: Path
+) -> None:
+    other, found = Path(shutil.copytree(tiny_clips, tmp_path / "other")), []
+
+    def two(name: str, **data: Any) -> RunConfig:
+        return paired(build(tmp_path / name, "t5", **data), folders["t5"], narrow_clip, "interleaved")
+
+    encode_run(two("encode", train=str(other)), tmp_path / "latents", "fp32")
+    for number, second in enumerate((other, tmp_path / "latents")):
+        mixture = tuple({"path": str(path), "weight": 1} for path in (tiny_clips, second))
+        found.append(losses(two(str(number), train="", mixture=mixture, num_validation=0)))
+    assert found[1] == pytest.approx(found[0], rel=5e-6)

@@ -22,7 +22,7 @@ from vidit.data.rows import Clips
 from vidit.data.shard_writer import ShardWriter
 from vidit.describe import describe
 from vidit.resolve import resolve
-from vidit.text.encoder import TextTokens, build_text_encoder
+from vidit.text.encoder import build_text_encoder
 from vidit.train.audit import audit
 from vidit.train.clips import fixed_batches, read_splits
 from vidit.train.layout import with_layout
@@ -95,7 +95,7 @@ def alone(batch: Batch) -> list[Batch]:
         for place, key in enumerate(clips.keys):
             row = len(found)
             pixels = clips.pixels[place : place + 1] if clips.pixels is not None else None
-            tokens = TextTokens(*(x[row : row + 1] for x in (captions.ids, captions.mask_BL)))
+            tokens = captions.rows([row])
             one = Clips([key], pixels, fps=clips.fps[place : place + 1])
             found.append(replace(batch, rows=[batch.rows[row]], clips=one, tokens=tokens, size=size, runs=()))
     return found

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.text_models import save_text_models
 from vidit.config import RunConfig
 from vidit.model.windows import Grid
 from vidit.text.encoder import build_text_encoder
@@ -39,6 +41,18 @@ def loss_and_gradients(model: nn.ModuleDict) -> tuple[Tensor, dict[str, Tensor]]
         loss = out.square().mean()
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_pooled_caption_of_another_width_of_a_second_encoder(configure: Configure, tmp_path: Path) -> None:
+    """As wide as the first one's; the message names whose it is."""
+    texts = save_text_models(tmp_path)
+    tree = configure(model={"pooled_width": 7}).model_dump(exclude_unset=True, exclude={"text"})
+    second = {"kind": "clip", "path": str(texts["clip"]), "max_tokens": 9}
+    text = {"kind": "t5", "path": str(texts["t5"]), "second": second}
+    with pytest.raises(
+        ValueError, match=r"pooled_width=7, but text\.second\.kind=clip gives pooled captions of 16; use"
+    ):
+        built(RunConfig.model_validate({**tree, "text": text}))
 
 
 def test_a_pooled_caption_of_another_width(configure: Configure) -> None:

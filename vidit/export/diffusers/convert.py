@@ -73,6 +73,8 @@ def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
 
 def exported(geometry: Geometry, given: Weights) -> tuple[dict[str, Any], Weights]:
     """Their config.json and the tensors under their names; `given` are ours."""
+    if shape := given.shapes.get("embed.conditioning.pooled.up.weight"):  # with pooled_width=0 only the encoder knows
+        geometry = geometry._replace(model=geometry.model.model_copy(update={"pooled_width": shape[1]}))
     family = family_of(geometry.model)
     require_keys(set(_shapes(on_meta(geometry))), set(given.shapes), "the model")
     places = family.places(given.shapes, geometry.model)

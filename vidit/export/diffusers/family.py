@@ -39,7 +39,7 @@ def at(*names: str, form: Form = SAME) -> Place:
 # What only some families have: elsewhere it has to be at its default.
 EXTRAS = (
     "pooled_text", "pooled_embedding", "pooled_width", "guidance", "num_refiner_layers", "num_single_layers",
-    "text_weights", "rope_theta", "frame_rate",
+    "text_weights", "rope_theta", "frame_rate", "cross_text", "text_embedding",
 )  # fmt: skip
 
 

@@ -111,9 +111,13 @@ class VideoUnet(nn.Module):
         text_frame_BL: Tensor,
         pooled_BE: Tensor | None = None,
         previous_BCTHW: Tensor | None = None,
+        second: TextContext | None = None,
     ) -> Tensor:
-        """Predict the diffusion target. Arguments are those of `vidit.model.dit.DiT`; there is no self-conditioning."""
+        """Predict the diffusion target. Arguments are those of `vidit.model.dit.DiT`; there is no self-conditioning,
+        and one encoder of text.
+        """
         assert previous_BCTHW is None, "a U-Net is not self-conditioned"
+        assert second is None, "a U-Net reads one encoder"
         cond_BD = self.time(time_B)
         if self.frame_rate is not None:
             assert grid.fps_B is not None, "unet.frame_rate is set, but the grid has no frames a second"
