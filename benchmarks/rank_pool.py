@@ -114,8 +114,9 @@ class Pool:
             most = max(most, threads)
             if not good:
                 failures[rank] = result
-        if most > MOST_THREADS:
-            self.close()  # the next task has new workers
+        torn = any("gloo" in text.lower() for text in failures.values())
+        if torn or most > MOST_THREADS:
+            self.close()  # the next task has new workers: who left a collective in its middle may still be written to
         if failures:
             raise TaskError(failures)
         return results

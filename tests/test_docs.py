@@ -42,7 +42,12 @@ def workplace(configure: Callable[..., RunConfig], tmp_path_factory: pytest.Temp
     diffusers, and a trained VAE as runs/tiny16; and the VAE of a PIPELINE of diffusers.
     """
     folder = tmp_path_factory.mktemp("docs")
-    for page, name in (("configs.md", "mine.py"), ("data.md", "taste.py"), ("models.md", "tuned.py")):
+    for page, name in (
+        ("configs.md", "mine.py"),
+        ("data.md", "taste.py"),
+        ("models.md", "tuned.py"),
+        ("vae_training.md", "sd.py"),
+    ):
         text = (ROOT / "docs" / page).read_text()
         (folder / name).write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
     (folder / "configs").symlink_to(ROOT / "configs")

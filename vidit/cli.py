@@ -291,12 +291,15 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def import_(arguments: argparse.Namespace) -> int:
+    from vidit.export.diffusers.family import Geometry
     from vidit.export.diffusers.store import import_diffusers, section_of
 
     out = Path(arguments.out)
     g = import_diffusers(Path(arguments.source), out, arguments.dtype)
     name = section_of(g)
     print(f"{out}: {name}.json is the {name} section for {g.channels} latent channels and text of width {g.text_width}")
+    if isinstance(g, Geometry) and g.said:
+        print(g.said)
     print(f"train.init_from={out}")
     return 0
 

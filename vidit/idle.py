@@ -91,6 +91,8 @@ RULES = (
     Rule(("model.pooled_embedding", "model.pooled_width"), lambda c: c.model.pooled_text, "model.pooled_text=true"),
     Rule(("model.rope_split", "model.rope_theta"), lambda c: c.model.relative_position == "rope",
          "model.relative_position=rope"),
+    Rule(("model.mlp_norm_eps",), lambda c: c.model.num_double_layers > 0,
+         "a block that is not single-stream (model.num_single_layers below num_layers)"),
     Rule(("model.adaln_rank",), lambda c: c.model.modulation == "projected", "model.modulation=projected"),
     Rule(("model.image_attention",), lambda c: any(c.model.window(n)[0] != 1 for n in range(c.model.num_layers)),
          "a window in model.windows that spans latent frames"),

@@ -96,10 +96,16 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
         yield from c.diffusion.faults()
     if geometry_known:
         yield from c.vae.faults()
-        if c.vae.norm == "group" and c.parallel.vae_context == "rows":
+        if c.vae.sees_whole_frames and c.parallel.vae_context == "rows":
+            why = {
+                "vae.norm=group takes its statistics": ("vae.norm=rms", c.vae.norm == "group"),
+                "vae.mid_attention=true attends": ("vae.mid_attention=false", c.vae.mid_attention),
+            }
+            told = [does for does, (_, is_so) in why.items() if is_so]
+            cures = [cure for cure, is_so in why.values() if is_so]
             yield (
-                "parallel.vae_context=rows divides frames, over each of which vae.norm=group takes its statistics; use "
-                "parallel.vae_context=time, or vae.norm=rms"
+                f"parallel.vae_context=rows divides frames, over each of which {' and '.join(told)}; use "
+                f"parallel.vae_context=time, or {' and '.join(cures)}"
             )
         yield from _size_faults(c)
         if not c.vae.first_frame_alone and c.data.image_rows and c.data.cache_latents:

@@ -37,6 +37,9 @@ VAES: dict[str, dict[str, Any]] = {
     "wavelet, frame norm": {
         "fold": "haar", "patch_frames": 2, "temporal_down": (False, True), "norm": "group", "norm_groups": 2,
     },
+    "layers of latent diffusion": {
+        "layers": "ldm", "mid_attention": True, "norm": "group", "norm_groups": 2, "num_res_blocks": (1, 1, 2),
+    },
     "no blocks": {"num_res_blocks": (0, 0, 0), "decoder_res_blocks": (0, 0, 0)},
 }  # fmt: skip
 
@@ -74,6 +77,7 @@ DIVIDED: list[tuple[tuple[int, int], int, str]] = [
     ((2, 1), 17, "no blocks"),
     ((2, 1), 17, "wavelet, frame norm"),
     ((4, 1), 29, "wavelet, frame norm"),
+    ((2, 1), 13, "layers of latent diffusion"),
     ((1, 2), 5, "4x4x4"),
     ((1, 4), 3, "2x2x2, no patch"),
     ((1, 2), 9, "4x8x8, four levels"),

@@ -101,6 +101,7 @@ CASES = [
     ("model.frame_times=true", [], ['diffusion.given=[{"kind":"random","share":0.5}]']),
     ('diffusion.given=[{"kind":"random","share":0.5}]', [], ["model.frame_times=true"]),
     ("model.rope_split=third", [], ["model.relative_position=rope"]),
+    ("model.mlp_norm_eps=1e-5", ["model.num_layers=4", "model.num_single_layers=4"], []),
     ("model.adaln_rank=3", ["model.modulation=table"], []),
     ("model.image_attention=frame", ["model.windows=[[1,0,0]]"], ["model.windows=[[1,0,0]]", "model.full_ends=1"]),
     ("diffusion.vp_schedule=cosine", [], [VP]),

@@ -20,7 +20,7 @@ from vidit.config.diffusion import (
 )
 from vidit.config.model import AnyWindow, Model, Skip, Window, whole_window
 from vidit.config.parallel import Launch, Parallel
-from vidit.config.presets import FAMILIES, PRESETS
+from vidit.config.presets import DIT, FAMILIES, PRESETS
 from vidit.config.run import RunConfig
 from vidit.config.sample import Sample, Sampler
 from vidit.config.section import ConfigError, Section, refuse
@@ -31,6 +31,7 @@ from vidit.config.vae import VAE_PRESETS, Vae
 from vidit.config.vae_train import VaeTrain
 
 __all__ = [
+    "DIT",
     "FAMILIES",
     "LEGAL_DENSITIES",
     "LEGAL_TARGETS",

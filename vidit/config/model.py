@@ -103,6 +103,7 @@ class Model(Section):
     )
     norm_affine: bool = Field(False, description="scale and shift of their own in the norms of the blocks and the head")
     norm_eps: float = Field(1e-6, gt=0, description="of those norms, and of the one before cross-attention")
+    mlp_norm_eps: float = Field(0.0, ge=0, description="of the norm before the MLP; 0 = norm_eps")
     cross_attention: Literal["none", "per_frame", "all", "joint"] = Field(
         "per_frame",
         description="blocks that attend to text: those whose window is one latent frame, or all; joint: text tokens "
@@ -143,7 +144,12 @@ class Model(Section):
         description="given latent frames and their mask beside the noisy latent, by weights that start at zero "
         "(Open-Sora-Plan; diffusion.given)",
     )
-    time_frequencies: int = Field(256, gt=1, multiple_of=2, description="sinusoids of the diffusion time")
+    time_frequencies: int = Field(256, ge=4, multiple_of=2, description="sinusoids of the diffusion time")
+    time_spacing: Literal["open", "closed"] = Field(
+        "open",
+        description="their frequencies go down from 1 and end before 1/10000 (DiT), or at it, as in DiT's class in "
+        "diffusers",
+    )
     time_width: int = Field(0, ge=0, description="width of the time embedding; 0 = model.width")
     text_padding: Literal["masked", "seen"] = Field(
         "masked", description="whether tokens see what fills a caption up to text.max_tokens, as in Wan and CogVideoX"

@@ -70,6 +70,11 @@ COG_2B: dict[str, Any] = {
     **FAMILIES["cogvideox"], "relative_position": "none", "absolute_position": "sincos",
     "position_scale": (1.0, 1.875, 1.875), "time_frequencies": 1920,
 }  # fmt: skip
+# DiT-XL/2 (2212.09748) without its labels: a model of images, each frame by itself, and so not among the families.
+DIT: dict[str, Any] = {
+    "patch": 2, "windows": ((1, 0, 0),), "relative_position": "none", "absolute_position": "space", "qk_norm": "none",
+    "cross_attention": "none", "adaln_rank": 0, "activation": "gelu_tanh", "self_conditioning": 0.0,
+}  # fmt: skip
 # GenTron: CLIP's tokens in even blocks, T5's in odd ones, keys and values straight from both.
 TWO_TEXTS: dict[str, Any] = {"cross_text": "interleaved", "text_embedding": "none", "pooled_width": 768}
 PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
@@ -82,6 +87,7 @@ PRESETS: dict[str, tuple[int, int, int, int, dict[str, Any]]] = {
     "SR2": (24, 1024, 16, 4096, {"cross_attention": "all", "patch": 4}),
     "3B": (52, 1792, 16, 9216, {"cross_attention": "all"}),
     "7B": (32, 3584, 28, 14336, {"cross_attention": "all"}),
+    "dit-XL-2": (28, 1152, 16, 4608, {**DIT, "learned_variance": True}),
     "wan-1.3B": (30, 1536, 12, 8960, FAMILIES["wan"]),
     "wan-14B": (40, 5120, 40, 13824, FAMILIES["wan"]),
     "cogvideox-2B": (30, 1920, 30, 7680, COG_2B),

@@ -27,6 +27,12 @@ class Vae(Section):
     fold: Literal["pixels", "haar"] = Field("pixels", description="the numbers of a block, or their Haar wavelets")
     norm: Literal["rms", "group"] = Field("rms", description="over the channels of a position, or groups in a frame")
     norm_groups: int = Field(32, gt=0)
+    layers: Literal["residual", "ldm"] = Field(
+        "residual",
+        description="joints with shortcuts, or those of Stable Diffusion's autoencoder, whose weights then fit "
+        "(vae_train.inflate)",
+    )
+    mid_attention: bool = Field(False, description="attention within each frame, at the coarsest level")
     base_channels: int = Field(128, gt=0)
     multipliers: tuple[Positive, ...] = Field((1, 2, 2, 4), min_length=1, description="channels of each level / base")
     num_res_blocks: tuple[NotNegative, ...] = Field((4, 4, 4, 4), description="residual blocks of each encoder level")
@@ -69,6 +75,11 @@ class Vae(Section):
         return self.strides[0] if self.is_borrowed else int(self.patch_frames * 2 ** sum(self.temporal_down))
 
     @property
+    def sees_whole_frames(self) -> bool:
+        """Whether each place of a latent depends on all of its frame."""
+        return self.norm == "group" or self.mid_attention
+
+    @property
     def frames_unit(self) -> int:
         """n of the frame counts 1 + a multiple of n that can be coded.
 
@@ -90,11 +101,12 @@ class Vae(Section):
             if len(getattr(self, name)) != levels:
                 yield f"vae.{name} has {len(getattr(self, name))} entries for {levels} levels; give {levels}"
         widths = [self.base_channels * m for m in self.multipliers]
-        if widths[-1] % self.latent_channels:
+        if self.layers == "residual" and widths[-1] % self.latent_channels:
             yield (
                 f"vae.latent_channels={self.latent_channels} does not divide the last level's {widths[-1]} channels "
                 "(base_channels x multiplier), as the latent's shortcut needs; change one of them"
             )
+        yield from self._layer_faults()
         if self.norm == "group" and any(width % self.norm_groups for width in widths):
             legal = " ".join(str(n) for n in range(1, 65) if not any(width % n for width in widths))
             yield (
@@ -115,11 +127,31 @@ class Vae(Section):
             widths, widths[1:], self.spatial_down, self.temporal_down, strict=False
         ):  # a shortcut maps the folded channels of the finer level to groups of the coarser
             depth = fine * (4 if space else 1) * (2 if time else 1)
-            if depth % coarse:
+            if self.layers == "residual" and depth % coarse:
                 yield (
                     f"vae: a joint folds {fine} channels to {depth}, which {coarse} do not divide; change "
                     "vae.base_channels or vae.multipliers"
                 )
+
+    def _layer_faults(self) -> Iterator[str]:
+        """Of the kind of layers, and of attention between them."""
+        for name in ("num_res_blocks", "decoder_res_blocks"):
+            blocks = getattr(self, name)
+            if self.layers == "ldm" and 0 in blocks:
+                yield (
+                    f"vae.{name}={list(blocks)}: with vae.layers=ldm a level's first block changes the width; give "
+                    "each level at least 1, or use vae.layers=residual"
+                )
+            elif self.mid_attention and blocks[-1:] == (0,):
+                yield (
+                    f"vae.{name}={list(blocks)}: vae.mid_attention=true stands between blocks of the last level, which "
+                    "has none; give it at least 1"
+                )
+        if self.layers == "ldm" and self.norm != "group":
+            yield (
+                f"vae.norm={self.norm} with vae.layers=ldm: Stable Diffusion's layers have group norms; set vae.norm="
+                "group, or vae.layers=residual"
+            )
 
     def _borrowed_faults(self) -> Iterator[str]:
         unit = 4 * self.spatial_stride
@@ -138,13 +170,14 @@ class Vae(Section):
         if self.tile % s:
             near = " ".join(str(n) for n in (self.tile // s * s, (self.tile // s + 1) * s) if n)
             yield f"vae.tile={self.tile} is not divisible by the VAE's stride {s}; use one of {near}"
-        if self.tile and self.norm == "group" and self.tile_overlap is None:
+        if self.tile and self.sees_whole_frames and self.tile_overlap is None:
             yield (
-                "vae.tile with vae.norm=group: a tile sees statistics of its own, so no overlap makes it exact; set "
-                f"vae.tile_overlap, such as {8 * s}, to blend"
+                "vae.tile with vae.norm=group or vae.mid_attention: a tile sees statistics of its own, or no "
+                f"other places, so no overlap makes it exact; set vae.tile_overlap, such as {8 * s}, to blend"
             )
 
 
+# stable-diffusion has the layers and widths of AutoencoderKL, over time besides; SD3 and FLUX have latent_channels=16.
 # walt is the tokenizer of W.A.L.T., MAGVIT-v2's without its quantizer; cogvideox, wan and wavelet have the widths and
 # the latent channels of those autoencoders, with this project's joints. Blocks of the decoder: finest level first.
 VAE_PRESETS: dict[str, dict[str, Any]] = {
@@ -161,6 +194,10 @@ VAE_PRESETS: dict[str, dict[str, Any]] = {
         "latent_channels": 16, "fold": "haar", "patch": 2, "patch_frames": 2, "multipliers": (1, 2, 4),
         "num_res_blocks": (2, 2, 2), "decoder_res_blocks": (3, 3, 3), "spatial_down": (True, True),
         "temporal_down": (False, True),
+    },
+    "stable-diffusion": {
+        "latent_channels": 4, "norm": "group", "layers": "ldm", "mid_attention": True, "multipliers": (1, 2, 4, 4),
+        "num_res_blocks": (2, 2, 2, 4), "decoder_res_blocks": (3, 3, 3, 5),
     },
     "4x16x16": {
         "latent_channels": 32, "patch": 2, "num_res_blocks": (2, 3, 4, 4), "decoder_res_blocks": (3, 4, 4, 4),

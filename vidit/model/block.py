@@ -60,7 +60,8 @@ class Block(nn.Module):
         self.time = TimePosition(c.width, c.position_scale) if adds_time else None
         self.modulation = block_modulation(c)
         self.frames = FrameVectors() if c.frame_times else None
-        self.attn_norm, self.mlp_norm = (Norm(c.width, c.norm_affine, c.norm_eps) for _ in range(2))
+        self.attn_norm = Norm(c.width, c.norm_affine, c.norm_eps)
+        self.mlp_norm = Norm(c.width, c.norm_affine, c.mlp_norm_eps or c.norm_eps)
         self.attn = joint_attention(c, window) if c.is_joint else SelfAttention(c, window, identity_images)
         bare = c.cross_norm == "bare"
         self.cross_norm = Norm(c.width, not bare, c.norm_eps) if cross and c.cross_norm != "none" else None

@@ -32,7 +32,7 @@ class Conditioning(nn.Module):
     def __init__(self, c: Model, pooled_width: int):
         super().__init__()
         self.num_vectors = c.num_vectors
-        self.time = TimeEmbed(c.time_frequencies, c.cond_width)
+        self.time = TimeEmbed(c.time_frequencies, c.cond_width, c.time_spacing == "closed")
         pooled_width = c.pooled_width or pooled_width
         self.pooled: nn.Module | None = None
         if c.pooled_text:

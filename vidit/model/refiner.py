@@ -47,7 +47,7 @@ class Refiner(nn.Module):
 
     def __init__(self, c: Model, text_width: int):
         super().__init__()
-        self.time = TimeEmbed(c.time_frequencies, c.width)
+        self.time = TimeEmbed(c.time_frequencies, c.width, c.time_spacing == "closed")
         self.pooled = VectorEmbed(text_width, c.width)
         self.blocks = nn.ModuleDict({str(layer): RefinerBlock(c) for layer in range(c.num_refiner_layers)})
 

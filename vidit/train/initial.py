@@ -4,12 +4,16 @@ A folder of weights is one that `vidit export` or `vidit import` wrote. Of the p
 hold some, each of them whole; the others begin as without it. A run that has a checkpoint reads no folder.
 
 Parts of a denoiser that begin by adding zero may be new to the weights (`NEW`): a model of images becomes one of videos
-(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan).
+(GenTron, U-Nets) that starts as the same model of each frame, one of text takes given frames (Open-Sora-Plan), one of
+classes reads text (PixArt-alpha, 2310.00426). What closes attention to text, or adds a caption to the time, is
+zero only there (`CLOSING`): in a model that begins anew nothing would have taught the rest to do without.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from vidit.config import RunConfig
@@ -22,7 +26,15 @@ NEW = {
     ".temporal": "attention through time",
     ".frame_rate.": "frame rate",
     ".patch.given.": "channels of given frames",
+    ".cross": "attention to text",
+    ".embed.text.": "text embedding",
+    ".embed.second_text.": "embedding of a second text",
+    ".conditioning.pooled.": "pooled caption",
 }
+# What attention to text reads, new only with it. In a U-Net neither would begin by adding zero.
+BEFORE = {".embed.text.", ".embed.second_text."}
+OF_DIT = {".cross", ".conditioning.pooled.", *BEFORE}
+CLOSING = re.compile(r"^dit\..*\.(cross\.out|conditioning\.pooled(\.out)?)\.(weight|bias)$")
 
 Value = Callable[[str, tuple[int, ...]], Tensor]
 
@@ -38,12 +50,14 @@ def initial_values(config: RunConfig, names: Iterable[str]) -> Value:
     weights = open_weights(Path(c.init_from))
     parts = {_part(name) for name in weights.shapes}
     wanted = {name for name in names if _part(name) in parts}
-    wanted = {name for name in wanted if not any(part in name for part in _lacking(weights.shapes))}
+    lacking = _lacking(weights.shapes)
+    wanted = {name for name in wanted if not any(part in name for part in lacking)}
     require_keys(wanted, set(weights.shapes), f"train.init_from={c.init_from}")
 
     def value(name: str, shape: tuple[int, ...]) -> Tensor:
         if name not in weights.shapes:
-            return initial_value(name, shape, c.seed)
+            closes = _part(name) in parts and CLOSING.search(name)
+            return torch.zeros(shape) if closes else initial_value(name, shape, c.seed)
         if weights.shapes[name] != shape:
             raise ValueError(
                 f"{name} is {weights.shapes[name]} in train.init_from={c.init_from}, but {shape} by this config; use "
@@ -69,7 +83,8 @@ def new_parts(config: RunConfig, names: Iterable[str]) -> list[str]:
     for part in _lacking(shapes):
         if new := [name for name in names if part in name]:
             layers = " ".join(dict.fromkeys(_layer(name, part) for name in new))
-            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, which begins by adding zero")
+            begins = "which only new parts read" if part in BEFORE else "which begins by adding zero"
+            said.append(f"train.init_from={folder} has no {NEW[part]}: new is {layers}, {begins}")
     return said
 
 
@@ -84,7 +99,10 @@ def _layer(name: str, part: str) -> str:
 def _lacking(names: Iterable[str]) -> list[str]:
     """What of `NEW` is in none of the names."""
     names = list(names)
-    return [part for part in NEW if not any(part in name for name in names)]
+    excluded = set() if any(_part(name) == "dit" for name in names) else OF_DIT
+    if any(".cross" in name for name in names):
+        excluded = excluded | BEFORE
+    return [part for part in NEW if part not in excluded and not any(part in name for name in names)]
 
 
 def _part(name: str) -> str:

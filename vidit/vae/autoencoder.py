@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vidit.config import Vae
 from vidit.dtypes import widen
 from vidit.vae.folding import Fold, Unfold
-from vidit.vae.layers import CausalConv3d, Down, ResBlock, Up
+from vidit.vae.layers import CausalConv3d
+from vidit.vae.levels import decoder_levels, encoder_levels
 from vidit.vae.norms import build_norm, silu
 
 # Where the log variance starts: a first latent that drowns in noise of variance 1 teaches the decoder nothing.
@@ -32,51 +33,50 @@ class Posterior(NamedTuple):
 
 
 class Encoder(nn.Module):
-    """Pixels -> posterior parameters (B, 2c, T, H, W)."""
+    """Pixels -> posterior parameters (B, 2c, T, H, W). A shortcut adds means of channels, but with `vae.layers=ldm`."""
 
     def __init__(self, c: Vae):
         super().__init__()
-        widths = [c.base_channels * m for m in c.multipliers]
+        finest, coarsest = c.base_channels * c.multipliers[0], c.base_channels * c.multipliers[-1]
+        self.shortcut = c.layers == "residual"
         self.fold = Fold(c)
-        self.first = CausalConv3d(c.folded_channels, widths[0])
-        layers: list[nn.Module] = []
-        for level, width in enumerate(widths):
-            layers += [ResBlock(c, width) for _ in range(c.num_res_blocks[level])]
-            if level + 1 < len(widths):
-                layers.append(Down(width, widths[level + 1], c.spatial_down[level], c.temporal_down[level]))
-        self.layers = nn.Sequential(*layers)
-        self.norm = build_norm(c, widths[-1])
-        self.last = CausalConv3d(widths[-1], 2 * c.latent_channels, kernel=1)
+        self.first = CausalConv3d(c.folded_channels, finest)
+        self.layers = encoder_levels(c)
+        self.norm = build_norm(c, coarsest)
+        self.last = CausalConv3d(coarsest, 2 * c.latent_channels, kernel=1 if self.shortcut else 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.layers(self.first(self.fold(x)))
         mean, log_variance = self.last(silu(self.norm(h))).chunk(2, dim=1)
-        mean = mean + h.unflatten(1, (mean.shape[1], -1)).mean(2)
+        if self.shortcut:
+            mean = mean + h.unflatten(1, (mean.shape[1], -1)).mean(2)
         return torch.cat((mean, log_variance + LOG_VARIANCE), dim=1)
 
 
 class Decoder(nn.Module):
-    """Latent -> pixels (B, 3, T, H, W), about [-1, 1]."""
+    """Latent -> pixels (B, 3, T, H, W), about [-1, 1].
+
+    A shortcut repeats the latent's channels; with `vae.layers=ldm` there is none, and a matrix over them comes first.
+    That is no part of the convolution behind it, whose zeros around a frame know nothing of the matrix's bias.
+    """
 
     def __init__(self, c: Vae):
         super().__init__()
-        widths = [c.base_channels * m for m in c.multipliers]
-        self.first = CausalConv3d(c.latent_channels, widths[-1])
-        self.repeats = widths[-1] // c.latent_channels
-        layers: list[nn.Module] = []
-        for level in reversed(range(len(widths))):
-            layers += [ResBlock(c, widths[level]) for _ in range(c.decoder_res_blocks[level])]
-            if level:
-                layers.append(
-                    Up(widths[level], widths[level - 1], c.spatial_down[level - 1], c.temporal_down[level - 1])
-                )
-        self.layers = nn.Sequential(*layers)
-        self.norm = build_norm(c, widths[0])
-        self.last = CausalConv3d(widths[0], c.folded_channels)
+        finest, coarsest = c.base_channels * c.multipliers[0], c.base_channels * c.multipliers[-1]
+        self.mix = CausalConv3d(c.latent_channels, c.latent_channels, kernel=1) if c.layers == "ldm" else None
+        self.first = CausalConv3d(c.latent_channels, coarsest)
+        self.repeats = coarsest // c.latent_channels
+        self.layers = decoder_levels(c)
+        self.norm = build_norm(c, finest)
+        self.last = CausalConv3d(finest, c.folded_channels)
         self.unfold = Unfold(c)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.layers(self.first(z) + z.repeat_interleave(self.repeats, dim=1))
+        if self.mix is None:
+            begun = self.first(z) + z.repeat_interleave(self.repeats, dim=1)
+        else:
+            begun = self.first(self.mix(z))
+        h = self.layers(begun)
         return cast(Tensor, self.unfold(self.last(silu(self.norm(h)))))
 
 

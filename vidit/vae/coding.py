@@ -60,7 +60,7 @@ def open_decoder(vae: CausalVae, limits: Vae) -> Stream:
 def _grid(c: Vae, margin: int) -> Grid:
     """The overlap that is asked for in whole latents, or the one that makes tiles exact."""
     asked = margin if c.tile_overlap is None else -(-c.tile_overlap // c.spatial_stride)
-    return Grid(c.tile // c.spatial_stride, asked, margin if c.norm == "rms" else None)
+    return Grid(c.tile // c.spatial_stride, asked, None if c.sees_whole_frames else margin)
 
 
 def _fits(x: Tensor, c: Vae, frames: int, pixels: int) -> bool:

@@ -1,10 +1,11 @@
 """What the training of a VAE starts from: the weights of another, of the same geometry or of one for images.
 
-An image VAE is one of this project that strides over no frames. Its kernels go to the last frame of those here, and the
-weights of the frames before are 0 (as Open-Sora-Plan and CV-VAE begin with a 2D VAE). The joints here may stride over
-frames where those there do not: what a shortcut without parameters adds (`Down`, `Up`) is then another linear map of
-the same numbers, and the difference goes into the convolution beside it. So an image, and the first frame of a video,
-is coded and decoded as by the image VAE.
+An image VAE is one of this project that strides over no frames, or an AutoencoderKL of diffusers, which is one with
+`vae.layers=ldm` (`vidit/vae/image_kl.py`). Its kernels go to the last frame of those here, and the weights of frames
+before that are 0 (as Open-Sora-Plan and CV-VAE begin with a 2D VAE). Joints with shortcuts may stride over frames here
+where those there do not: what a shortcut without parameters adds (`Down`, `Up`) is then another linear map of the same
+numbers, and the difference goes into the convolution beside it. So an image, and the first frame of a video, is coded
+and decoded as by the image VAE.
 """
 
 from pathlib import Path
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from vidit.config import Vae
 from vidit.vae.autoencoder import CausalVae
+from vidit.vae.image_kl import image_vae
 from vidit.vae.layers import CausalConv3d, Down, Up
+from vidit.vae.place import vae_folder
 from vidit.vae.store import load_vae
+from vidit.vae.stored import vae_config
 
 # What two VAEs may differ in and have the same weights: what is said of training, of parts and of storage.
 ELSE = {"weights", "max_frames", "tile", "tile_overlap", "half_weights", "l1_weight", "l2_weight", "kl_weight"}
@@ -27,7 +31,9 @@ def starting_weights(c: Vae, folder: Path, inflate: bool) -> dict[str, Tensor]:
 
     ValueError where that cannot be read, or is of a geometry that does not fit.
     """
-    given = load_vae(folder, torch.device("cpu"), torch.float32)
+    place = vae_folder(Vae(weights=str(folder)))
+    stored = vae_config(place)
+    given = image_vae(place, stored) if stored.is_borrowed else load_vae(place, torch.device("cpu"), torch.float32)
     _check(c, given.config, folder, inflate)
     if not inflate:
         return dict(given.state_dict())

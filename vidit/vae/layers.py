@@ -15,7 +15,8 @@ Between the layers tensors lie in channels_last_3d: norms and convolutions read 
 from typing import cast
 
 import torch
-from einops import rearrange
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vidit.config import Vae
@@ -49,10 +50,21 @@ class DropFirst(nn.Module):
 
 
 class CausalConv3d(nn.Conv3d):
-    """(B, C, T, H, W) -> (B, C', ceil(T / stride_t), H / stride, W / stride), causal in time."""
+    """(B, C, T, H, W) -> (B, C', ceil(T / stride_t), H / stride, W / stride), causal in time.
 
-    def __init__(self, channels: int, out_channels: int, kernel: int = 3, stride: tuple[int, int, int] = (1, 1, 1)):
-        super().__init__(channels, out_channels, kernel, stride=stride, padding=(0, kernel // 2, kernel // 2))
+    `around`: rows and columns of zeros on each side; half the kernel where none are given.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        around: int | None = None,
+    ):
+        around = kernel // 2 if around is None else around
+        super().__init__(channels, out_channels, kernel, stride=stride, padding=(0, around, around))
         if kernel > 1:
             self.front = Front(kernel - 1, past=kernel - stride[0])
 
@@ -68,16 +80,17 @@ class CausalConv3d(nn.Conv3d):
 
 
 class ResBlock(nn.Module):
-    """norm, SiLU, conv, norm, SiLU, conv, plus the input."""
+    """norm, SiLU, conv, norm, SiLU, conv, plus the input, which is projected where the width changes."""
 
-    def __init__(self, c: Vae, channels: int):
+    def __init__(self, c: Vae, channels: int, out_channels: int):
         super().__init__()
-        self.norm1, self.norm2 = build_norm(c, channels), build_norm(c, channels)
-        self.conv1, self.conv2 = CausalConv3d(channels, channels), CausalConv3d(channels, channels)
+        self.norm1, self.norm2 = build_norm(c, channels), build_norm(c, out_channels)
+        self.conv1, self.conv2 = CausalConv3d(channels, out_channels), CausalConv3d(out_channels, out_channels)
+        self.shortcut = CausalConv3d(channels, out_channels, kernel=1) if out_channels != channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
-        return added(self.conv2(silu(self.norm2(h))), x)
+        return added(self.conv2(silu(self.norm2(h))), x if self.shortcut is None else self.shortcut(x))
 
 
 class Down(nn.Module):
@@ -122,3 +135,33 @@ class Up(nn.Module):
         depth = added(self.conv(x).unflatten(1, (self.channels, -1)), x.unsqueeze(2)).flatten(1, 2)
         wide = rearrange(depth, "b (c t p q) f h w -> b (f t) (h p) (w q) c", t=self.t, p=self.s, q=self.s)
         return self.drop(wide.movedim(-1, 1))
+
+
+class Halve(nn.Module):
+    """A strided causal convolution without a shortcut, with zeros behind the last row and column alone, as latent
+    diffusion has it (2112.10752); (1 + 2n) frames become (1 + n) where it strides in time.
+    """
+
+    def __init__(self, channels: int, space: bool, time: bool):
+        super().__init__()
+        self.behind = int(space)
+        stride = (2 if time else 1, 2 if space else 1, 2 if space else 1)
+        self.conv = CausalConv3d(channels, channels, stride=stride, around=int(not space))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.conv(F.pad(x, (0, self.behind, 0, self.behind))))
+
+
+class Double(nn.Module):
+    """Each place twice along rows and columns, each frame but the first along time, then a causal convolution."""
+
+    def __init__(self, channels: int, space: bool, time: bool):
+        super().__init__()
+        self.s, self.t = (2 if space else 1), (2 if time else 1)
+        self.drop = DropFirst(self.t - 1)
+        self.conv = CausalConv3d(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pattern = "b f h w c -> b (f t) (h p) (w q) c"
+        wide = repeat(x.movedim(1, -1), pattern, t=self.t, p=self.s, q=self.s).movedim(-1, 1)
+        return cast(Tensor, self.conv(self.drop(wide)))

@@ -31,12 +31,13 @@ def context_plan(c: Vae) -> ContextPlan:
     blocks = [part for part, n in (("encoder", c.num_res_blocks), ("decoder", c.decoder_res_blocks)) if any(n)]
     convolutions = ["encoder.first", "decoder.first", "decoder.last"]
     convolutions += [f"{part}.layers.*.{conv}" for part in blocks for conv in ("conv1", "conv2")]
-    joints, folded = len(c.multipliers) > 1, c.patch_frames > 1
+    joints, folded, ldm = len(c.multipliers) > 1, c.patch_frames > 1, c.layers == "ldm"
     convolutions += ["encoder.layers.*.conv"] * joints
+    convolutions += ["encoder.last"] * ldm + ["decoder.layers.*.conv"] * (ldm and joints)
     return ContextPlan(
         fronts=(
             *(f"{name}.front" for name in convolutions),
-            *["encoder.layers.*.pair"] * joints,
+            *["encoder.layers.*.pair"] * (joints and not ldm),
             *["encoder.fold.front"] * folded,
         ),
         drops=(*["decoder.layers.*.drop"] * joints, *["decoder.unfold.drop"] * folded),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidit.config import FAMILIES, Model
+from vidit.config import DIT, FAMILIES, Model
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 
@@ -24,6 +24,7 @@ VARIATIONS = {
     "frame rate": {"frame_rate": True},
     "rank 0": {"adaln_rank": 0},
     **FAMILIES,
+    "images of DiT": DIT,
     "channels of given frames": {"given_channels": True},
     "times of frames": {"frame_times": True},
     "table": {"modulation": "table"},

@@ -15,7 +15,7 @@ from vidit.config import FAMILIES, RunConfig
 from vidit.export.weights import export_weights
 from vidit.model.init import initial_value
 from vidit.text.encoder import build_text_encoder
-from vidit.train.initial import new_parts
+from vidit.train.initial import initial_values, new_parts
 from vidit.train.parallelize import build_dit
 from vidit.train.run import run
 from vidit.vae.stored import adopt_vae
@@ -124,3 +124,24 @@ def test_a_model_of_videos_fits_whole_or_not_at_all(configure: Callable[..., Run
     save_file(tensors | {"dit.blocks.0.temporal.out.bias": lost + 1}, tmp_path / "model.safetensors")
     found = built(configure(tmp_path / "run", train=begin, **quiet))
     assert torch.equal(found["dit.blocks.0.temporal.out.bias"], lost + 1)
+
+
+def test_text_that_is_new_to_a_unet_is_missing(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Its attention to text would not begin by adding zero."""
+    save_file({"unet.first.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    config = configure(tmp_path / "run", train={"init_from": str(tmp_path)})
+    names = ["unet.first.weight", "unet.middle.cells.0.attention.cross.out.weight"]
+    with pytest.raises(ValueError, match=r"1 missing: unet\.middle\.cells\.0\.attention\.cross\.out\.weight"):
+        initial_values(config, names)
+    initial_values(config, [names[0], "unet.middle.temporal_attention.out.weight"])
+
+
+def test_a_second_text_for_attention_that_is_there_is_missing(
+    configure: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Blocks that have learned to read the first one would read it."""
+    names = ["dit.blocks.0.cross.out.weight", "dit.embed.text.out.weight"]
+    save_file({name: torch.ones(1) for name in names}, tmp_path / "model.safetensors")
+    config = configure(tmp_path / "run", train={"init_from": str(tmp_path)})
+    with pytest.raises(ValueError, match=r"1 missing: dit\.embed\.second_text\.out\.weight"):
+        initial_values(config, [*names, "dit.embed.second_text.out.weight"])

@@ -102,7 +102,7 @@ def test_convolution_is_exact_with_its_gradients(kernel, stride, rows, side):
 
 STRIDES = {
     "walt": (4, 8, 8), "cogvideox": (4, 8, 16), "wan": (4, 8, 16), "wavelet": (4, 8, 16), "4x16x16": (4, 16, 32),
-    "8x16x16": (8, 16, 64),
+    "8x16x16": (8, 16, 64), "stable-diffusion": (4, 8, 4),
 }  # fmt: skip
 
 

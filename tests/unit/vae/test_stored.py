@@ -87,8 +87,18 @@ def test_a_limit_that_the_strides_of_the_folder_exclude(folder):
     assert [f for f in resolve_faults(adopt_vae(run(folder, {"max_frames": 1}))) if "vae.max_frames=1 is less" in f]
 
 
-def test_rows_of_a_frame_whose_norm_sees_all_of_it(folder):
-    group = Vae(**GEOMETRY, norm="group", norm_groups=4, weights=str(folder))
-    config = RunConfig(name="a", vae=group, data=Data(train="x"), parallel=Parallel(sequence=2, vae_context="rows"))
-    (fault,) = (f for f in resolve_faults(config) if "vae.norm=group" in f)
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"norm": "group", "norm_groups": 4}, "vae.norm=group takes its statistics; use parallel.vae_context=time, or"),
+        (
+            {"mid_attention": True},
+            "vae.mid_attention=true attends; use parallel.vae_context=time, or vae.mid_attention=",
+        ),
+    ],
+)
+def test_rows_of_a_frame_that_is_seen_whole(folder, changes, named):
+    whole = Vae(**GEOMETRY, **changes, weights=str(folder))
+    config = RunConfig(name="a", vae=whole, data=Data(train="x"), parallel=Parallel(sequence=2, vae_context="rows"))
+    (fault,) = (f for f in resolve_faults(config) if named in f)
     assert fault.startswith("parallel.vae_context=rows divides frames")

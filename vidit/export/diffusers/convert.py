@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.export.diffusers.cogvideox import COGVIDEOX
+from vidit.export.diffusers.dit import DIT
 from vidit.export.diffusers.family import Family, Geometry
 from vidit.export.diffusers.hunyuanvideo import HUNYUANVIDEO
 from vidit.export.diffusers.latte import LATTE
@@ -21,7 +22,7 @@ from vidit.export.diffusers.wan import WAN
 from vidit.model.dit import DiT
 from vidit.train.weights_folder import Weights, open_weights, require_keys
 
-FAMILIES = (WAN, COGVIDEOX, LATTE, HUNYUANVIDEO)
+FAMILIES = (WAN, COGVIDEOX, LATTE, HUNYUANVIDEO, DIT)
 
 
 def from_diffusers(source: str | Path | nn.Module) -> DiT:
@@ -57,7 +58,8 @@ def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
     family = _family_of_class(config.get("_class_name"))
     geometry = family.geometry(config)
     places = family.places(wanted := _shapes(on_meta(geometry)), geometry.model)
-    require_keys({name for place in places.values() for name in place.names}, set(given.shapes), family.cls)
+    needed = {name for place in places.values() for name in place.names}
+    require_keys(needed, set(given.shapes) - set(family.computed), family.cls)
 
     def get(name: str) -> Tensor:
         found = places[name].form.ours([given.get(theirs) for theirs in places[name].names], geometry.model)
@@ -117,7 +119,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def _family_of_class(cls: object) -> Family:
     for family in FAMILIES:
-        if family.cls == cls:
+        if cls in (family.cls, *family.older):
             return family
     raise ValueError(f"class {cls} is not known here; use one of {' '.join(family.cls for family in FAMILIES)}")
 

@@ -15,7 +15,7 @@ class Geometry(NamedTuple):
     """What a denoiser is built from: its config, latent channels, width of the text features.
 
     `latent` (T, H, W) and `text_tokens` are the sizes that it is used at, which no weight depends on; their classes
-    keep them, ours do not.
+    keep them, ours do not. `said` is what whoever reads the model has to be told.
     """
 
     model: Model
@@ -23,6 +23,7 @@ class Geometry(NamedTuple):
     text_width: int
     latent: tuple[int, int, int] | None = None
     text_tokens: int | None = None
+    said: str = ""
 
 
 class Place(NamedTuple):
@@ -39,7 +40,7 @@ def at(*names: str, form: Form = SAME) -> Place:
 # What only some families have: elsewhere it has to be at its default.
 EXTRAS = (
     "pooled_text", "pooled_embedding", "pooled_width", "guidance", "num_refiner_layers", "num_single_layers",
-    "text_weights", "rope_theta", "frame_rate", "cross_text", "text_embedding",
+    "text_weights", "rope_theta", "frame_rate", "time_spacing", "mlp_norm_eps", "cross_text", "text_embedding",
 )  # fmt: skip
 
 
@@ -64,9 +65,12 @@ class Family:
     write: geometry -> what differs between members in their config.json.
     layers: prefixes of their blocks, which ours fill in turn: {} is the number.
     outside, block: our name, of a parameter or a module, without its block's prefix -> theirs. A number within is * in
-        ours and {} in theirs.
+        ours and {} in theirs. What every block has stands outside with {layer}, and is a name for each of them.
     single_layer, single: the same of single-stream blocks.
     free: extras that members choose.
+    older: names of the class in older files.
+    known: of their config.json, what older files say beside `fixed`; not written.
+    computed: names in older files of what the class computes.
     """
 
     name: str
@@ -81,6 +85,9 @@ class Family:
     single_layer: str = ""
     single: Mapping[str, Place] = field(default_factory=dict)
     free: tuple[str, ...] = ()
+    older: tuple[str, ...] = ()
+    known: Mapping[str, Any] = field(default_factory=dict)
+    computed: tuple[str, ...] = ()
 
     def place(self, name: str, c: Model) -> Place:
         """Where a parameter of our model lies. ValueError where the table has no place for it."""
@@ -96,10 +103,11 @@ class Family:
         own = ".".join("*" if part.isdigit() else part for part in own.split("."))
         module, _, last = own.rpartition(".")
         if own in table:
-            return Place(tuple(prefix + theirs.format(*inner) for theirs in table[own].names), table[own].form)
+            names = [prefix + theirs.format(*inner) for theirs in _each(table[own].names, c)]
+            return Place(tuple(names), table[own].form)
         if module in table:
-            names = tuple(f"{prefix}{theirs.format(*inner)}.{last}" for theirs in table[module].names)
-            return Place(names, table[module].form)
+            names = [f"{prefix}{theirs.format(*inner)}.{last}" for theirs in _each(table[module].names, c)]
+            return Place(tuple(names), table[module].form)
         raise ValueError(f"parameter {name} has no place in {self.cls}; the family {self.name} cannot be written")
 
     def places(self, names: Iterable[str], c: Model) -> dict[str, Place]:
@@ -116,7 +124,7 @@ class Family:
         """Of their config.json. ValueError with everything in it that no model here has."""
         odd = [
             f"{key}={config[key]!r} where only {wanted!r} is known"
-            for key, wanted in self.fixed.items()
+            for key, wanted in (*self.fixed.items(), *self.known.items())
             if key in config and _plain(config[key]) != wanted
         ]
         if odd:
@@ -125,6 +133,13 @@ class Family:
             return self.read(config)
         except KeyError as error:
             raise ValueError(f"config.json of this {self.cls} lacks {error}; take the whole file") from error
+
+
+def _each(names: Iterable[str], c: Model) -> Iterator[str]:
+    """Of what every block has a name for each, in order."""
+    for name in names:
+        layers = range(c.num_layers if "{layer}" in name else 1)
+        yield from (name.replace("{layer}", str(layer)) for layer in layers)
 
 
 def _plain(value: Any) -> Any:
