@@ -25,6 +25,14 @@ def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:
     return tuple(shape.rows or max(1, round(budget / cost)) for shape, cost in zip(shapes, costs, strict=True))
 
 
+def clip_tokens(config: RunConfig, shape: Bucket) -> int:
+    """The video tokens of a clip of a shape."""
+    frames, height, width = grid_of(config, shape.num_frames, shape.height, shape.width)
+    return frames * height * width
+
+
 def numbers_per_step(config: RunConfig) -> int:
-    """How many numbers are set aside for the rows of a step."""
+    """How many numbers are set aside for the rows of a step; of packed rows for their clips."""
+    if limit := config.data.packed_tokens:
+        return config.train.global_batch * (limit // min(clip_tokens(config, shape) for shape in config.data.shapes))
     return config.train.global_batch // config.train.micro_batch * max(micro_batch_rows(config))

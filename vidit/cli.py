@@ -168,6 +168,17 @@ def data_audit(arguments: argparse.Namespace) -> int:
     return 1 if found.fault else 0
 
 
+def data_shapes(arguments: argparse.Namespace) -> int:
+    from vidit.train.shapes import Limits, buckets_of_run
+    from vidit.vae.stored import adopt_vae
+
+    config = adopt_vae(load_config(arguments.config, arguments.overrides))
+    limits = Limits(arguments.max_tokens, arguments.max_frames, arguments.side, arguments.share)
+    buckets = buckets_of_run(config, limits)
+    print("data.buckets=" + json.dumps([bucket.model_dump(exclude_defaults=True) for bucket in buckets]))
+    return 0
+
+
 def data_report(arguments: argparse.Namespace) -> int:
     from vidit.data.curation.report import write_data_report
 
@@ -323,6 +334,8 @@ def parser() -> argparse.ArgumentParser:
     )
     text = "write one page about a scored data set: histograms, what rules drop, clips around each limit"
     _add(views, "report", data_report, text, [options.takes_data_report])
+    text = "list the shapes of a run's clips under a limit of tokens, as data.buckets to train on"
+    _add(views, "shapes", data_shapes, text, [options.takes_shapes])
     text = "say of every clip of a run whether it was delivered, skipped with a reason, or not yet reached"
     _add(views, "audit", data_audit, text, [options.takes_run])
     add("scenes", scenes, "write procedural captioned clips as shards", options.takes_scenes)

@@ -109,6 +109,8 @@ RULES = (
          "diffusion.density=logit_normal or log_normal"),
     Rule(("diffusion.shift_value",), lambda c: c.diffusion.shift != "none", "a diffusion.shift"),
     Rule(("diffusion.min_snr_gamma",), lambda c: c.diffusion.weighting == "min_snr", "diffusion.weighting=min_snr"),
+    Rule(("data.packed_tokens",), lambda c: c.train.task == "dit", "train.task=dit"),
+    Rule(("data.packed_tokens", "data.longest_first"), lambda c: bool(c.data.buckets), "data.buckets"),
     Rule(("data.validation",), lambda c: c.data.num_validation > 0, "data.num_validation above 0"),
     Rule(("data.prefetch",), lambda c: c.data.num_workers > 0, "data.num_workers above 0"),
     Rule(("data.shuffle_buffer",), lambda c: c.data.streaming, "data.streaming=true"),

@@ -71,6 +71,15 @@ def takes_data_report(p: Parser) -> None:
     p.add_argument("--out", required=True, help="the page, such as report.html")
 
 
+def takes_shapes(p: Parser) -> None:
+    p.add_argument("config", help="of the run: its data, rate, VAE and patch count")
+    p.add_argument("overrides", nargs="*", metavar="section.key=value")
+    p.add_argument("--max-tokens", type=whole(1), required=True, help="of a clip; larger pictures are scaled down")
+    p.add_argument("--max-frames", type=whole(0), default=0, help="of a clip; 0 = as many as it has")
+    p.add_argument("--side", type=whole(0), default=0, help="pixels that sides are multiples of; 0 = those of a token")
+    p.add_argument("--share", type=float, default=0.0, help="leave out shapes of fewer of the clips, such as 0.01")
+
+
 def takes_scenes(p: Parser) -> None:
     p.add_argument("out")
     p.add_argument("--clips", type=whole(1), default=1000)

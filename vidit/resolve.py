@@ -121,6 +121,8 @@ def faults(config: RunConfig, world_size: int | None = None, geometry_known: boo
     yield from _batch_faults(c, max(1, ranks // c.parallel.ranks_per_row))
     yield from _input_faults(c)
     yield from _bucket_faults(c)
+    if c.data.packed_tokens and c.train.task == "dit":
+        yield from _packed_faults(c, geometry_known)
     yield from _stream_faults(c)
     yield from (f"data.select: {fault}" for fault in rule_faults(c.data.select))
     for number, source in enumerate(c.data.mixture):
@@ -303,6 +305,38 @@ def _bucket_faults(c: RunConfig) -> Iterator[str]:
         yield (
             f"parallel.pipeline={c.parallel.pipeline} sends tokens of one shape, data.buckets gives several; use "
             "tensor, sequence or shard, or one shape"
+        )
+
+
+def _packed_faults(c: RunConfig, geometry_known: bool) -> Iterator[str]:
+    """What packed rows exclude, and what is too small for them."""
+    limit, d = c.data.packed_tokens, c.data
+    if c.train.micro_batch != 1:
+        yield (
+            f"train.micro_batch={c.train.micro_batch} beside data.packed_tokens={limit}: a packed row holds many clips "
+            "and is a micro-batch by itself; set micro_batch=1, global_batch to packed rows in a step"
+        )
+    if any(bucket.rows for bucket in d.buckets):
+        yield (
+            f"data.buckets gives rows of a micro-batch, which data.packed_tokens={limit} fills with clips of all "
+            "buckets; leave rows out (weight says how often a bucket is drawn)"
+        )
+    if c.model.relative_position == "bias":
+        yield (
+            f"model.relative_position=bias has one bias for all windows of a pass, and clips of data.packed_tokens="
+            f"{limit} differ in them; use rope or none"
+        )
+    if c.train.compile:
+        yield (
+            "train.compile=true would compile for every new set of shapes in a packed row (data.packed_tokens="
+            f"{limit}); leave it out, or train on buckets alone"
+        )
+    grids = [grid_of(c, b.num_frames, b.height, b.width) for b in d.buckets if geometry_known]
+    largest = max((t * h * w for t, h, w in grids), default=0)
+    if largest > limit:
+        yield (
+            f"data.packed_tokens={limit} is less than the {largest} tokens of a clip of the largest of data.buckets; "
+            f"use at least {largest}"
         )
 
 

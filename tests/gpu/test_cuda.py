@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from vidit.config import Model, RunConfig, Vae
-from vidit.model.attention import attend, flash_available
+from vidit.model.attention import WindowCore, attend, flash_available
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
+from vidit.model.packed import packed
 from vidit.model.windows import Grid
 from vidit.train.metrics import read_metrics
 from vidit.train.peak import peak_flops
@@ -70,6 +71,19 @@ def test_device_agrees_with_cpu(dtype: torch.dtype, bound: float, whole_fp32: No
     floor = 1e-3 * max(g.norm() for g in expected_gradients.values())
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 3 * bound * gradient.norm().clamp(min=floor), name
+
+
+@pytest.mark.skipif(not flash_available(), reason="needs flash-attn")
+def test_one_call_of_flash_for_a_packed_row_agrees_with_calls_clip_by_clip() -> None:
+    grid = packed(((3, 5, 3), (1, 4, 6), (1, 4, 6), (2, 4, 4)))
+    q, k, v = (torch.randn(1, grid.num_tokens, 4, 64, device="cuda", requires_grad=True) for _ in range(3))
+    exact = WindowCore((0, 0, 0), "sdpa")(q, k, v, grid)
+    wanted = torch.autograd.grad(exact.sin().sum(), (q, k, v))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
+    out = WindowCore((0, 0, 0), "flash")(*half, grid)
+    found = torch.autograd.grad(out.float().sin().sum(), half)
+    for one, other in zip((out, *found), (exact, *wanted), strict=True):
+        assert (one.float() - other).norm() <= 0.02 * other.norm()
 
 
 @pytest.mark.skipif(not flash_available(), reason="needs flash-attn")

@@ -10,6 +10,7 @@ VAE, VP, EDM = "train.task=vae", "diffusion.path=vp", "diffusion.path=edm"
 UNET = "train.task=unet"
 JUDGED = "vae_train.adversarial_weight=1"
 BLIND = "model.cross_attention=none"
+BUCKETS = 'data.buckets=[{"num_frames":1,"height":8,"width":8}]'
 TWO = ["text.kind=t5", "text.second.kind=clip"]
 # option, others that leave it idle, others that let it act
 CASES = [
@@ -116,6 +117,9 @@ CASES = [
     ("diffusion.density_std=2", ["diffusion.density=uniform"], [EDM, "diffusion.density=log_normal"]),
     ("diffusion.shift_value=3", [], ["diffusion.shift=constant"]),
     ("diffusion.min_snr_gamma=3", [], ["diffusion.weighting=min_snr"]),
+    ("data.packed_tokens=9", [VAE, BUCKETS], [BUCKETS]),
+    ("data.packed_tokens=9", [], [BUCKETS]),
+    ("data.longest_first=true", [], [BUCKETS]),
     ("data.validation=x", ["data.num_validation=0"], []),
     ("data.prefetch=8", ["data.num_workers=0"], []),
     ("data.prefetch=9", ["data.num_workers=0"], []),

@@ -48,6 +48,14 @@ class Data(Section):
     shuffle_buffer: NotNegative = Field(0, description="clips of a reader's tars that are shuffled; 0 = in tar order")
     mixture: tuple[Source, ...] = Field((), description="several such folders and their weights, instead of train")
     buckets: tuple[Bucket, ...] = Field((), description="shapes to train on, instead of the one below")
+    longest_first: bool = Field(
+        False, description="of the buckets that it fills a clip takes the longest, not the largest, before the other"
+    )
+    packed_tokens: NotNegative = Field(
+        0,
+        description="most tokens of a packed row, in which clips of several buckets lie side by side (Sora, NaViT); "
+        "0 = a row is a clip",
+    )
     validation: str | None = Field(None, description="the same for validation; none = the last clips of train")
     num_validation: int = Field(64, ge=0, description="clips of fixed noise and timesteps in each validation")
     num_frames: int = Field(17, gt=0)

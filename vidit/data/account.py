@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from vidit.config import RunConfig
 from vidit.data.catalog import Catalog
-from vidit.data.order import MAX_SUBSTITUTES, split_places
+from vidit.data.order import MAX_SUBSTITUTES
 
 
 class AccountError(RuntimeError):
@@ -86,15 +86,12 @@ class Account:
     def due(self, step: int) -> Iterator[Due]:
         """The clips that optimizer step `step`, counted from 1, asks for, in the order of its record."""
         for of in self.schedule.dealt(step - 1):
-            places, image_places = split_places(of.number, len(of.rows), self.image_rows)
-            n = self.images_per_row
-            images = range(image_places.start * n, image_places.stop * n)
-            for stream, asked in (("clips", places), ("images", images)):
-                order = self.catalog.order(self.seed, stream, of.bucket)
-                held = self.catalog.sources_of(of.bucket)
-                for place in asked:
+            for stream, bucket, places in of.asked(self.image_rows, self.images_per_row):
+                order = self.catalog.order(self.seed, stream, bucket)
+                held = self.catalog.sources_of(bucket)
+                for place in places:
                     part, epoch, offset, clip = order.stand(place)
-                    yield Due(stream, of.bucket, place, held[part], epoch, offset, self.catalog.name(clip))
+                    yield Due(stream, bucket, place, held[part], epoch, offset, self.catalog.name(clip))
 
     def recall(self, step: int, skipped: Sequence[tuple[str, str]]) -> None:
         """What an earlier start skipped in a step; the rest of it is known without a record."""

@@ -1,8 +1,9 @@
 """Buckets: the shapes a run is trained on, and which of them each clip goes to.
 
 A clip goes to the bucket nearest to its aspect ratio, among those that it fills: long enough, and without being
-enlarged. Of these it takes the largest and then the longest, or with chance 1 - `keep` the next one (Open-Sora 1.2's
-multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket over all epochs.
+enlarged. Of these it takes the largest and then the longest (or the other way round), or with chance 1 - `keep` the
+next one (Open-Sora 1.2's multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket
+over all epochs.
 """
 
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vidit import keys
-from vidit.batching import micro_batch_rows, row_cost
+from vidit.batching import clip_tokens, micro_batch_rows, row_cost
 from vidit.config import Bucket, RunConfig
 from vidit.data.order import Shares, counts_of
-from vidit.data.schedule import Schedule
+from vidit.data.packed import Load, PackedRows
+from vidit.data.schedule import Deal, Schedule
 from vidit.data.texts import Texts
 
 NEAR = 0.02  # aspect ratios whose logarithms differ by less count as the same
@@ -44,7 +46,7 @@ class Facts:
         return Facts(self.keys.take(clips), frames, width, height, self.label, settled)
 
 
-def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
+def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Deal:
     """The micro-batches of a run, given the share of its rows of each bucket; ValueError for a bucket without any."""
     c, shapes = config, config.data.shapes
     sizes = micro_batch_rows(c)
@@ -54,21 +56,25 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Schedule:
                 f"no clip goes to the bucket of {shape.num_frames} frames of {shape.height}x{shape.width}; leave it "
                 "out of data.buckets, or lower `keep` of the larger ones"
             )
+    costs = tuple(row_cost(c, shape) for shape in shapes)
+    if c.data.packed_tokens:
+        counts = counts_of([share * shape.weight for share, shape in zip(row_shares, shapes, strict=True)])
+        load = Load(counts, tuple(clip_tokens(c, shape) for shape in shapes), costs)
+        return PackedRows(c.train.seed, load, c.data.packed_tokens, c.train.global_batch)
     shares = [share / size * shape.weight for share, size, shape in zip(row_shares, sizes, shapes, strict=True)]
     dealt = Shares(c.train.seed, "buckets", counts_of(shares))
-    costs = tuple(row_cost(c, shape) for shape in shapes)
     return Schedule(dealt, c.train.global_batch // c.train.micro_batch, sizes, costs)
 
 
-def assign(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
+def assign(facts: Facts, buckets: Sequence[Bucket], seed: int, longest_first: bool = False) -> NDArray[np.int64]:
     """The bucket of each clip; -1 for a clip that is too short for every one."""
     num = len(facts.frames)
     parts = (facts.part(range(start, min(start + CHUNK, num))) for start in range(0, num, CHUNK))
-    return np.concatenate([np.zeros(0, np.int64), *(_assigned(part, buckets, seed) for part in parts)])
+    return np.concatenate([np.zeros(0, np.int64), *(_assigned(part, buckets, seed, longest_first) for part in parts)])
 
 
-def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.int64]:
-    ranked, drawn = _ranked(facts, buckets), _drawn(facts, buckets, seed)
+def _assigned(facts: Facts, buckets: Sequence[Bucket], seed: int, longest_first: bool) -> NDArray[np.int64]:
+    ranked, drawn = _ranked(facts, buckets, longest_first), _drawn(facts, buckets, seed)
     if facts.settled is not None:
         drawn[facts.settled] = 0
     keep, number = np.array([bucket.keep for bucket in buckets]), np.arange(len(ranked))
@@ -91,7 +97,7 @@ def _drawn(facts: Facts, buckets: Sequence[Bucket], seed: int) -> NDArray[np.flo
     return drawn
 
 
-def _ranked(facts: Facts, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
+def _ranked(facts: Facts, buckets: Sequence[Bucket], longest_first: bool) -> NDArray[np.int64]:
     """The buckets of each clip in the order in which it would take them, -1 behind the last: (clips, buckets + 1)."""
     sizes = np.array([(b.num_frames, b.height, b.width) for b in buckets], np.float64)
     long_enough = facts.frames[:, None] >= sizes[None, :, 0]
@@ -107,7 +113,8 @@ def _ranked(facts: Facts, buckets: Sequence[Bucket]) -> NDArray[np.int64]:
     off = np.where(fits, off, np.inf)
     best = off.min(axis=1, keepdims=True)
     fits &= off <= best + NEAR
-    order = np.lexsort((-sizes[:, 0], -pixels))  # the largest first, then the longest
+    by_size, by_length = -pixels, -sizes[:, 0]
+    order = np.lexsort((by_size, by_length) if longest_first else (by_length, by_size))  # by the last of them first
     ranked = np.full((len(fits), len(buckets) + 1), -1)
     filled = np.zeros(len(fits), np.int64)
     for bucket in order:

@@ -13,7 +13,7 @@ from vidit.data.buckets import Facts, assign, schedule_of
 from vidit.data.clip_list import Clips
 from vidit.data.listing import Listing
 from vidit.data.order import ClipOrder
-from vidit.data.schedule import Schedule
+from vidit.data.schedule import Deal
 from vidit.data.shards import ClipRef
 from vidit.data.tar import LATENT_SUFFIX
 
@@ -95,7 +95,7 @@ class Catalog:
             self._orders[key] = ClipOrder(seed, self.stream(what, bucket), parts, weights)
         return self._orders[key]
 
-    def schedule(self, config: RunConfig) -> Schedule:
+    def schedule(self, config: RunConfig) -> Deal:
         """Of a run on these clips. ValueError for a bucket without any."""
         return schedule_of(config, self.shares.sum(1).tolist())
 
@@ -125,8 +125,8 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     if len(sources) > 1:
         weights = tuple(one.weight for one in d.sources)
         labels = tuple(f"{one.name}/" for one in d.sources)
-    facts = [_facts(Clips.of(one), d.fps, label) for one, label in zip(sources, labels, strict=True)]
-    bucket = np.concatenate([assign(one, d.shapes, config.train.seed) for one in facts])
+    facts = [facts_of(Clips.of(one), d.fps, label) for one, label in zip(sources, labels, strict=True)]
+    bucket = np.concatenate([assign(one, d.shapes, config.train.seed, d.longest_first) for one in facts])
     source = np.repeat(np.arange(len(sources), dtype=np.int16), list(map(len, sources)))
     width, height = (np.concatenate([getattr(one, side) for one in facts]) for side in ("width", "height"))
     high, wide = (np.array([getattr(shape, side) for shape in d.shapes])[bucket] for side in ("height", "width"))
@@ -147,7 +147,8 @@ def catalogue(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> tuple[
     return catalog, dropped, cropped
 
 
-def _facts(refs: Clips, fps: float, label: str) -> Facts:
+def facts_of(refs: Clips, fps: float, label: str = "") -> Facts:
+    """What decides the buckets of the clips of one data set, at a rate of the run or (0) their own."""
     frames, width, height = (refs.column(name).astype(np.int64) for name in ("num_frames", "width", "height"))
     if fps:
         # Frames at the rate of the run, as the decoder counts, half a frame of grace included.

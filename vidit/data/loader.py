@@ -29,9 +29,10 @@ from vidit.data.encoded import (
     stored_text,
 )
 from vidit.data.limits import ClipError
-from vidit.data.order import MAX_SUBSTITUTES, ClipOrder, split_places
-from vidit.data.rows import Clips, Row, clips_of
-from vidit.data.schedule import MicroBatch
+from vidit.data.order import MAX_SUBSTITUTES, ClipOrder
+from vidit.data.packed import PackedRow
+from vidit.data.rows import Clips, Row, clips_of, named
+from vidit.data.schedule import Stream
 from vidit.data.shards import ClipRef, expect_clips, read_clip
 from vidit.data.storage import Folder
 from vidit.data.stream_plan import Mark
@@ -39,6 +40,8 @@ from vidit.data.video import decode_clip
 from vidit.data.workers import signals_held, start_worker
 from vidit.text.encoder import CaptionTokenizer, TextTokens
 
+Size = tuple[int, int, int]
+"""Frames, height and width in pixels."""
 Skip = tuple[str, str]
 """The key of a clip that cannot be used, and the reason."""
 Item = TypeVar("Item")
@@ -62,13 +65,20 @@ class Batch:
     step_rows: int
     skipped: list[Skip] = field(default_factory=list)
     text: StoredText | None = None
-    size: tuple[int, int, int] | None = None
+    size: Size | None = None
     mark: Mark | None = None
     """Of a stream: where its reader stands after this batch."""
+    runs: tuple[tuple[Size, Clips], ...] = ()
+    """Of a packed row: its clips by shape, in the order of its rows; `clips` then names them alone."""
 
     @property
     def keys(self) -> list[str]:
         return self.clips.keys + (self.images.keys if self.images else [])
+
+    @property
+    def shapes(self) -> list[tuple[int, Size | None]]:
+        """(rows, their size)."""
+        return [(len(clips.keys), size) for size, clips in self.runs] or [(len(self.rows), self.size)]
 
 
 class MicroBatches(TorchDataset[Batch]):
@@ -101,34 +111,35 @@ class MicroBatches(TorchDataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         of = self.schedule.of_rank(index, self.rank, self.world)
-        places, image_places = split_places(of.number, len(of.rows), self.data.image_rows)
-        skipped: list[Skip] = []
-        clips, texts = self._clips("clips", of, places, skipped)
-        images = None
-        if image_places:
-            n = self.images_per_row
-            images, more = self._clips("images", of, range(image_places.start * n, image_places.stop * n), skipped)
-            texts += more
+        asked, skipped = list(of.asked(self.data.image_rows, self.images_per_row)), list[Skip]()
+        read = [self._clips(*part, skipped) for part in asked]
+        found, texts = [clips for clips, _ in read], [text for _, own in read for text in own]
         tokens = None if self.tokenizer is None else self.tokenizer([caption for caption, _ in texts])
-        found = [(place, text) for place, (_, text) in enumerate(texts) if text is not None]
-        text = stored_text(found, self.max_tokens, self.second_tokens) if self.max_tokens else None
-        shape = self.data.shapes[of.bucket]
-        size = shape.num_frames, shape.height, shape.width
-        return Batch(list(of.rows), clips, images, tokens, of.round_rows, of.step_rows, skipped, text, size)
+        kept = [(place, text) for place, (_, text) in enumerate(texts) if text is not None]
+        text = stored_text(kept, self.max_tokens, self.second_tokens) if self.max_tokens else None
+        shapes = [self.data.shapes[part.bucket] for part in asked]
+        sizes = [(shape.num_frames, shape.height, shape.width) for shape in shapes]
+        rows = list(of.rows)
+        if isinstance(of, PackedRow):
+            names, runs = named(found), tuple(zip(sizes, found, strict=True))
+            return Batch(rows, names, None, tokens, of.round_rows, of.step_rows, skipped, text, runs=runs)
+        clips, *images = found
+        beside = images[0] if images else None
+        return Batch(rows, clips, beside, tokens, of.round_rows, of.step_rows, skipped, text, sizes[0])
 
     def _order(self, stream: str, bucket: int) -> ClipOrder:
         return self.catalog.order(self.seed, stream, bucket)
 
     def _clips(
-        self, stream: str, of: MicroBatch, places: range, skipped: list[Skip]
+        self, stream: Stream, bucket: int, places: range, skipped: list[Skip]
     ) -> tuple[Clips, list[tuple[str, CaptionText | None]]]:
-        """What stands at places of the stream "clips" or "images", and of each its caption and what is stored of that.
+        """What stands at places of a stream of a bucket, and of each its caption and what is stored of that.
 
         Adds what it replaces to `skipped`.
         """
-        expect_clips(self.refs[self._order(stream, of.bucket).at(place)] for place in places)
-        rows = [self._read(stream, of.bucket, place, skipped) for place in places]
-        purpose = f"caption_dropout/{self.catalog.stream(stream, of.bucket)}"
+        expect_clips(self.refs[self._order(stream, bucket).at(place)] for place in places)
+        rows = [self._read(stream, bucket, place, skipped) for place in places]
+        purpose = f"caption_dropout/{self.catalog.stream(stream, bucket)}"
         drop = keys.uniform(self.seed, purpose, list(places)) < self.data.caption_dropout
         captions = ["" if no else row.caption for row, no in zip(rows, drop.tolist(), strict=True)]
         return clips_of(rows), [(text, row.text(text)) for row, text in zip(rows, captions, strict=True)]

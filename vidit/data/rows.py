@@ -55,3 +55,9 @@ def clips_of(rows: Sequence[Row]) -> Clips:
         places if pixels and latents else (),
         tuple(row.fps for row in rows),
     )
+
+
+def named(parts: Sequence[Clips]) -> Clips:
+    """Clips of several shapes, side by side in name and rate alone."""
+    names, fps = ([x for part in parts for x in getattr(part, name)] for name in ("keys", "fps"))
+    return Clips(names, fps=tuple(fps))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vidit.config import AnyWindow, Model, Window, whole_window
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
+from vidit.model.packed import clip_by_clip, clip_of, runs, side_by_side
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 
@@ -31,7 +32,10 @@ CPU_SHORT = 512
 
 
 class Positions(NamedTuple):
-    """Where each token of this rank is; sharded along S together with the tokens."""
+    """Where each token of this rank is; sharded along S together with the tokens.
+
+    Of a packed row `position_S3` has a fourth column, the number of the token's clip.
+    """
 
     position_S3: Tensor
     cos_SK: Tensor
@@ -64,10 +68,26 @@ def flash_available() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
 
 
+def takes_flash(q: Tensor, backend: str, bare: bool = True) -> bool:
+    """Whether flash-attn computes attention of these queries; `bare`: without a mask."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return backend == "flash" or (backend == "auto" and bare and half and q.is_cuda and flash_available())
+
+
+def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid) -> Tensor:
+    """Each clip of a packed row within itself, by one kernel of flash-attn: (1, S, N, K)."""
+    from flash_attn import flash_attn_varlen_func
+
+    sizes = [0, *(t * h * w for t, h, w in grid.clips)]
+    starts = torch.tensor(sizes, device=q_1SNK.device).cumsum(0, dtype=torch.int32)
+    q, k, v = (x[0] for x in (q_1SNK, k_1SNK, v_1SNK))
+    return flash_attn_varlen_func(q, k, v, starts, starts, max(sizes), max(sizes))[None]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """Softmax attention, (B, S, N, K) throughout; `mask` is boolean or an additive bias, (B or 1, N or 1, S, S')."""
     half = q.dtype in (torch.bfloat16, torch.float16)
-    if backend == "flash" or (backend == "auto" and mask is None and half and q.is_cuda and flash_available()):
+    if takes_flash(q, backend, mask is None):
         if mask is not None:
             raise ValueError("attention_backend=flash takes no mask or bias here; use attention_backend=sdpa")
         from flash_attn import flash_attn_func
@@ -130,11 +150,22 @@ class WindowCore(nn.Module):
         bias_NWW: Tensor | None = None,
         text: TextKeys | None = None,
     ) -> Tensor:
+        if grid.clips:
+            assert bias_NWW is None, "the bias of a window depends on the clip"
+            if self.is_one_kernel(grid, text) and takes_flash(q_BSNK, self.backend):
+                return attend_packed(q_BSNK, k_BSNK, v_BSNK, grid)
+            each: Tensor = clip_by_clip(self, q_BSNK, k_BSNK, v_BSNK, grid, text)
+            return each
         if self.keeps_values(grid):
             return kept_values(v_BSNK, q_BSNK, k_BSNK, bias_NWW)
         window = whole_window(self.window, grid.shape)
         q, k, v = (partition(x, window, grid) for x in (q_BSNK, k_BSNK, v_BSNK))
         return merge(self.within(q, k, v, grid, bias_NWW, text), window, grid)
+
+    def is_one_kernel(self, grid: Grid, text: TextKeys | None) -> bool:
+        """Whether every token of each clip of a packed row sees all of it and nothing else."""
+        alone = any(t == 1 for t, _, _ in grid.clips) and self.identity_images
+        return self.window == (0, 0, 0) and text is None and grid.image_B is None and not alone
 
     def keeps_values(self, grid: Grid) -> bool:
         """Whether every row is one image that passes unchanged."""
@@ -240,8 +271,18 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
     return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
 
 
-def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid) -> Tensor | None:
-    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them."""
+def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid, num_text: int) -> Tensor | None:
+    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them.
+
+    Of a packed row (1, 1, S, n L), with the captions of the clips, L = `num_text` tokens each, side by side.
+    """
+    if grid.clips:  # captions side by side as keys, each for the tokens of its clip
+        clip_S = clip_of(positions.position_S3)
+        captions = torch.arange(len(grid.clips), device=clip_S.device)
+        seen_SBL = (clip_S[:, None] == captions)[..., None].expand(-1, -1, num_text)
+        if frame_BL is not None:
+            seen_SBL = seen_SBL & (frame_BL != PADDING)
+        return seen_SBL.flatten(1)[None, None]
     if frame_BL is None:
         return None
     if grid.image_B is None:
@@ -323,5 +364,22 @@ class CrossAttention(nn.Module):
             v = self.value(x_BSD).unflatten(-1, heads)
             out = self.core(q, k, v, grid, text=TextKeys(text_k, text_v, text.frame_BL))
         else:
-            out = attend(q, text_k, text_v, text_mask(text.frame_BL, positions, grid), "sdpa")
+            out = attend_text(q, text_k, text_v, text.frame_BL, positions, grid)
         return self.out(out.flatten(-2))
+
+
+def attend_text(
+    q: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, frame_BL: Tensor | None, positions: Positions, grid: Grid
+) -> Tensor:
+    """Video tokens (B, S, N, K) attend to text alone."""
+    if grid.clips and q.shape[1] == grid.num_tokens:
+        found = []
+        for run in runs(grid):
+            own = None if frame_BL is None else frame_BL[run.clips]
+            mask = text_mask(own, positions, run.grid, k_BLNK.shape[1])
+            found.append(attend(run.rows(q), k_BLNK[run.clips], v_BLNK[run.clips], mask, "sdpa"))
+        return side_by_side(found)
+    mask = text_mask(frame_BL, positions, grid, k_BLNK.shape[1])
+    if grid.clips:  # this rank has some of the tokens, of clips that its positions tell
+        k_BLNK, v_BLNK = (x.flatten(0, 1)[None] for x in (k_BLNK, v_BLNK))
+    return attend(q, k_BLNK, v_BLNK, mask, "sdpa")

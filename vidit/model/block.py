@@ -14,6 +14,7 @@ from vidit.model.joint import Streams, joint_attention
 from vidit.model.linear import Linear
 from vidit.model.modulation import FrameVectors, block_modulation
 from vidit.model.norm import Norm, modulate
+from vidit.model.packed import of_clips
 from vidit.model.position import TimePosition
 from vidit.model.windows import Grid
 
@@ -79,6 +80,8 @@ class Block(nn.Module):
             streams[0] = streams[0] + self.time(positions, grid).to(dtype)
         # Of each stream shift, scale and gate of the attention, then of the MLP.
         own = [vectors[first : first + 6] for first in range(0, len(vectors), 6)]
+        if grid.clips and self.frames is None:  # text has a row for each clip, the video one for all of them
+            own[0] = of_clips(own[0], positions.position_S3)
 
         inner = [modulate(self.attn_norm(s), v[0], v[1]).to(dtype) for s, v in zip(streams, own, strict=True)]
         words = [text._replace(features_BLD=x_BLD) for x_BLD in inner[1:]]

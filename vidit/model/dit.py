@@ -15,7 +15,8 @@ from vidit.model.embed import Head, PatchEmbed, TextEmbed
 from vidit.model.flops import window_of
 from vidit.model.joint import Streams
 from vidit.model.linear import Linear
-from vidit.model.position import TokenPositions, absolute_position
+from vidit.model.packed import per_frame
+from vidit.model.position import TokenPositions, absolute_position, placed
 from vidit.model.single import SingleBlock
 from vidit.model.vector import TimeEmbed, VectorEmbed
 from vidit.model.windows import Grid
@@ -105,7 +106,7 @@ class Embed(nn.Module):
     ) -> tuple[Tokens, TextContext, Tensor]:
         tokens = self.patch(x, previous_BCTHW, grid.given_BCTHW)
         if self.position is not None:
-            tokens = tokens + self.position(grid, tokens.device)
+            tokens = tokens + placed(self.position, grid, tokens.device)
         assert not self.sees_padding or grid.image_B is None, "captions side by side are told apart by their mask"
         images = grid.image_B is not None
 
@@ -119,7 +120,10 @@ class Embed(nn.Module):
             context = context._replace(second=embedded(self.second_text, second.features_BLD, second.frame_BL))
         tokens = self.tokens(tokens, grid, context.features_BLD, dtype)
         fps_B = grid.fps_B
-        if self.frame_times:
+        if self.frame_times and grid.clips:
+            time_B = time_B if len(time_B) != len(grid.clips) else per_frame(time_B, grid)
+            pooled_BE, fps_B = (None if x is None else per_frame(x, grid) for x in (pooled_BE, fps_B))
+        elif self.frame_times:
             time_B = (time_B if time_B.ndim > 1 else time_B[:, None].expand(-1, grid.frames)).flatten()
             pooled_BE, fps_B = (None if x is None else x.repeat_interleave(grid.frames, 0) for x in (pooled_BE, fps_B))
         return tokens, context, self.conditioning(time_B, pooled_BE, fps_B)
@@ -171,10 +175,12 @@ class DiT(nn.Module):
         """Predict the diffusion target.
 
         Args:
-            x: noisy latent (B, C, T, H, W), fp32; on a stage behind the first (`vidit/model/stage.py`) the tokens of
-                the stage before.
+            x: noisy latent (B, C, T, H, W), fp32, or a packed one (1, S, P, C), and then the output has that form
+                (`vidit/model/packed.py`); on a stage behind the first (`vidit/model/stage.py`) the tokens of the stage
+                before.
             grid: the latent in tokens, which rows are images, and how fast the others run.
-            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame.
+            time_B: what the path conditions on, about 0 to 1000; with `model.frame_times` also (B, T), one a frame. Of
+                a packed row B counts clips, here and below, and frames of all clips are (F,).
             text_BLE, text_frame_BL: text features and their visibility (`TextContext`).
             pooled_BE: pooled caption, needed when `model.pooled_text`.
             previous_BCTHW: the self-conditioning estimate; zeros when None.

@@ -17,12 +17,16 @@ from vidit.model.block import GELU, Tokens, as_streams
 from vidit.model.linear import Linear
 from vidit.model.modulation import FrameVectors, output_modulation
 from vidit.model.norm import Norm, modulate
+from vidit.model.packed import of_clips, tokens_of
 from vidit.model.refiner import Refiner
 from vidit.model.windows import Grid
 
+PACKED = 4
+"""Dims of a packed latent, where others have five."""
+
 
 class PatchEmbed(nn.Module):
-    """(B, C, T, H, W) -> (B, S, D) with S = T/t H/h W/w for patches of (t, h, w).
+    """(B, C, T, H, W) -> (B, S, D) with S = T/t H/h W/w for patches of (t, h, w); a packed latent (1, S, P, C) too.
 
     With `self_conditioned` the estimate of a first pass takes as many channels again; None is an estimate of zeros.
     With `given` a second projection, which starts at zero, sees given frames and their mask (`Grid`); None adds zero.
@@ -41,26 +45,22 @@ class PatchEmbed(nn.Module):
         self.project = Linear(channels * (2 if self_conditioned else 1) * math.prod(patch), width)
         self.given = Linear((channels + 1) * math.prod(patch), width, bias=False) if given else None
 
-    def forward(
-        self, x_BCTHW: Tensor, previous_BCTHW: Tensor | None = None, given_BCTHW: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, previous: Tensor | None = None, given: Tensor | None = None) -> Tensor:
+        x_BSPC = self.fold(x)
+        whole = x_BSPC
         if self.self_conditioned:
-            previous = torch.zeros_like(x_BCTHW) if previous_BCTHW is None else previous_BCTHW
-            x_BCTHW = torch.cat((x_BCTHW, previous), dim=1)
-        tokens = self.project(self.fold(x_BCTHW))
+            estimate = torch.zeros_like(x_BSPC) if previous is None else self.fold(previous)
+            whole = torch.cat((x_BSPC, estimate), dim=-1)
+        tokens = self.project(whole.flatten(2))
         if self.given is None:
             return tokens
-        if given_BCTHW is None:  # its weights take part all the same: ranks that divide them go together
-            channels = self.given.in_features // math.prod(self.patch)
-            given_BCTHW = x_BCTHW.new_zeros(len(x_BCTHW), channels, *x_BCTHW.shape[2:])
-        return tokens + self.given(self.fold(given_BCTHW))
+        if given is None:  # its weights take part all the same: ranks that divide them go together
+            return tokens + self.given(x_BSPC.new_zeros(*x_BSPC.shape[:2], self.given.in_features))
+        return tokens + self.given(self.fold(given).flatten(2))
 
-    def fold(self, x_BCTHW: Tensor) -> Tensor:
-        """The numbers of each patch side by side: (B, S, t h w C)."""
-        b, c, t, h, w = x_BCTHW.shape
-        pt, ph, pw = self.patch
-        x = x_BCTHW.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
-        return x.flatten(4).flatten(1, 3)
+    def fold(self, x: Tensor) -> Tensor:
+        """The numbers of each patch side by side, (B, S, P, C), as a packed latent has them already."""
+        return x if x.ndim == PACKED else tokens_of(x, self.patch)
 
 
 class TextEmbed(nn.Module):
@@ -79,7 +79,7 @@ class TextEmbed(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens of the video back to a latent: modulated norm, linear, un-patchify; fp32 out.
+    """Tokens of the video back to a latent, packed or not: modulated norm, linear, un-patchify; fp32 out.
 
     With `norm_affine` a norm of the residual stream comes first, as in CogVideoX.
     """
@@ -98,9 +98,13 @@ class Head(nn.Module):
         vectors = self.modulation(cond_BRD)
         if self.frames is not None:
             vectors = self.frames(vectors, positions, grid)
+        elif grid.clips and positions is not None:
+            vectors = of_clips(vectors, positions.position_S3)
         shift, scale = vectors
         normed = self.norm(self.final_norm(x_BSD))
         x = widen(self.project(modulate(normed, shift, scale).to(x_BSD.dtype)))
+        if grid.clips:
+            return x.unflatten(-1, (math.prod(self.patch), -1))[..., : self.channels]
         x = x.reshape(x.shape[0], *grid.shape, *self.patch, -1)[..., : self.channels]
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

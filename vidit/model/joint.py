@@ -16,6 +16,7 @@ from vidit.config import AnyWindow, Model
 from vidit.model.attention import EVERY_FRAME, PADDING, Pairs, Positions, SelfAttention, TextContext, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
+from vidit.model.packed import clip_by_clip
 from vidit.model.windows import Grid
 
 
@@ -57,6 +58,9 @@ class JointCore(nn.Module):
         text: TextStream | None = None,
     ) -> tuple[Tensor, Tensor]:
         assert text is not None, "joint attention takes text"
+        if grid.clips:
+            both: tuple[Tensor, Tensor] = clip_by_clip(self, q_BSNK, k_BSNK, v_BSNK, grid, text)
+            return both
         q = torch.cat((text.query_BLNK, q_BSNK), dim=1)
         k = torch.cat((text.key_BLNK, k_BSNK), dim=1)
         v = torch.cat((text.value_BLNK, v_BSNK), dim=1)

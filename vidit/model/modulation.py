@@ -7,7 +7,7 @@
 | table             | A_1 of the model + a table (adaLN-single)    | PixArt-alpha 2310.00426, sec. 2.3 |
 
 With a time for each latent frame (Open-Sora 1.2) there is a row of the conditioning for each of them, (B T, R, D), and
-`FrameVectors` gives every token those of its frame.
+`FrameVectors` gives every token those of its frame. In a packed row there is one for each clip, or each of its frames.
 
 The conditioning (B, R, D), fp32, has c in row 0 and behind it A_1, where the model has one. Each of the video's and, in
 a joint model, of the text's stream has six vectors: shift, scale and gate of the attention, then of the MLP.
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vidit.config import Model
 from vidit.model.attention import Positions
 from vidit.model.linear import Linear
+from vidit.model.packed import frame_of
 from vidit.model.windows import Grid
 
 
@@ -61,6 +62,9 @@ class FrameVectors(nn.Module):
     """Vectors of latent frames, each (B T, 1, D) -> those of the tokens of this rank, each (B, S, D)."""
 
     def forward(self, vectors: tuple[Tensor, ...], positions: Positions, grid: Grid) -> tuple[Tensor, ...]:
+        if grid.clips:
+            row_S = frame_of(positions.position_S3, grid)
+            return tuple(v[:, 0].index_select(0, row_S)[None] for v in vectors)
         frame_S = positions.position_S3[:, 0]
         return tuple(v.reshape(-1, grid.frames, v.shape[-1])[:, frame_S] for v in vectors)
 

@@ -7,8 +7,9 @@ and computed in fp64, so nothing is stored and any grid will do.
 import torch
 from torch import Tensor, nn
 
-from vidit.config import Model
+from vidit.config import Model, Window
 from vidit.model.attention import Positions
+from vidit.model.packed import is_image, runs
 from vidit.model.rope import THETA, Split, rope_angles
 from vidit.model.windows import Grid
 
@@ -84,6 +85,8 @@ class TimePosition(nn.Module):
 
     def forward(self, positions: Positions, grid: Grid) -> Tensor:
         table = sinusoids(positions.position_S3[:, 0].double() / self.scale, self.width)[None]
+        if grid.clips:
+            return table.masked_fill(is_image(positions.position_S3, grid)[:, None], 0.0)
         if grid.frames == 1:
             return torch.zeros_like(table)
         return table if grid.image_B is None else table.masked_fill(grid.image_B[:, None, None], 0.0)
@@ -106,6 +109,26 @@ def space_sinusoids(height: Tensor, width: Tensor, half: int) -> Tensor:
     return torch.cat((w[None].expand(len(h), -1, -1), h[:, None].expand(-1, len(w), -1)), dim=-1).flatten(0, 1)
 
 
+def places(shape: Window, device: torch.device) -> Tensor:
+    """(t, h, w) of each token: (S, 3)."""
+    axes = torch.meshgrid(*(torch.arange(n, device=device) for n in shape), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], dim=-1)
+
+
+def packed_places(grid: Grid, device: torch.device) -> Tensor:
+    """Of a packed row (t, h, w) of each token in its clip, and the number of that: (S, 4)."""
+    clips = [nn.functional.pad(places(shape, device), (0, 1), value=clip) for clip, shape in enumerate(grid.clips)]
+    return torch.cat(clips)
+
+
+def placed(table: nn.Module, grid: Grid, device: torch.device) -> Tensor:
+    """What a module of this file adds to the tokens at the start, each clip of a packed row by itself."""
+    if not grid.clips:
+        whole: Tensor = table(grid, device)
+        return whole
+    return torch.cat([table(run.grid, device).repeat(run.clips.stop - run.clips.start, 1) for run in runs(grid)])
+
+
 def absolute_position(c: Model, grid: tuple[int, int, int]) -> nn.Module | None:
     """What `model.absolute_position` adds at the start."""
     if c.absolute_position == "none":
@@ -118,13 +141,12 @@ def absolute_position(c: Model, grid: tuple[int, int, int]) -> nn.Module | None:
 
 
 class TokenPositions(nn.Module):
-    """The (t, h, w) place of every token of the grid, and its rotary angles."""
+    """The (t, h, w) place of every token of the grid, and its rotary angles; of a packed row also its clip's number."""
 
     def __init__(self, head_dim: int, split: Split = "quarter", theta: float = THETA):
         super().__init__()
         self.head_dim, self.split, self.theta = head_dim, split, theta
 
     def forward(self, grid: Grid, device: torch.device) -> Positions:
-        axes = torch.meshgrid(*(torch.arange(n, device=device) for n in grid.shape), indexing="ij")
-        position_S3 = torch.stack([axis.flatten() for axis in axes], dim=-1)
+        position_S3 = packed_places(grid, device) if grid.clips else places(grid.shape, device)
         return Positions(position_S3, *rope_angles(position_S3, self.head_dim, self.split, self.theta))

@@ -14,6 +14,7 @@ from vidit.model.block import Mlp
 from vidit.model.joint import JointAttention, Streams
 from vidit.model.modulation import Modulation
 from vidit.model.norm import Norm, modulate
+from vidit.model.packed import of_clips
 from vidit.model.windows import Grid
 
 VECTORS = 3
@@ -32,8 +33,9 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Streams, text: TextContext, cond_BRD: Tensor, positions: Positions, grid: Grid) -> Streams:
         dtype = x.video_BSD.dtype
-        shift, scale, gate = self.modulation(cond_BRD)
-        video, words = (modulate(self.norm(s), shift, scale).to(dtype) for s in x)
+        of_text = self.modulation(cond_BRD)
+        own = (of_clips(of_text, positions.position_S3) if grid.clips else of_text, of_text)
+        video, words = (modulate(self.norm(s), v[0], v[1]).to(dtype) for s, v in zip(x, own, strict=True))
         attended = self.attn(video, positions, grid, text._replace(features_BLD=words))
-        inner = zip(x, attended, (video, words), strict=True)
-        return Streams(*(s + (gate * (found + self.mlp(i))).to(dtype) for s, found, i in inner))
+        inner = zip(x, attended, (video, words), own, strict=True)
+        return Streams(*(s + (v[2] * (found + self.mlp(i))).to(dtype) for s, found, i, v in inner))

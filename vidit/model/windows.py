@@ -25,6 +25,9 @@ class Grid:
     there are none, which keeps the cheap paths open. `fps_B` are the frames a second of each clip, 0 of images, where
     `model.frame_rate` asks for them. `still_B` marks clips without motion, whose temporal attention sees its own frame
     alone. `given_BCTHW` are the given latent frames, zeros elsewhere, and behind them a channel of ones where they are.
+
+    A packed row (`vidit/model/packed.py`) is one row of `width` tokens, in which `clips` lie side by side, each of its
+    own shape; what is known of rows is then known of clips, and `given_BCTHW` has the form of a packed latent.
     """
 
     frames: int
@@ -34,6 +37,7 @@ class Grid:
     fps_B: Tensor | None = None
     still_B: Tensor | None = None
     given_BCTHW: Tensor | None = None
+    clips: tuple[Window, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

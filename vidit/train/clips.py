@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parallel.exchange import same_everywhere
+from vidit.batching import clip_tokens
 from vidit.config import ConfigError, RunConfig
 from vidit.data.catalog import Catalog, LeftOut, catalogue
 from vidit.data.clip_list import Clips
@@ -141,7 +142,9 @@ def _split(sources: Sequence[Sequence[ClipRef]], config: RunConfig) -> Split:
 
 def alone(config: RunConfig) -> RunConfig:
     """The config of a split of one data set and one shape, which validation has."""
-    return config.model_copy(update={"data": config.data.model_copy(update={"buckets": (), "mixture": ()})})
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"buckets": (), "packed_tokens": 0, "mixture": ()})}
+    )
 
 
 class ClipsDifferError(RuntimeError):
@@ -179,9 +182,10 @@ def fixed_batches(
     """
     if not num:
         return
-    config = alone(config)
+    limit, config = config.data.packed_tokens, alone(config)
+    most = max(1, limit // clip_tokens(config, config.data.shapes[0])) if limit else config.train.micro_batch
     data = config.data.undrawn().model_copy(update={"image_rows": 0, "caption_dropout": 0.0})
-    micro = max(n for n in range(1, config.train.micro_batch + 1) if num % n == 0)
+    micro = max(n for n in range(1, most + 1) if num % n == 0)
     # A step of one micro-batch each: where the rows of a step begin does not depend on the number of ranks.
     train = config.train.model_copy(update={"micro_batch": micro, "global_batch": micro})
     config = config.model_copy(update={"data": data, "train": train})

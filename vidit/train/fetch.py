@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from parallel.exchange import exchange, in_order, together
-from vidit.data.loader import Batch
+from vidit.data.loader import Batch, Size
 from vidit.data.stream_plan import Mark
 from vidit.train.clips import require_same_clips
 from vidit.train.task import Task
-
-Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,14 @@ def fetch(task: Task, data: Iterator[Batch], accumulation: int, step: int, arriv
         batches = [next(data) for _ in range(accumulation)]
         own_s = time.perf_counter() - began
         arrived()
-    own: list[Any] = [[b.keys, b.skipped, len(b.rows), b.size, b.mark and b.mark.told()] for b in batches]
+    own: list[Any] = [[b.keys, b.skipped, b.shapes, b.mark and b.mark.told()] for b in batches]
     told = in_order(exchange(own, task.rows))
     require_same_clips(told, f"step {step}", task.config.data.train)
     return Fetched(
         batches=batches,
         keys=[key for used, *_ in told for key in used],
         skipped=[(key, reason) for _, lost, *_ in told for key, reason in lost],
-        shapes=[(rows, tuple(size) if size else None) for _, _, rows, size, _ in told],
+        shapes=[(rows, tuple(size) if size else None) for _, _, shapes, _ in told for rows, size in shapes],
         marks=[Mark.heard(mark) for *_, mark in told if mark],
         own_s=own_s,
     )

@@ -36,13 +36,15 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
     has_tokens = config.train.task == "dit" and layout.sequence > 1
     if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
-        windows = [] if p.sharded_norms is True or m.temporal_attention else _windows(fixed)
+        mixed = p.sharded_norms is True or m.temporal_attention or config.data.packed_tokens
+        windows = [] if mixed else _windows(fixed)
         changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, _grids(fixed), ranks_per_node)
     kind = changes.get("sequence_kind", p.sequence_kind)
     if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
     if p.sharded_norms == "auto" and config.train.task == "dit" and layout.tensor > 1:
-        changes["sharded_norms"] = not (m.is_joint or (layout.sequence > 1 and kind == "window"))
+        whole = m.is_joint or config.data.packed_tokens > 0
+        changes["sharded_norms"] = not (whole or (layout.sequence > 1 and kind == "window"))
     fixed = config.model_copy(update={"parallel": config.parallel.model_copy(update=changes)})
     refuse([*layout_faults(fixed, ranks_per_node)])
     return fixed
@@ -156,6 +158,11 @@ def _whatever_the_ranks(config: RunConfig) -> Iterator[str]:
             "parallel.sharded_norms=true cuts the video's tokens and not the text's beside them (model.cross_attention="
             "joint); leave it out"
         )
+    if config.data.packed_tokens and p.sharded_norms is True:
+        yield (
+            "parallel.sharded_norms=true cuts tokens between the modules that know which clip they are of (data."
+            f"packed_tokens={config.data.packed_tokens}); leave it out"
+        )
     yield from _torch_faults(config)
 
 
@@ -180,6 +187,12 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
         yield (
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
+        )
+    if config.data.packed_tokens and kind != "ulysses":
+        yield (
+            f"parallel.sequence_kind={kind} divides the tokens of one clip, not of several side by side (data."
+            f"packed_tokens={config.data.packed_tokens}); use ulysses, with a parallel.sequence that divides "
+            f"{m.num_heads // layout.tensor} heads"
         )
     if kind == "window" and m.temporal_attention:
         yield (

@@ -27,6 +27,7 @@ class Pace:
     def __post_init__(self) -> None:
         self.stragglers = Stragglers(self.task.config.parallel.slow_rank)
         self.num_ranks = resolve(self.task.config).num_ranks
+        self.most_tokens = self.task.config.data.packed_tokens * self.task.config.train.global_batch
 
     def add(self, fetched: Fetched, outcome: Outcome, update_s: float) -> None:
         """One step, whether or not it was updated."""
@@ -45,6 +46,8 @@ class Pace:
         seconds = sum(sections.values())
         speed = {"clips_per_s": rows / seconds, "data_wait": sections["data_s"] / seconds}
         speed["tokens_per_s"] = tokens / seconds
+        if self.most_tokens:
+            speed["fill"] = tokens / self.most_tokens
         if flops and self.peak_flops:
             speed["mfu"] = flops / seconds / (self.peak_flops * self.num_ranks)
         row: dict[str, Any] = {"step": step, "step_s": seconds, **sections, **speed}
@@ -61,6 +64,7 @@ class Pace:
             self.reporter.histogram(step, name, outcome.quantiles, outcome.losses, c.num_time_bands)
         status = [f"loss {outcome.loss:.4f}", f"norm {norm:.3f}", f"{speed['clips_per_s']:.1f} clips/s"]
         status += [f"{speed['tokens_per_s']:.0f} tokens/s"]
+        status += [f"{speed['fill']:.1%} of packed rows filled"] if "fill" in speed else []
         status += [f"MFU {speed['mfu']:.0%}"] if "mfu" in speed else []
         status += [f"data wait {speed['data_wait']:.1%}"]
         self.reporter.progress(step, "  ".join(status), step == c.steps or step % (10 * c.log_every) == 0)

@@ -12,6 +12,7 @@ from parallel.exchange import exchange, from_first, in_order, together
 from vidit.data.catalog import Catalog, Dropped
 from vidit.data.listing import number_of
 from vidit.data.loader import Batch, MicroBatches
+from vidit.data.packed import PackedRows
 from vidit.data.shards import ClipRef, read_index
 from vidit.data.stream_loader import StreamBatches, num_readers
 from vidit.data.stream_plan import begin, resumed
@@ -26,6 +27,9 @@ from vidit.train.step import DitStep
 from vidit.train.stop import StopRequest
 from vidit.train.task import Task
 from vidit.whole_file import write_whole
+
+WELL_FILLED = 0.9
+"""Share of a packed row's tokens below which a run says how to fill more."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,17 @@ def open_data(
     else:
         images = resolve(config).latent_frames
         training = MicroBatches(config, catalog, task.tokenizer, images, *task.data_place, str(task.step.device))
+        if isinstance(rows := training.schedule, PackedRows):
+            reporter.say(filled(rows))
     return RunData(training, validation, num_batches, order)
+
+
+def filled(rows: PackedRows) -> str:
+    """What is said of packed rows before the first step."""
+    word = f"packed rows of at most {rows.limit} tokens, {rows.fill:.1%} full"
+    if rows.fill < WELL_FILLED:
+        word += "; more data.packed_tokens, or buckets of fewer tokens, fill them"
+    return word
 
 
 def _cached(

@@ -207,8 +207,7 @@ class DitStep:
         """What is known of a batch before a look at its clips."""
         rows, chosen_B, estimated = batch.rows, None, False
         quantile_B = self.quantiles(rows, purpose, batch.step_rows)
-        shift = self._shift(*batch.size) if batch.size else self.shift
-        t_B = times_from_uniform(self.config.diffusion, quantile_B, shift).to(self.device, self.dtype)
+        t_B = self.times(batch, quantile_B).to(self.device, self.dtype)
         if share := self.config.denoiser.self_conditioning:
             chosen_B = self._chosen(f"{purpose}/self_condition", rows, share)
             # Ranks that gather weights must go together.
@@ -217,10 +216,15 @@ class DitStep:
         grid = self.grid(batch)
         if (share := self.config.model.motion_free) and purpose == "train":
             grid = replace(grid, still_B=self._chosen("motion_free", rows, share).to(self.device))
-        given_BT = self.given(batch, purpose, grid.frames)
+        given_BT = self.given(batch, purpose, grid)
         return Inputs(
             rows, purpose, quantile_B, t_B, grid, chosen_B, estimated, given_BT, self.config.model.frame_times
         )
+
+    def times(self, batch: Batch, quantile_B: Tensor) -> Tensor:
+        """Of the rows of a batch, (B,), from their places in the density."""
+        shift = self._shift(*batch.size) if batch.size else self.shift
+        return times_from_uniform(self.config.diffusion, quantile_B, shift)
 
     def shown(self, inputs: Inputs, video: Video) -> Grid:
         """The grid of a batch with the frames that the model sees beside the noisy ones."""
@@ -228,9 +232,9 @@ class DitStep:
             return inputs.grid
         return replace(inputs.grid, given_BCTHW=beside(video.x_BCTHW, inputs.given_BT))
 
-    def given(self, batch: Batch, purpose: str, frames: int) -> Tensor | None:
+    def given(self, batch: Batch, purpose: str, grid: Grid) -> Tensor | None:
         """Which latent frames of each row are given (B, T), in training; None where none may be."""
-        kinds = self.config.diffusion.given
+        kinds, frames = self.config.diffusion.given, grid.frames
         if not kinds or purpose != "train":
             return None
         seed, clips = self.config.train.seed, batch.rows[: len(batch.clips.keys)]

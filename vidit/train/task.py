@@ -21,6 +21,7 @@ from vidit.model.flops import forward_flops, training_flops
 from vidit.resolve import Grid, grid_of
 from vidit.text.encoder import CaptionTokenizer, TextEncoder, build_text_encoder
 from vidit.train.layout import layout_of, own_tokens, stages_of
+from vidit.train.packed_step import PackedStep
 from vidit.train.parallelize import build_discriminator, build_dit, build_vae, divide_vae
 from vidit.train.passes import Passes, PlainPasses
 from vidit.train.precision import choose_dtype
@@ -160,7 +161,8 @@ def dit_task(
     def flops(grid: Grid) -> int:
         return forward_flops(config.denoiser, grid, channels, text.width, text.max_tokens, text.second_captions)
 
-    step = DitStep(config, vae, text, device, num_validation)
+    kind = PackedStep if config.data.packed_tokens else DitStep
+    step = kind(config, vae, text, device, num_validation)
     return Task(config, model, step, passes_of(config, model, step, mesh), text, flops, mesh)
 
 

@@ -50,6 +50,13 @@ def test_too_short_for_all() -> None:
     assert assign(facts((4, 64, 64), (5, 64, 64)), SHAPES[4:], 0).tolist() == [-1, -1]
 
 
+def test_the_longest_may_come_before_the_largest() -> None:
+    shapes = tuple(Bucket(num_frames=t, height=s, width=s) for t, s in ((5, 64), (17, 32), (17, 16)))
+    clips = facts((20, 64, 64), (9, 64, 64))
+    assert assign(clips, shapes, 0).tolist() == [0, 0]
+    assert assign(clips, shapes, 0, longest_first=True).tolist() == [1, 0]
+
+
 def test_keep_hands_clips_down() -> None:
     shapes = tuple(s.model_copy(update={"keep": 0.25 if s.num_frames == 33 else 0.5}) for s in SHAPES)
     clips = facts(*[(33, 128, 128)] * 4000)

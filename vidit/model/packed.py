@@ -1,0 +1,120 @@
+"""Packed rows: clips of several shapes side by side in one sequence of tokens (NaViT, 2307.06304, section 2; Sora).
+
+A row (B = 1) holds the tokens of n clips, one clip after the other. Only attention and what is added to tokens or
+scales them knows of clips: each attends within itself and to its own text, has its own places, and is modulated by its
+own row of the conditioning, of which there are n. So a packed row gives what its clips give one by one, whatever lies
+beside them, and nothing is padded.
+
+Its latent is (1, S, P, C): the C channels of the P places of a patch, for each token. Neighbours of one shape, a run,
+are worked on as rows of a batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vidit.config import Window
+from vidit.model.windows import Grid
+
+
+class Run(NamedTuple):
+    """Neighbours of one shape: where their tokens are, which clips they are, and their grid as rows of a batch."""
+
+    tokens: slice
+    clips: slice
+    grid: Grid
+
+    def rows(self, x_1S: Tensor) -> Tensor:
+        """Their tokens, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...)."""
+        return x_1S[0, self.tokens].unflatten(0, (-1, self.grid.num_tokens))
+
+
+def packed(clips: Sequence[Window]) -> Grid:
+    """The grid of clips of these shapes side by side, in tokens."""
+    return Grid(1, 1, sum(t * h * w for t, h, w in clips), clips=tuple(clips))
+
+
+def runs(grid: Grid) -> Iterator[Run]:
+    """The clips of a packed row, neighbours of one shape together."""
+    token = clip = 0
+    for shape, of_shape in groupby(grid.clips):
+        num = len(list(of_shape))
+        clips = slice(clip, clip + num)
+        own = Grid(*shape, image_B=None if grid.image_B is None else grid.image_B[clips])
+        yield Run(slice(token, token + num * own.num_tokens), clips, own)
+        token, clip = token + num * own.num_tokens, clip + num
+
+
+def tokens_of(x_BCTHW: Tensor, patch: Window) -> Tensor:
+    """The numbers of each patch side by side: (B, S, P, C)."""
+    b, c, t, h, w = x_BCTHW.shape
+    pt, ph, pw = patch
+    x = x_BCTHW.reshape(b, c, t // pt, pt, h // ph, ph, w // pw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    return x.flatten(4, 6).flatten(1, 3)
+
+
+def clip_by_clip(core: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, grid: Grid, text: Any = None) -> Any:
+    """What a core gives for each run of a packed row, side by side; of its text each clip is given its own row.
+
+    A core that answers to the text as well gives a pair: its video's output, and its text's, a clip a row.
+    """
+    found = []
+    for run in runs(grid):
+        own = None if text is None else type(text)(*(None if x is None else x[run.clips] for x in text))
+        found.append(core(run.rows(q), run.rows(k), run.rows(v), run.grid, None, own))
+    if isinstance(found[0], Tensor):
+        return side_by_side(found)
+    videos, said = zip(*found, strict=True)
+    return side_by_side(videos), torch.cat(said)
+
+
+def side_by_side(found: Sequence[Tensor]) -> Tensor:
+    """Rows of runs as one packed row: (clips, tokens of a clip, ...) each -> (1, S, ...)."""
+    return torch.cat([x.flatten(0, 1) for x in found])[None]
+
+
+def clip_of(position_S4: Tensor) -> Tensor:
+    """The number of the clip of each token of this rank, (S,): what packed positions have behind a place."""
+    return position_S4[:, 3]
+
+
+def frame_of(position_S4: Tensor, grid: Grid) -> Tensor:
+    """The number of each token's latent frame among those of all clips of the row, (S,)."""
+    frames = torch.tensor([0, *(t for t, _, _ in grid.clips[:-1])], device=position_S4.device)
+    return frames.cumsum(0)[clip_of(position_S4)] + position_S4[:, 0]
+
+
+def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
+    """Whether each token is of a clip of one latent frame, (S,)."""
+    return torch.tensor([t == 1 for t, _, _ in grid.clips], device=position_S4.device)[clip_of(position_S4)]
+
+
+def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:
+    """Vectors of clips, each (n, 1, D) -> those of the tokens of this rank, each (1, S, D)."""
+    clip_S = clip_of(position_S4)
+    return tuple(v[:, 0].index_select(0, clip_S)[None] for v in vectors)
+
+
+def per_frame(x_n: Tensor, grid: Grid) -> Tensor:
+    """Numbers of clips (n, ...) repeated for each of their latent frames, (F, ...) over the row."""
+    return x_n.repeat_interleave(torch.tensor([t for t, _, _ in grid.clips], device=x_n.device), 0)
+
+
+def per_token(x: Tensor, grid: Grid) -> Tensor:
+    """Numbers of clips (n, ...) or of latent frames (F, ...) of a packed row repeated for each token, (S, ...)."""
+    sizes = [t * h * w for t, h, w in grid.clips]
+    if len(x) != len(grid.clips):
+        sizes = [h * w for t, h, w in grid.clips for _ in range(t)]
+    return x.repeat_interleave(torch.tensor(sizes, device=x.device), 0)
+
+
+def clip_means(x_S: Tensor, grid: Grid, counted_S: Tensor | None = None) -> Tensor:
+    """The mean over the tokens of each clip, of those that count: (S,) -> (n,)."""
+    sizes, means = [t * h * w for t, h, w in grid.clips], []
+    weights = [None] * len(sizes) if counted_S is None else counted_S.to(x_S.dtype).split(sizes)
+    for own, weight in zip(x_S.split(sizes), weights, strict=True):
+        means.append(own.mean() if weight is None else (own * weight).sum() / weight.sum())
+    return torch.stack(means)
