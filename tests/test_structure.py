@@ -50,7 +50,7 @@ TABLE = {
     "vidit.overrides": Rule(("vidit.config",), ("pydantic",)),
     "vidit.idle": Rule(("vidit.config", "vidit.overrides"), ()),
     "vidit.resolve": Rule(("vidit.config", "vidit.idle", "vidit.data.selection"), ()),
-    "vidit.batching": Rule(("vidit.config", "vidit.resolve", "vidit.model.flops"), ()),
+    "vidit.batching": Rule(("vidit.config", "vidit.resolve", "vidit.model.flops", "vidit.text.width"), ()),
     "vidit.keys": Rule((), ("numpy", "torch")),
     "vidit.dtypes": Rule((), ("torch",)),
     "vidit.whole_file": Rule((), ()),
@@ -62,6 +62,7 @@ TABLE = {
     "vidit.vae.catalog": Rule(("vidit.config",), ()),
     "vidit.vae.place": Rule(("vidit.config", "vidit.vae.catalog"), ("huggingface_hub",)),
     "vidit.text": Rule(CONFIG),
+    "vidit.text.width": Rule(("vidit.config",), ()),  # `vidit config` counts with it
     "vidit.data.selection": Rule((), ()),  # `vidit config` checks the rules of data.select
     "vidit.data": Rule(
         (*CONFIG, "vidit.text.encoder", "vidit.batching")
@@ -73,6 +74,7 @@ TABLE = {
             "vidit.config",
             "vidit.resolve",
             "vidit.model.flops",
+            "vidit.text.width",
             "parallel.layout",
             "parallel.kinds",
             "parallel.dealing",
@@ -91,6 +93,7 @@ TABLE = {
             "vidit.config",
             "vidit.resolve",
             "vidit.model.flops",
+            "vidit.text.width",
             "vidit.vae.stored",
             "vidit.train.layout",
             "parallel.planner",

@@ -3,6 +3,7 @@
 from vidit.config import Bucket, RunConfig
 from vidit.model.flops import forward_flops
 from vidit.resolve import grid_of
+from vidit.text.width import captions_of
 
 
 def row_cost(config: RunConfig, shape: Bucket) -> float:
@@ -13,8 +14,8 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
     if c.train.task == "vae":
         return float(shape.num_frames * shape.height * shape.width)
     grid = grid_of(c, shape.num_frames, shape.height, shape.width)
-    channels, second = c.vae.latent_channels, c.second_captions
-    return float(forward_flops(c.denoiser, grid, channels, c.text.width, c.text.max_tokens, second))
+    text = captions_of(c)
+    return float(forward_flops(c.denoiser, grid, c.vae.latent_channels, text.width, text.tokens, text.second))
 
 
 def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:

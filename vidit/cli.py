@@ -297,7 +297,8 @@ def import_(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     g = import_diffusers(Path(arguments.source), out, arguments.dtype)
     name = section_of(g)
-    print(f"{out}: {name}.json is the {name} section for {g.channels} latent channels and text of width {g.text_width}")
+    text = f"and text of width {g.text_width}" if g.text_width else "and reads no text"
+    print(f"{out}: {name}.json is the {name} section for {g.channels} latent channels {text}")
     if isinstance(g, Geometry) and g.said:
         print(g.said)
     print(f"train.init_from={out}")

@@ -9,6 +9,7 @@ from vidit.batching import clip_tokens, micro_batch_rows, row_cost
 from vidit.config import RunConfig
 from vidit.model.flops import forward_flops, parameter_count, training_flops
 from vidit.resolve import grid_of, ranks_of, resolve
+from vidit.text.width import Captions, captions_of
 from vidit.train.layout import stages_of, with_layout
 from vidit.vae.stored import adopt_vae
 
@@ -34,17 +35,17 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
     if config.parallel.pipeline > 1:
         derived["stages"] = [f"{layers.start}-{layers.stop - 1}" for layers in stages_of(config)]
     if config.train.task != "vae":
-        m, channels, text = config.denoiser, config.vae.latent_channels, config.text
+        m, channels, text = config.denoiser, config.vae.latent_channels, captions_of(config)
         grid = resolved.grid
-        forward = forward_flops(m, grid, channels, text.width, text.max_tokens, config.second_captions)
+        forward = forward_flops(m, grid, channels, text.width, text.tokens, text.second)
         step = training_flops(forward, m.self_conditioning) * config.train.global_batch
         if config.data.packed_tokens:  # of rows that are full of the clips that cost most for a token
             grids = [grid_of(config, b.num_frames, b.height, b.width) for b in config.data.buckets]
-            captions = channels, text.width, text.max_tokens, config.second_captions
+            captions = channels, text.width, text.tokens, text.second
             dearest = max(forward_flops(m, g, *captions) / prod(g) for g in grids)
             row = round(dearest * config.data.packed_tokens)
             step = training_flops(row, m.self_conditioning) * config.train.global_batch
-        parameters = parameter_count(m, resolved.largest_grid, channels, text.width, config.second_captions[1])
+        parameters = parameter_count(m, resolved.largest_grid, channels, text.width, text.second[1])
         derived |= {
             f"{config.train.task}_parameters": parameters,
             "forward_flops_per_clip": forward,
@@ -52,8 +53,20 @@ def describe(config: RunConfig, world_size: int | None = None) -> dict[str, Any]
             "training_flops_total": step * config.train.steps,
             "state_bytes": parameters * STATE_BYTES,
         }
+        if text.unknown and m.reads_text:
+            derived["estimated"] = _estimated(text)
     derived["run_dir"] = str(Path(config.directory))
     return {"config": config.model_dump(mode="json"), "derived": derived}
+
+
+def _estimated(text: Captions) -> str:
+    """Why counts are not exact."""
+    widths = {"text.path": text.width, "text.second.path": text.second[1]}
+    return (
+        f"the width of the text is unknown: {' and '.join(text.unknown)} is no local folder with a config.json; "
+        f"numbers are for a width of {' and '.join(str(widths[option]) for option in text.unknown)}, and exact with "
+        "one"
+    )
 
 
 # fp32 weight, gradient, average and two moments, as AdamW keeps them: at most that.

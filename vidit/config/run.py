@@ -40,16 +40,6 @@ class RunConfig(Section):
         return self.unet if self.train.task == "unet" else self.model
 
     @property
-    def second_captions(self) -> tuple[int, int]:
-        """(tokens, width) of the second encoder's captions for estimates, 0 each where there is none.
-
-        Its width is in its files; where `model.pooled_width` does not tell it, that of `text` stands in.
-        """
-        if not self.text.has_second:
-            return 0, 0
-        return self.text.second.max_tokens, self.model.pooled_width or self.text.width
-
-    @property
     def directory(self) -> Path:
         return Path(self.run_dir or f"runs/{self.name}")
 

@@ -14,6 +14,7 @@ from parallel.stages import cut, micro_batch_faults, stage_faults
 from vidit.config import AnyWindow, Bucket, Launch, RunConfig, Window, refuse
 from vidit.model.flops import block_flops, embed_flops, head_flops, window_of
 from vidit.resolve import faults, grid_of, latent_frames, resolve
+from vidit.text.width import captions_of
 
 
 def layout_of(config: RunConfig) -> Layout:
@@ -60,8 +61,8 @@ def kind_of(config: RunConfig) -> SequenceKind:
 def stages_of(config: RunConfig) -> list[range]:
     """The layers of every stage of the pipeline, cut by forward FLOPs."""
     c, r, p = config.model, resolve(config), config.parallel
-    channels, captions = config.vae.latent_channels, (config.text.max_tokens, config.text.width)
-    costs = [block_flops(c, layer, r.grid, captions, config.second_captions) for layer in range(c.num_layers)]
+    channels, text = config.vae.latent_channels, captions_of(config)
+    costs = [block_flops(c, layer, r.grid, (text.tokens, text.width), text.second) for layer in range(c.num_layers)]
     ends = embed_flops(c, r.grid, channels), head_flops(c, r.grid, channels)
     return cut(costs, p.pipeline * p.stages_per_rank, *ends)
 

@@ -6,7 +6,7 @@ be set by a run; what would load and be quietly wrong is refused here, before a 
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from vidit.config import Vae
 from vidit.config.vae import Kind
@@ -15,15 +15,21 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 Facts = Mapping[str, Any]
 
 
-def borrowed_config(folder: Path, facts: Facts) -> Vae:
+def borrowed_config(folder: Path, facts: Facts, option: str = "vae.weights") -> Vae:
     """The section of a folder whose `config.json` holds `facts`, with only what the folder decides.
 
     ValueError for a class that is not among `kind`, a geometry that it cannot code, or weights that are not there.
     """
     name, known = str(facts.get("_class_name")), [kind for kind in get_args(Kind) if kind != "causal"]
     if name not in known:
-        raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as vae.weights use one of {' '.join(known)}")
+        raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as {option} use one of {' '.join(known)}")
     _check_weights(folder)
+    for entry, (wanted, fits) in _ENTRIES.get(name, {}).items():
+        if entry in facts and not fits(facts[entry]):
+            raise ValueError(
+                f"{folder / 'config.json'} of {name} has {entry}={facts[entry]!r}, and it is {wanted}; copy the file "
+                "again"
+            )
     try:
         channels, time, space, pixels = _GEOMETRY[name](facts)
     except KeyError as error:
@@ -70,6 +76,28 @@ def _wan(c: Facts) -> Geometry:
     return c["z_dim"], 2 ** sum(c["temperal_downsample"]), patch * 2 ** (len(c["dim_mult"]) - 1), 3 * patch**2
 
 
+def _is_count(x: object) -> bool:
+    return type(x) is int and x > 0
+
+
+def _is_list_of(fits: Callable[[object], bool], x: object) -> bool:
+    return isinstance(x, list) and bool(x) and all(fits(part) for part in x)
+
+
+# Of a class: what an entry is, and whether a value is that. What a file lacks is for whoever reads the entry.
+_Entry = tuple[str, Callable[[object], bool]]
+_COUNT: _Entry = ("a whole number above 0", _is_count)
+_FLAG: _Entry = ("true or false", lambda x: isinstance(x, bool))
+_NAMES: _Entry = ("a list of names", lambda x: _is_list_of(lambda part: isinstance(part, str), x))
+_ENTRIES: dict[str, dict[str, _Entry]] = {
+    "AutoencoderKL": {
+        "block_out_channels": ("a list of whole numbers above 0", lambda x: _is_list_of(_is_count, x)),
+        "scaling_factor": ("a number above 0", lambda x: type(x) in (int, float) and cast(float, x) > 0),
+        **dict.fromkeys(("down_block_types", "up_block_types"), _NAMES),
+        **dict.fromkeys(("latent_channels", "layers_per_block", "norm_num_groups"), _COUNT),
+        **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), _FLAG),
+    }
+}
 _GEOMETRY: dict[str, Callable[[Facts], Geometry]] = {
     "AutoencoderKL": _image,
     "AutoencoderKLCogVideoX": _cogvideox,

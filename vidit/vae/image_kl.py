@@ -120,15 +120,20 @@ def _tensors(vae: CausalVae, facts: Mapping[str, Any], given: dict[str, Tensor],
     if facts["use_quant_conv"]:
         matrix = take("quant_conv.weight", torch.Size((outputs, outputs, 1, 1, 1))).flatten(1)
         shift = take("quant_conv.bias", shift.shape)
-    shift[outputs // 2 :] -= LOG_VARIANCE  # which the encoder here adds
-    kernel = made["encoder.last.weight"]
-    made["encoder.last.weight"] = (matrix @ kernel.flatten(1)).view_as(kernel)
-    made["encoder.last.bias"] = matrix @ made["encoder.last.bias"] + shift
+    _multiply_in(made, matrix, shift)
     told = [f"{len(names)} {word}: {', '.join(sorted(names)[:5])}" for word, names in
             (("missing", missing), ("unknown", list(left))) if names]  # fmt: skip
     if told:
         raise ValueError(f"{folder / WEIGHTS} does not fit its config.json: {'; '.join(told)}; copy both again")
     return made
+
+
+def _multiply_in(made: dict[str, Tensor], matrix: Tensor, shift: Tensor) -> None:
+    """Their matrix (2c, 2c) and bias behind the encoder's last convolution, made part of that."""
+    shift[len(shift) // 2 :] -= LOG_VARIANCE  # which the encoder here adds
+    kernel = made["encoder.last.weight"]
+    made["encoder.last.weight"] = (matrix @ kernel.flatten(1)).view_as(kernel)
+    made["encoder.last.bias"] = matrix @ made["encoder.last.bias"] + shift
 
 
 def _last_frame(found: Tensor, shape: torch.Size, name: str, folder: Path) -> Tensor:

@@ -32,7 +32,7 @@ def starting_weights(c: Vae, folder: Path, inflate: bool) -> dict[str, Tensor]:
     ValueError where that cannot be read, or is of a geometry that does not fit.
     """
     place = vae_folder(Vae(weights=str(folder)))
-    stored = vae_config(place)
+    stored = vae_config(place, "vae_train.init")
     given = image_vae(place, stored) if stored.is_borrowed else load_vae(place, torch.device("cpu"), torch.float32)
     _check(c, given.config, folder, inflate)
     if not inflate:

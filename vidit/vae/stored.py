@@ -19,17 +19,20 @@ WHERE = ("weights", "revision")
 ORIGIN = "origin.json"
 
 
-def vae_config(folder: Path) -> Vae:
-    """The geometry of a stored VAE, with `weights` set to the folder. ValueError where there is none to read."""
+def vae_config(folder: Path, option: str = "vae.weights") -> Vae:
+    """The geometry of a stored VAE, with `weights` set to the folder. ValueError where there is none to read.
+
+    option: of the config, that the folder was given as, for messages.
+    """
     path = folder / "config.json"
     if not path.is_file():
+        hub = ", or a hub name with vae.revision" if option == "vae.weights" else ""
         raise ValueError(
-            f"vae.weights={folder} holds no config.json; give a folder that a VAE run wrote (RUN/vae) or diffusers, or "
-            "a hub name with vae.revision"
+            f"{option}={folder} holds no config.json; give a folder that a VAE run wrote (RUN/vae) or diffusers{hub}"
         )
     facts = _facts(path)
     if "_class_name" in facts:
-        return borrowed_config(folder, facts)
+        return borrowed_config(folder, facts, option)
     try:
         return Vae.model_validate_json(path.read_text()).model_copy(update={"weights": str(folder)})
     except ValidationError as error:

@@ -60,6 +60,7 @@ def imported(source: str | Path | nn.Module) -> tuple[Geometry, Weights]:
     places = family.places(wanted := _shapes(on_meta(geometry)), geometry.model)
     needed = {name for place in places.values() for name in place.names}
     require_keys(needed, set(given.shapes) - set(family.computed), family.cls)
+    family.agree(config, given.shapes)
 
     def get(name: str) -> Tensor:
         found = places[name].form.ours([given.get(theirs) for theirs in places[name].names], geometry.model)
@@ -100,12 +101,14 @@ def exported(geometry: Geometry, given: Weights) -> tuple[dict[str, Any], Weight
 def family_of(c: Model) -> Family:
     """The family whose class expresses a model. ValueError that says what keeps it from the nearest one."""
     by_distance = sorted(FAMILIES, key=lambda family: len(list(family.differences(c))))
-    if faults := list(by_distance[0].differences(c)):
+    nearest = by_distance[0]
+    if faults := list(nearest.differences(c)):
+        cures = "".join(f"; {cure}" for name, cure in nearest.cures.items() if getattr(c, name) != nearest.fields[name])
         known = " ".join(family.name for family in FAMILIES)
         raise ValueError(
-            f"no class of diffusers expresses this model; of {known} the nearest fails by {'; '.join(faults)}"
+            f"no class of diffusers expresses this model; of {known} the nearest fails by {'; '.join(faults)}{cures}"
         )
-    return by_distance[0]
+    return nearest
 
 
 def on_meta(geometry: Geometry) -> DiT:

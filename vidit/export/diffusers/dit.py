@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vidit.config import DIT as IMAGES
 from vidit.config import Model
-from vidit.export.diffusers.family import Family, Geometry, at
+from vidit.dtypes import widen
+from vidit.export.diffusers.family import Family, Geometry, at, require_numbers
 from vidit.export.diffusers.forms import KERNEL_2D, Form
 
 FREE = ("patch", "activation")
@@ -26,9 +27,14 @@ NORM_EPS = 1e-6
 CLASS_EPS = 1e-5
 GELU = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 NUM_LABELS = 1
+COUNTS = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "patch_size", "sample_size")
 SAID = (
     "embed.conditioning.time.out.bias holds the null label's vector too, and the other labels are left out: this is "
     "the model without a class"
+)
+CURE = (
+    "train a model that becomes a DiTTransformer2DModel with model.time_spacing=closed and model.position_span=<tokens "
+    "along a side of the grid> (16 for 256 pixels, a VAE of stride 8 and patches of 2)"
 )
 EMBEDDERS = "transformer_blocks.{layer}.norm1.emb."
 
@@ -46,10 +52,10 @@ def _shared(parts: Sequence[Tensor], c: Model) -> Tensor:
 
 
 def _with_null_label(parts: Sequence[Tensor], c: Model) -> Tensor:
-    """Of biases, then tables of labels, the bias plus the last label's vector."""
+    """Of biases, then tables of labels, the bias plus the last label's vector; a sum of two numbers in bf16 is none."""
     biases, tables = parts[: c.num_layers], parts[c.num_layers :]
     null: Tensor = _shared([table[-1] for table in tables], c)
-    return _shared(biases, c) + null
+    return widen(_shared(biases, c)) + widen(null)
 
 
 def _without_labels(bias: Tensor, c: Model) -> tuple[Tensor, ...]:
@@ -60,7 +66,20 @@ COPIES = Form(lambda x, c: (x,) * c.num_layers, _shared)
 NULL_LABEL = Form(_without_labels, _with_null_label)
 
 
+def _check_labels(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError where config and tables do not agree on the number of labels: the null one is the last row."""
+    for name, shape in shapes.items():
+        if name.endswith("class_embedder.embedding_table.weight"):
+            said = config.get("num_embeds_ada_norm", shape[0] - 1)
+            if said != shape[0] - 1:
+                raise ValueError(
+                    f"config.json of this DiTTransformer2DModel has num_embeds_ada_norm={said!r}, and {name} is of "
+                    f"{shape[0] - 1} labels and the null label; take both from one checkpoint"
+                )
+
+
 def _read(config: Mapping[str, Any]) -> Geometry:
+    require_numbers(config, COUNTS, ("norm_eps",) if "norm_eps" in config else (), "DiTTransformer2DModel")
     width, size = config["num_attention_heads"] * config["attention_head_dim"], config["sample_size"]
     channels, out = config["in_channels"], config["out_channels"] or config["in_channels"]
     if out not in (channels, 2 * channels):
@@ -95,7 +114,8 @@ def _write(g: Geometry) -> dict[str, Any]:
         "model.time_width": (c.cond_width, c.width),
     }
     if odd := [f"{name}={found} where it has {wanted}" for name, (found, wanted) in kept.items() if found != wanted]:
-        raise ValueError(f"DiTTransformer2DModel cannot express this model: {'; '.join(odd)}")
+        cure = "" if c.position_span else f"; {CURE}"
+        raise ValueError(f"DiTTransformer2DModel cannot express this model: {'; '.join(odd)}{cure}")
     return {
         "patch_size": c.patch[-1], "num_attention_heads": c.num_heads, "attention_head_dim": c.width // c.num_heads,
         "in_channels": g.channels, "out_channels": g.channels * c.out_factor, "num_layers": c.num_layers,
@@ -149,4 +169,6 @@ DIT = Family(
     },
     computed=("pos_embed.pos_embed",),
     free=("mlp_norm_eps",),
+    cures={"time_spacing": CURE},
+    agree=_check_labels,
 )  # fmt: skip

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from vidit.config import Model
 from vidit.export.diffusers.forms import SAME, Form
 
@@ -53,6 +55,21 @@ def require_same_channels(config: Mapping[str, Any]) -> None:
         )
 
 
+def require_numbers(config: Mapping[str, Any], counts: Iterable[str], reals: Iterable[str], cls: str) -> None:
+    """ValueError for entries that are no positive whole numbers, or no positive numbers. KeyError for missing ones."""
+    for names, kinds, what in ((counts, (int,), "a whole number"), (reals, (int, float), "a number")):
+        for name in names:
+            if type(config[name]) not in kinds or not config[name] > 0:
+                raise ValueError(
+                    f"config.json of this {cls} has {name}={config[name]!r}, and it is {what} above 0; take the whole "
+                    "file"
+                )
+
+
+def _agree(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Of most classes nothing more than what shapes of ours tell."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One class of diffusers.
@@ -71,6 +88,8 @@ class Family:
     older: names of the class in older files.
     known: of their config.json, what older files say beside `fixed`; not written.
     computed: names in older files of what the class computes.
+    cures: what to do about a field that differs.
+    agree: their config.json and shapes; ValueError where they contradict each other, besides what ours tell.
     """
 
     name: str
@@ -88,6 +107,8 @@ class Family:
     older: tuple[str, ...] = ()
     known: Mapping[str, Any] = field(default_factory=dict)
     computed: tuple[str, ...] = ()
+    cures: Mapping[str, str] = field(default_factory=dict)
+    agree: Callable[[Mapping[str, Any], Mapping[str, tuple[int, ...]]], None] = _agree
 
     def place(self, name: str, c: Model) -> Place:
         """Where a parameter of our model lies. ValueError where the table has no place for it."""
@@ -133,6 +154,9 @@ class Family:
             return self.read(config)
         except KeyError as error:
             raise ValueError(f"config.json of this {self.cls} lacks {error}; take the whole file") from error
+        except ValidationError as error:
+            found = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+            raise ValueError(f"config.json of this {self.cls} gives no model ({found}); take the whole file") from error
 
 
 def _each(names: Iterable[str], c: Model) -> Iterator[str]:
