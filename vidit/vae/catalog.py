@@ -18,11 +18,15 @@ Facts = Mapping[str, Any]
 def borrowed_config(folder: Path, facts: Facts, option: str = "vae.weights") -> Vae:
     """The section of a folder whose `config.json` holds `facts`, with only what the folder decides.
 
+    option: of the config, that the folder was given as, for messages.
+
     ValueError for a class that is not among `kind`, a geometry that it cannot code, or weights that are not there.
     """
     name, known = str(facts.get("_class_name")), [kind for kind in get_args(Kind) if kind != "causal"]
     if name not in known:
-        raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as {option} use one of {' '.join(known)}")
+        # What training begins with is made ours (`vidit/vae/image_kl.py`), which only the class for images can be.
+        usable = ["AutoencoderKL"] if option == "vae_train.init" else known
+        raise ValueError(f"{folder / 'config.json'} is of class {name!r}; as {option} use one of {' '.join(usable)}")
     _check_weights(folder)
     for entry, (wanted, fits) in _ENTRIES.get(name, {}).items():
         if entry in facts and not fits(facts[entry]):

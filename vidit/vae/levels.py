@@ -21,11 +21,8 @@ def encoder_levels(c: Vae) -> nn.Sequential:
     layers: list[nn.Module] = []
     given = widths[0]
     for level, width in enumerate(widths):
-        blocks = _blocks(c, given if c.layers == "ldm" else width, width, c.num_res_blocks[level])
-        if c.mid_attention and level + 1 == len(widths):
-            # Before the last block, behind one that has changed the width.
-            blocks.insert(max(1, len(blocks) - 1), FrameAttention(c, width))
-        layers += blocks
+        count = c.num_res_blocks[level]
+        layers += _blocks(c, level, given, count, max(1, count - 1))
         if level + 1 < len(widths):
             space, time = c.spatial_down[level], c.temporal_down[level]
             layers.append(
@@ -42,10 +39,7 @@ def decoder_levels(c: Vae) -> nn.Sequential:
     given = widths[-1]
     for level in reversed(range(len(widths))):
         width = widths[level]
-        blocks = _blocks(c, given if c.layers == "ldm" else width, width, c.decoder_res_blocks[level])
-        if c.mid_attention and level + 1 == len(widths):
-            blocks.insert(1, FrameAttention(c, width))
-        layers += blocks
+        layers += _blocks(c, level, given, c.decoder_res_blocks[level], 1)
         if level:
             space, time = c.spatial_down[level - 1], c.temporal_down[level - 1]
             layers.append(
@@ -59,6 +53,14 @@ def _widths(c: Vae) -> list[int]:
     return [c.base_channels * m for m in c.multipliers]
 
 
-def _blocks(c: Vae, given: int, width: int, count: int) -> list[nn.Module]:
-    """So many residual blocks, the first of which takes `given` channels."""
-    return [ResBlock(c, width if number else given, width) for number in range(count)]
+def _blocks(c: Vae, level: int, given: int, count: int, middle: int) -> list[nn.Module]:
+    """So many residual blocks for `given` channels, of the coarsest level with attention behind so many: `middle`.
+
+    That is behind one that has changed the width.
+    """
+    width = _widths(c)[level]
+    first = given if c.layers == "ldm" else width
+    blocks: list[nn.Module] = [ResBlock(c, width if number else first, width) for number in range(count)]
+    if c.mid_attention and level + 1 == len(c.multipliers):
+        blocks.insert(middle, FrameAttention(c, width))
+    return blocks

@@ -23,6 +23,7 @@ from vidit.export.diffusers import from_diffusers, to_diffusers
 from vidit.export.diffusers.convert import imported
 from vidit.export.diffusers.dit import DIT
 from vidit.model.dit import DiT, text_frames
+from vidit.model.init import initialise
 from vidit.model.windows import Grid
 from vidit.text.encoder import build_text_encoder
 from vidit.train.initial import new_parts
@@ -126,6 +127,46 @@ def test_copies_are_bit_for_bit_and_one_bias_has_the_label() -> None:
     assert torch.equal(own[folded], given[emb + "timestep_embedder.linear_2.bias"] + null)
 
 
+@torch.no_grad()
+def test_the_sum_with_the_null_label_is_not_rounded_to_bf16() -> None:
+    stored = theirs({}).bfloat16()
+    dit, module = from_diffusers(stored), theirs({})
+    module.load_state_dict(stored.state_dict())
+    emb = module.transformer_blocks[0].norm1.emb
+    wanted = emb.timestep_embedder.linear_2.bias + emb.class_embedder.embedding_table.weight[LABELS]
+    bias = dit.state_dict()["embed.conditioning.time.out.bias"]
+    assert torch.equal(bias, wanted)
+    assert not torch.equal(bias, wanted.bfloat16().float())
+    x, time = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([3.0, 871.0])
+    expected = module(x, timestep=time, class_labels=torch.full((2,), LABELS)).sample[:, :4]
+    out = call_ours(dit, x[:, :, None], time)[:, :, 0]
+    assert float((out - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("sample_size", None, "has sample_size=None, and it is a whole number above 0"),
+        ("sample_size", [8, 8], "has sample_size=[8, 8], and it is a whole number above 0"),
+        ("patch_size", None, "has patch_size=None, and it is a whole number above 0"),
+        ("norm_eps", None, "has norm_eps=None, and it is a number above 0"),
+        ("num_layers", 0, "has num_layers=0, and it is a whole number above 0"),
+        ("out_channels", "8", "4 channels in and 8 out"),
+        (
+            "num_embeds_ada_norm",
+            7,
+            "has num_embeds_ada_norm=7, and transformer_blocks.0.norm1.emb.class_embedder.embed",
+        ),
+    ],
+)
+def test_a_damaged_config_is_told_by_its_field(tmp_path: Path, name: str, value: Any, message: str) -> None:
+    theirs({}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_diffusers(tmp_path)
+
+
 def test_what_is_written_has_no_labels_and_is_read_bit_for_bit(tmp_path: Path) -> None:
     dit = from_diffusers(theirs({}))
     module: Any = to_diffusers(dit)
@@ -191,6 +232,23 @@ def test_what_the_class_does_not_express(changes: dict[str, Any], message: str) 
         to_diffusers(dit)
 
 
+def test_the_bare_preset_is_told_what_the_class_needs_and_fits_with_that() -> None:
+    sizes = {"num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 128}
+    cure = r"model\.time_spacing=closed and model\.position_span=<tokens along a side of the grid>"
+    for given in ({}, {"time_spacing": "closed"}):
+        with pytest.raises(ValueError, match=cure):
+            to_diffusers(DiT(Model.preset("dit-XL-2", **sizes, **given), 4, (1, 4, 4), 0))
+    dit = DiT(Model.preset("dit-XL-2", **sizes, time_spacing="closed", position_span=4), 4, (1, 4, 4), 0)
+    initialise(dit, 0)
+    with torch.no_grad():  # what begins at zero would hide the rest
+        for p in dit.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    module: Any = to_diffusers(dit)
+    x, time = torch.randn(2, 4, 8, 8), torch.tensor([5.0, 600.0])
+    out = module.eval()(x, timestep=time, class_labels=torch.zeros(2, dtype=torch.long)).sample[:, :4]
+    torch.testing.assert_close(out, call_ours(dit, x[:, :, None], time)[:, :, 0], rtol=0, atol=1e-5)
+
+
 def test_the_preset_is_the_published_geometry() -> None:
     with torch.device("meta"):
         module = diffusers.DiTTransformer2DModel(out_channels=8)
@@ -208,7 +266,9 @@ def test_a_video_model_begins_as_the_image_model_of_each_frame(
     """Attention through time and to text are new, and what is imported gives each frame what it gives an image."""
     theirs({}).save_pretrained(tmp_path / "theirs")
     assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
-    assert "the null label's vector" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the null label's vector" in said
+    assert "for 4 latent channels and reads no text" in said
     images = Model.model_validate_json((tmp_path / "ours" / "model.json").read_text())
     more = {"temporal_attention": True, "relative_position": "rope", "rope_split": "time", "motion_free": 0.3}
     more |= {"cross_attention": "all", "cross_keys": "text", "pooled_text": True, "attention_backend": "sdpa"}

@@ -167,6 +167,26 @@ def test_another_geometry_is_named(tmp_path: Path) -> None:
         starting_weights(ours(changes), tmp_path, inflate=True)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("block_out_channels", "8", "a list of whole numbers above 0"),
+        ("block_out_channels", [], "a list of whole numbers above 0"),
+        ("down_block_types", None, "a list of names"),
+        ("latent_channels", "4", "a whole number above 0"),
+        ("scaling_factor", None, "a number above 0"),
+        ("mid_block_add_attention", None, "true or false"),
+    ],
+)
+def test_a_damaged_config_is_told_by_its_field(name: str, value: Any, what: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_bytes(b"")
+    facts = {"_class_name": "AutoencoderKL", **sizes(8), "latent_channels": 4, name: value}
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    told = re.escape(f"config.json of AutoencoderKL has {name}={value!r}, and it is {what}; copy the file again")
+    with pytest.raises(ValueError, match=told):
+        starting_weights(Vae(), tmp_path, inflate=True)
+
+
 def test_the_preset_is_the_published_geometry(tmp_path: Path) -> None:
     facts = {**DEFAULTS, **sizes(128, 256, 512, 512, layers_per_block=2, norm_num_groups=32, latent_channels=4)}
     assert image_geometry(tmp_path, facts) == Vae.preset("stable-diffusion", temporal_down=(False,) * 3)

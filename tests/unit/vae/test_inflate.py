@@ -76,5 +76,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         starting_weights(c, tmp_path / "video", inflate=True)
     with pytest.raises(ValueError, match=r"vae\.base_channels=16, there 8"):
         starting_weights(Vae(**{**geometry, "base_channels": 16}), tmp_path / "image", inflate=True)
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"^vae_train\.init=.*none holds no config\.json; .* or diffusers$"):
         starting_weights(c, tmp_path / "none", inflate=False)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "AutoencoderDC"}')
+    with pytest.raises(ValueError, match=r"is of class 'AutoencoderDC'; as vae_train\.init use one of AutoencoderKL$"):
+        starting_weights(c, tmp_path / "other", inflate=False)
