@@ -85,7 +85,7 @@ class Embed(nn.Module):
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0, c.given_channels)
         self.conditioning = Conditioning(c, second_width or text_width)
         self.text = TextEmbed(c, text_width) if c.embeds_text else None
-        self.reads_second = c.cross_text == "interleaved"
+        self.reads_second = c.interleaves_text
         self.second_text = TextEmbed(c, second_width) if c.embeds_text and self.reads_second else None
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)

@@ -112,6 +112,9 @@ def test_the_command(trained, capsys):
     assert len(capsys.readouterr().out.split()) == 2
     assert main(["sample", str(trained / "run"), "--prompt", "a", "--first-frames", "3"]) == 1
     assert "--first-frames=3 has no effect without --first" in capsys.readouterr().err
+    pulled = "sample.reconstruction_guidance=9"
+    assert main(["sample", str(trained / "run"), "--prompt", "a", pulled]) == 1
+    assert f"{pulled} has no effect without --first" in capsys.readouterr().err
 
 
 def test_what_is_refused(trained, configure, tmp_path):
@@ -119,6 +122,9 @@ def test_what_is_refused(trained, configure, tmp_path):
     for count in (2, 5):
         with pytest.raises(ConfigError, match=f"--first-frames={count} is not 1 \\+ a multiple of 2 below.*use 1 to 3"):
             read_first(config, trained / "clip.mp4", count)
+    still = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": 1})})
+    with pytest.raises(ConfigError, match=r"begins a video, but data\.num_frames=1"):
+        read_first(still, trained / "image.png", 1)
     with pytest.raises(ValueError, match="cannot begin a video"):
         read_first(config, trained / "image.png", 3)
     for name in ("not.mp4", "not.png", "none.jpg"):
