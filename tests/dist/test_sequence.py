@@ -73,8 +73,10 @@ def test_every_kind_of_block(pool: Pool, kind: Any, model: str) -> None:
         assert_equal(measured(pool, case))
 
 
-def test_text_that_is_seen_whole_around_a_ring(pool: Pool) -> None:
-    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS["cogvideox seen"], ODD, kind="ring")))
+@pytest.mark.parametrize(("model", "grid"), [("cogvideox seen", ODD), ("cogvideox", (3, 1, 1))])
+def test_text_around_a_ring(pool: Pool, model: str, grid: Any) -> None:
+    """Text that is seen with its padding, and a rank that has no token of the video."""
+    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS[model], grid, kind="ring")))
 
 
 @pytest.mark.parametrize(("grid", "images"), [(DEEP, True), (DEEP_EVEN, False)])

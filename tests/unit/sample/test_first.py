@@ -88,11 +88,12 @@ def test_frames_beside_the_noise(configure, tmp_path, trained):
     assert seen[-1][0] is None
 
 
-def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained):
+@pytest.mark.parametrize(("sampler", "precision"), [("ddim", "fp32"), ("heun", "bf16")])
+def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained, sampler, precision):
     """It is pulled: the frames stand at the beginning, and those behind follow them through the model's gradient."""
     config = configure(tmp_path / "run", train={"steps": 2}, sample={"prompts": ()}, model={"self_conditioning": 0.5})
     assert run(config)
-    overrides, videos = ["sample.num_steps=3", "sample.sampler=ddim"], {}
+    overrides, videos = ["sample.num_steps=3", f"sample.sampler={sampler}", f"train.precision={precision}"], {}
     for weight in (1e-9, 9.0):
         opened = open_trained(tmp_path / "run", [*overrides, f"sample.reconstruction_guidance={weight}"])
         frames = read_first(opened.config, trained / "clip.mp4", 3)
