@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.record import write_result
 from vidit.config import AnyWindow, Model
 from vidit.export.diffusers import from_diffusers
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.flops import forward_flops
 from vidit.model.init import initialise

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block, Tokens
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.embed import Head, PatchEmbed, TextEmbed
 from vidit.model.flops import window_of
 from vidit.model.joint import Streams
