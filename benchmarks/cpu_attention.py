@@ -3,7 +3,7 @@
     python -m benchmarks.cpu_attention
 
 Forward and backward of `scaled_dot_product_attention` in both dtypes, casts not counted, at equal numbers of
-tokens. `vidit.model.attention.CPU_SHORT` follows from it.
+tokens. `vidit.model.core.CPU_SHORT` follows from it.
 """
 
 import json

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.record import write_result
 from vidit.config import Model, Train
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.flops import forward_flops, training_flops
 from vidit.model.windows import Grid

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.record import write_result
 from vidit.config import AnyWindow, Model
 from vidit.export.diffusers import from_diffusers
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.flops import forward_flops
 from vidit.model.init import initialise
@@ -153,7 +153,7 @@ def measure_windows(scale: int, repeats: int) -> dict[str, Any]:
     for number in range(repeats + 1):
         for name, (dit, call, _) in models.items():
             taken = timed(dit, call, nullcontext())
-            if number or repeats == 1:  # but for warming up
+            if number:  # the first warms up
                 times[name].append(taken)
     row |= {name: round(median(own), 1) for name, own in times.items()}
     row |= {"full / windows": round(row["full"] / row["windows"], 2)}
@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
     parser.add_argument("--tokens", nargs="*", type=int, default=(1, 4, 16), help="times 1280, squares")
     arguments = parser.parse_args()
+    if arguments.repeats < 2 or any(math.isqrt(scale) ** 2 != scale for scale in arguments.tokens):
+        parser.error(f"--repeats={arguments.repeats} --tokens={arguments.tokens}: at least 2 repeats, and squares")
     torch.set_num_threads(1)
     rows, windows = [], []
     for cls in SIZES:
@@ -176,7 +178,7 @@ def main() -> None:
             shown = [f"{name} {row[name][1]} ms ({row[name][0]}-{row[name][2]})" for name in ("ours", "theirs")]
             print(f"{cls}, {way}: {', '.join(shown)}, {row['ours / theirs']}; from fp32 {row['errors']}", flush=True)
     for scale in arguments.tokens:
-        windows.append(measure_windows(scale, max(1, arguments.repeats // scale)))
+        windows.append(measure_windows(scale, max(2, arguments.repeats // scale)))
         print(windows[-1], flush=True)
     write_result("step", {"classes": rows, "windows": windows, "repeats": arguments.repeats})
 

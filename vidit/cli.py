@@ -222,6 +222,9 @@ def sample(arguments: argparse.Namespace) -> int:
     from vidit.sample.run import sample_run
 
     first, count = arguments.first, arguments.first_frames
+    pulls = [text for text in arguments.overrides if text.startswith("sample.reconstruction_guidance=")]
+    if pulls and not first:
+        raise ValueError(f"{pulls[0]} has no effect without --first; give a file, or leave it out")
     if count and not first:
         raise ValueError(f"--first-frames={count} has no effect without --first; give a file, or leave it out")
     for path in sample_run(

@@ -71,7 +71,7 @@ RULES = (
     Rule(("text.second.path", "text.second.revision", "text.second.max_tokens"), lambda c: c.text.has_second,
          "text.second.kind=t5, umt5 or clip"),
     Rule(("text.second.kind",), lambda c: c.train.task == "dit", "train.task=dit: a U-Net reads one encoder"),
-    Rule(("text.second.kind",), lambda c: c.model.pooled_text or c.model.cross_text == "interleaved",
+    Rule(("text.second.kind",), lambda c: c.model.pooled_text or c.model.interleaves_text,
          "model.pooled_text=true or model.cross_text=interleaved"),
     Rule(("model.cross_text",), lambda c: c.text.has_second, "a second encoder (text.second)"),
     Rule(("model.cross_keys", "model.cross_norm", "model.cross_text"),

@@ -27,7 +27,7 @@ from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero
 from vidit import keys
 from vidit.config import Model
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 from vidit.model.windows import Grid

@@ -15,7 +15,7 @@ from benchmarks.rank_pool import Pool, TaskError
 
 from parallel.layout import Layout
 from vidit.config import FAMILIES
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 
 LAYOUTS: dict[str, dict[str, int]] = {
     "tp2": {"tensor": 2},

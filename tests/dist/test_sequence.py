@@ -25,8 +25,8 @@ from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
 from parallel.dtensor import fill
 from parallel.shares import share
-from vidit.model import attention
-from vidit.model.attention import WindowCore
+from vidit.model import core
+from vidit.model.core import WindowCore
 from vidit.model.plan import sharding_plan
 from vidit.model.stage import keep_stages, plan_of_stages
 from vidit.model.windows import Grid
@@ -73,8 +73,10 @@ def test_every_kind_of_block(pool: Pool, kind: Any, model: str) -> None:
         assert_equal(measured(pool, case))
 
 
-def test_text_that_is_seen_whole_around_a_ring(pool: Pool) -> None:
-    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS["cogvideox seen"], ODD, kind="ring")))
+@pytest.mark.parametrize(("model", "grid"), [("cogvideox seen", ODD), ("cogvideox", (3, 1, 1))])
+def test_text_around_a_ring(pool: Pool, model: str, grid: Any) -> None:
+    """Text that is seen with its padding, and a rank that has no token of the video."""
+    assert_equal(measured(pool, Case(LAYOUTS["sp4"], MODELS[model], grid, kind="ring")))
 
 
 @pytest.mark.parametrize(("grid", "images"), [(DEEP, True), (DEEP_EVEN, False)])
@@ -289,7 +291,7 @@ PLANTS: dict[str, tuple[tuple[Any, str, Any], tuple[str, str, str, Any], str]] =
     "padding masked in other windows": (
         (WindowCore, "within", _first_windows), ("window", "sp2", "bias", ODD), "forward",
     ),
-    "places past the clip attended": ((attention, "padding_mask", _all_real), ("window", "sp2", "skips", ODD), "forward"),
+    "places past the clip attended": ((core, "padding_mask", _all_real), ("window", "sp2", "skips", ODD), "forward"),
     "gradient of uneven shares not averaged": (SPLIT, ("window", "sp2", "bias", ODD), "gradient"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vidit.config import Model, RunConfig, Vae
-from vidit.model.attention import WindowCore, attend, flash_available
+from vidit.model.core import WindowCore, attend, flash_available
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
 from vidit.model.packed import packed

@@ -182,9 +182,14 @@ class Model(Section):
         """Whether a block attends to text."""
         return self.cross_attention == "all" or (self.cross_attention == "per_frame" and self.window(layer)[0] == 1)
 
+    @property
+    def interleaves_text(self) -> bool:
+        """Whether blocks attend to the tokens of both encoders in turn."""
+        return self.cross_text == "interleaved"
+
     def reads_second(self, layer: int) -> bool:
         """Whether a block that attends to text attends to that of the second encoder."""
-        return self.cross_text == "interleaved" and layer % 2 == 0
+        return self.interleaves_text and layer % 2 == 0
 
     @property
     def patch_size(self) -> int:

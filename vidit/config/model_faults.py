@@ -121,7 +121,7 @@ def _text_faults(c: Model) -> Iterator[str]:
             "projections are for video tokens; set model.cross_attention=all, model.cross_keys=text"
         )
     parities = {layer % 2 for layer in range(c.num_layers) if c.crosses(layer)}
-    if c.cross_text == "interleaved" and len(parities) == 1:
+    if c.interleaves_text and len(parities) == 1:
         yield (
             f"model.cross_text=interleaved, but only {'odd' if 1 in parities else 'even'} blocks attend to text (model."
             f"num_layers={c.num_layers}, windows={c.windows}): one encoder would not be read; use cross_attention=all "

@@ -1,6 +1,7 @@
 """The text encoder, and a second one beside it."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -64,5 +65,7 @@ class Text(Section):
                 f"text.second.kind={second.kind} stands beside a frozen encoder, and text.kind=bytes is trained; set "
                 "text.kind=t5, umt5 or clip, or leave text.second out"
             )
-        elif second.path and (self.kind, self.path, self.revision) == (second.kind, second.path, second.revision):
+        elif second.path and self.path and (self.kind, Path(self.path), self.revision) == (
+            second.kind, Path(second.path), second.revision,
+        ):  # fmt: skip
             yield f"text.second.path={second.path} is the encoder of text once more; give another, or leave it out"

@@ -171,9 +171,12 @@ class Vae(Section):
             near = " ".join(str(n) for n in (self.tile // s * s, (self.tile // s + 1) * s) if n)
             yield f"vae.tile={self.tile} is not divisible by the VAE's stride {s}; use one of {near}"
         if self.tile and self.sees_whole_frames and self.tile_overlap is None:
+            why = "vae.norm=group: a tile sees statistics of its own"
+            if self.norm != "group":
+                why = "vae.mid_attention=true: a tile sees no other places"
             yield (
-                "vae.tile with vae.norm=group or vae.mid_attention: a tile sees statistics of its own, or no "
-                f"other places, so no overlap makes it exact; set vae.tile_overlap, such as {8 * s}, to blend"
+                f"vae.tile={self.tile} with {why}, so no overlap makes it exact; set vae.tile_overlap, such as "
+                f"{8 * s}, to blend"
             )
 
 

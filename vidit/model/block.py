@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import AnyWindow, Model
-from vidit.model.attention import CrossAttention, Positions, SelfAttention, TextContext
+from vidit.model.attention import CrossAttention, SelfAttention
+from vidit.model.context import Positions, TextContext
 from vidit.model.joint import Streams, joint_attention
 from vidit.model.linear import Linear
 from vidit.model.modulation import FrameVectors, block_modulation

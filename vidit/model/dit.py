@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
 from vidit.model.block import Block, Tokens
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.embed import Head, PatchEmbed, TextEmbed
 from vidit.model.flops import window_of
 from vidit.model.joint import Streams
@@ -85,7 +85,7 @@ class Embed(nn.Module):
         self.patch: nn.Module = PatchEmbed(channels, c.patch, c.width, c.self_conditioning > 0, c.given_channels)
         self.conditioning = Conditioning(c, second_width or text_width)
         self.text = TextEmbed(c, text_width) if c.embeds_text else None
-        self.reads_second = c.cross_text == "interleaved"
+        self.reads_second = c.interleaves_text
         self.second_text = TextEmbed(c, second_width) if c.embeds_text and self.reads_second else None
         self.position = absolute_position(c, grid)
         self.tokens: nn.Module = TokensMade(c.is_joint)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
-from vidit.model.attention import Positions
 from vidit.model.block import GELU, Tokens, as_streams
+from vidit.model.context import Positions
 from vidit.model.linear import Linear
 from vidit.model.modulation import FrameVectors, output_modulation
 from vidit.model.norm import Norm, modulate

@@ -44,7 +44,7 @@ def forward_flops(
         return unet_flops(c, grid, channels, text_width, text_tokens)
     captions = text_tokens, text_width
     total = embed_flops(c, grid, channels) + head_flops(c, grid, channels) + text_flops(c, text_width, text_tokens)
-    total += text_flops(c, second[1], second[0]) if c.cross_text == "interleaved" else 0
+    total += text_flops(c, second[1], second[0]) if c.interleaves_text else 0
     return total + sum(block_flops(c, layer, grid, captions, second) for layer in range(c.num_layers))
 
 
@@ -103,7 +103,7 @@ def parameter_count(
     if c.pooled_text:
         pooled = c.pooled_width or second_width or text_width
         total += (pooled + 1) * cond + (cond + 1) * cond * (c.pooled_embedding == "mlp")
-    for width in (text_width, *[second_width] * (c.cross_text == "interleaved")) if c.embeds_text else ():
+    for width in (text_width, *[second_width] * (c.interleaves_text)) if c.embeds_text else ():
         total += (width + 1) * d + (d * d + d if c.text_embedding == "mlp" else 0)
         total += refiner_parameters(c, width) if c.num_refiner_layers else 0
     total += (grid[0] + grid[1] * grid[2]) * d if c.absolute_position == "learned" else 0

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import AnyWindow, Model
-from vidit.model.attention import EVERY_FRAME, PADDING, Pairs, Positions, SelfAttention, TextContext, attend
+from vidit.model.attention import SelfAttention
+from vidit.model.context import EVERY_FRAME, PADDING, Positions, TextContext
+from vidit.model.core import Pairs, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
 from vidit.model.packed import clip_by_clip

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Model
-from vidit.model.attention import Positions
+from vidit.model.context import Positions
 from vidit.model.linear import Linear
 from vidit.model.packed import frame_of
 from vidit.model.windows import Grid

@@ -111,7 +111,7 @@ def _outside(c: Model) -> dict[str, Kind]:
     pooled = "embed.conditioning.pooled.*" + ".*" * (c.pooled_embedding == "mlp")
     patterns += [pooled] * c.pooled_text
     patterns += ["embed.conditioning.frame_rate.*.*"] * c.frame_rate
-    for text in ("text", *["second_text"] * (c.cross_text == "interleaved")) if c.embeds_text else ():
+    for text in ("text", *["second_text"] * (c.interleaves_text)) if c.embeds_text else ():
         patterns += [f"embed.{text}.*.*"]
         refiner = [f"embed.{text}.refiner.*.*.*", f"embed.{text}.refiner.blocks.*.*.*"]
         patterns += refiner * (c.num_refiner_layers > 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vidit.config import Model, Window
-from vidit.model.attention import Positions
+from vidit.model.context import Positions
 from vidit.model.packed import is_image, runs
 from vidit.model.rope import THETA, Split, rope_angles
 from vidit.model.windows import Grid

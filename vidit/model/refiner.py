@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from vidit.config import Model
 from vidit.dtypes import widen
-from vidit.model.attention import PADDING, attend
+from vidit.model.context import PADDING
+from vidit.model.core import attend
 from vidit.model.flops import REFINER_RATIO
 from vidit.model.linear import Linear
 from vidit.model.norm import Norm

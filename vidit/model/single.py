@@ -9,8 +9,8 @@ elsewhere. Their common output projection of (D + F) columns is `attn.out` besid
 from torch import Tensor, nn
 
 from vidit.config import AnyWindow, Model
-from vidit.model.attention import Positions, TextContext
 from vidit.model.block import Mlp
+from vidit.model.context import Positions, TextContext
 from vidit.model.joint import JointAttention, Streams
 from vidit.model.modulation import Modulation
 from vidit.model.norm import Norm, modulate

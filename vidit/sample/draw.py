@@ -15,7 +15,7 @@ from vidit import keys
 from vidit.config import Bucket, RunConfig
 from vidit.diffusion.guidance import guided, reconstructing
 from vidit.diffusion.samplers import sample
-from vidit.model.attention import TextContext
+from vidit.model.context import TextContext
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder

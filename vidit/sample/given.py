@@ -36,6 +36,8 @@ def read_first(config: RunConfig, path: Path, num_frames: int) -> Tensor:
         raise ConfigError(
             [f"--first={path} needs a causal VAE, and {config.vae.kind} codes frames with those after them"]
         )
+    if d.num_frames <= 1:
+        raise ConfigError([f"--first={path} begins a video, but data.num_frames={d.num_frames}; use more frames"])
     if (num_frames - 1) % unit or num_frames >= d.num_frames:
         most = 1 + (d.num_frames - 2) // unit * unit
         raise ConfigError(

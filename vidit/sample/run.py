@@ -61,11 +61,12 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     device = choose_device(config.train.device)
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
-    text = build_text_encoder(config.text, dtype, config.model.cross_text == "interleaved").to(device)
+    text = build_text_encoder(config.text, dtype, config.model.interleaves_text).to(device)
     model = build_dit(trained.model_copy(update={"model": config.model}), text, device, dtype).eval()
     # What is frozen has no average.
     named = {f"{'ema' if p.requires_grad else 'model'}.{name}": p.data for name, p in model.named_parameters()}
     checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named, prefix="ema.")
+    model.requires_grad_(False)
     return TrainedRun(config, DitStep(config, vae, text, device), model, text, found[-1])
 
 

@@ -75,8 +75,9 @@ def encode_run(
         with together():
             dtype = choose_dtype(config.train.precision, device)
             vae = load_vae(vae_folder(config.vae), ranks.device, dtype)
-            both = config.model.cross_text == "interleaved"
-            text = build_text_encoder(config.text, dtype, both) if config.denoiser.reads_text else None
+            text = None
+            if config.denoiser.reads_text:
+                text = build_text_encoder(config.text, dtype, config.model.interleaves_text)
             encoder = ClipEncoder(
                 vae,
                 config.vae,

@@ -92,7 +92,7 @@ def _layer(name: str, part: str) -> str:
     """The module of a U-Net that a parameter belongs to; of a DiT, whose blocks are alike, all of that kind."""
     before, _, after = name.partition(part)
     if _part(name) == "dit":
-        return f"dit.*{part}*"
+        return f"{before}{part}*" if before == "dit" else f"dit.*{part}*"
     return before + part.rstrip(".") + ("" if part.endswith(".") else after.partition(".")[0])
 
 

@@ -18,7 +18,7 @@ from parallel.pipeline import Pipeline, Shape, Shapes, sum_shared
 from parallel.stages import Schedule, rank_of_stage
 from vidit.data.loader import Batch
 from vidit.dtypes import wide
-from vidit.model.attention import TextContext
+from vidit.model.context import TextContext
 from vidit.model.dit import DiT
 from vidit.model.linear import Linear
 from vidit.model.stage import entering, leaving, shared_parameters, view_of_stage

@@ -21,7 +21,7 @@ from vidit.data.rows import Clips
 from vidit.diffusion.density import shift_for, stratified_uniform, times_from_uniform
 from vidit.diffusion.given import given_frames
 from vidit.diffusion.objective import Objective, build_objective
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.windows import Grid
 from vidit.resolve import grid_of, resolve
 from vidit.text.encoder import TextEncoder, TextFeatures, TextTokens

@@ -152,7 +152,7 @@ def dit_task(
 ) -> Task:
     """The denoiser on latents of a VAE, which is there already."""
     divide_vae(vae, config, mesh)
-    text = build_text_encoder(config.text, dtype, config.model.cross_text == "interleaved")
+    text = build_text_encoder(config.text, dtype, config.model.interleaves_text)
     model = build_dit(config, text, device, dtype, mesh)
     if not text.trainable:
         text.to(device)

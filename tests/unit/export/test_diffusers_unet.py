@@ -16,7 +16,7 @@ from vidit.cli import main
 from vidit.config import UNET_FAMILIES, RunConfig, Unet
 from vidit.export.diffusers.store import export_diffusers
 from vidit.export.diffusers.unet import imported_unet, their_name, unet_geometry
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.init import initialise
 from vidit.model.unet.unet import VideoUnet
 from vidit.model.windows import Grid

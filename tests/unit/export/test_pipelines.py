@@ -21,7 +21,7 @@ from vidit import keys
 from vidit.cli import main
 from vidit.config import FAMILIES, RunConfig
 from vidit.data.scene_pack import pack_scenes
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.resolve import resolve
 from vidit.sample.draw import draw_latents

@@ -7,19 +7,9 @@ import pytest
 import torch
 
 from vidit.config import Model
-from vidit.model.attention import (
-    EVERY_FRAME,
-    PADDING,
-    CrossAttention,
-    Positions,
-    RelativeBias,
-    SelfAttention,
-    TextContext,
-    TextKeys,
-    WindowCore,
-    attend,
-    visible,
-)
+from vidit.model.attention import CrossAttention, RelativeBias, SelfAttention
+from vidit.model.context import EVERY_FRAME, PADDING, Positions, TextContext, TextKeys, visible
+from vidit.model.core import WindowCore, attend
 from vidit.model.init import initialise
 from vidit.model.norm import HeadNorm
 from vidit.model.position import TokenPositions

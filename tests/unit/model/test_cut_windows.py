@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from vidit.config import Model, whole_window
-from vidit.model.attention import EVERY_FRAME, PADDING, RelativeBias, TextKeys, WindowCore
+from vidit.model.attention import RelativeBias
+from vidit.model.context import EVERY_FRAME, PADDING, TextKeys
+from vidit.model.core import WindowCore
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 from vidit.model.windows import Grid, merge, numbering, partition

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vidit import keys
 from vidit.config import FAMILIES, PRESETS, Model
-from vidit.model.attention import EVERY_FRAME, PADDING
+from vidit.model.context import EVERY_FRAME, PADDING
 from vidit.model.dit import DiT, text_frames
 from vidit.model.embed import Head, PatchEmbed
 from vidit.model.flops import forward_flops, parameter_count, training_flops

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from vidit.config import FAMILIES, Model, Window
-from vidit.model import attention
-from vidit.model.attention import EVERY_FRAME, PADDING, Positions, TextContext, WindowCore, attend, attend_text
+from vidit.model.attention import attend_text
+from vidit.model.context import EVERY_FRAME, PADDING, Positions, TextContext
+from vidit.model.core import WindowCore, attend
 from vidit.model.dit import DiT
 from vidit.model.packed import clip_means, packed, per_token, tokens_of
+from vidit.model.packed import runs as runs_of
 from vidit.model.position import packed_places
 from vidit.model.windows import Grid
 
@@ -141,7 +143,7 @@ def test_a_packed_row_is_its_clips_one_by_one(name: str) -> None:
 def test_a_clip_that_sees_its_neighbour_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were all images of a shape taken for one clip, the comparison would tell."""
     model = model_of("wan")
-    runs = list(attention.runs(packed(CLIPS)))
+    runs = list(runs_of(packed(CLIPS)))
     mixed = [run._replace(grid=Grid(2, 4, 6)) if run.grid.shape == (1, 4, 6) else run for run in runs]
     monkeypatch.setattr("vidit.model.packed.runs", lambda grid: iter(mixed))
     assert differences(model)[1] > 1e-3

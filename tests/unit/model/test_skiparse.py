@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vidit.config import FAMILIES, ConfigError, Model, RunConfig
-from vidit.model.attention import EVERY_FRAME, PADDING, TextKeys, WindowCore
+from vidit.model.context import EVERY_FRAME, PADDING, TextKeys
+from vidit.model.core import WindowCore
 from vidit.model.flops import window_of, window_tokens
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 from vidit.overrides import apply_overrides

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidit.config import Model
-from vidit.model.attention import EVERY_FRAME
+from vidit.model.context import EVERY_FRAME
 from vidit.model.dit import DiT
 from vidit.model.init import initialise
 from vidit.model.plan import sharding_plan

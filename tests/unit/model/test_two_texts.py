@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidit.config import FAMILIES, Model
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.dit import DiT
 from vidit.model.flops import forward_flops, parameter_count
 from vidit.model.init import initialise

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from vidit.config import UNET_FAMILIES, Unet
-from vidit.model.attention import EVERY_FRAME, PADDING, TextContext
+from vidit.model.context import EVERY_FRAME, PADDING, TextContext
 from vidit.model.flops import forward_flops, parameter_count
 from vidit.model.init import initialise
 from vidit.model.unet.temporal import TemporalLayer

@@ -88,11 +88,12 @@ def test_frames_beside_the_noise(configure, tmp_path, trained):
     assert seen[-1][0] is None
 
 
-def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained):
+@pytest.mark.parametrize(("sampler", "precision"), [("ddim", "fp32"), ("heun", "bf16")])
+def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained, sampler, precision):
     """It is pulled: the frames stand at the beginning, and those behind follow them through the model's gradient."""
     config = configure(tmp_path / "run", train={"steps": 2}, sample={"prompts": ()}, model={"self_conditioning": 0.5})
     assert run(config)
-    overrides, videos = ["sample.num_steps=3", "sample.sampler=ddim"], {}
+    overrides, videos = ["sample.num_steps=3", f"sample.sampler={sampler}", f"train.precision={precision}"], {}
     for weight in (1e-9, 9.0):
         opened = open_trained(tmp_path / "run", [*overrides, f"sample.reconstruction_guidance={weight}"])
         frames = read_first(opened.config, trained / "clip.mp4", 3)
@@ -112,6 +113,9 @@ def test_the_command(trained, capsys):
     assert len(capsys.readouterr().out.split()) == 2
     assert main(["sample", str(trained / "run"), "--prompt", "a", "--first-frames", "3"]) == 1
     assert "--first-frames=3 has no effect without --first" in capsys.readouterr().err
+    pulled = "sample.reconstruction_guidance=9"
+    assert main(["sample", str(trained / "run"), "--prompt", "a", pulled]) == 1
+    assert f"{pulled} has no effect without --first" in capsys.readouterr().err
 
 
 def test_what_is_refused(trained, configure, tmp_path):
@@ -119,6 +123,9 @@ def test_what_is_refused(trained, configure, tmp_path):
     for count in (2, 5):
         with pytest.raises(ConfigError, match=f"--first-frames={count} is not 1 \\+ a multiple of 2 below.*use 1 to 3"):
             read_first(config, trained / "clip.mp4", count)
+    still = config.model_copy(update={"data": config.data.model_copy(update={"num_frames": 1})})
+    with pytest.raises(ConfigError, match=r"begins a video, but data\.num_frames=1"):
+        read_first(still, trained / "image.png", 1)
     with pytest.raises(ValueError, match="cannot begin a video"):
         read_first(config, trained / "image.png", 3)
     for name in ("not.mp4", "not.png", "none.jpg"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidit.config import FAMILIES, RunConfig
+from vidit.config import FAMILIES, Model, RunConfig
 from vidit.export.weights import export_weights
+from vidit.model.dit import DiT
 from vidit.model.init import initial_value
 from vidit.text.encoder import build_text_encoder
 from vidit.train.initial import initial_values, new_parts
@@ -107,9 +110,25 @@ def test_a_model_of_images_begins_one_of_videos(configure: Callable[..., RunConf
     assert not any(found[name].any() for name in new if ".out." in name)
     (note,) = new_parts(videos, found)
     assert "no attention through time: new is dit.*.temporal*, which begins by adding zero" in note
+    assert new == {name for name in found if fnmatch(name, "dit.*.temporal*")}
     assert new_parts(configure(tmp_path / "other", model=images, train=begin, **quiet), wanted) == []
     assert run(videos)
     assert new_parts(videos, found) == [], "it has a checkpoint of its own"
+
+
+def test_text_is_new_to_a_model_without(configure: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """What is said to be new are patterns of exactly the new names, as train.trainable takes them."""
+    deaf = {**FAMILIES["gentron"], "num_layers": 2, "width": 32, "num_heads": 2, "mlp_width": 48, "patch": 1,
+            "cross_attention": "none", "pooled_text": False, "text_embedding": "mlp"}  # fmt: skip
+    quiet: dict[str, Any] = {"sample": {"prompts": (), "guidance": 1.0}, "diffusion": {}}
+    names = {f"dit.{name}" for name, _ in DiT(Model(**deaf), 4, (2, 2, 2), 8).named_parameters()}
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    hearing = {**deaf, "cross_attention": "all", "pooled_text": True}
+    config = configure(tmp_path / "run", model=hearing, train={"init_from": str(tmp_path)}, **quiet)
+    found = {f"dit.{name}" for name, _ in DiT(Model(**hearing), 4, (2, 2, 2), 8).named_parameters()}
+    patterns = [re.search(r"new is (\S+),", note)[1] for note in new_parts(config, found)]  # type: ignore[index]
+    assert patterns == ["dit.*.cross*", "dit.embed.text.*", "dit.*.conditioning.pooled.*"]
+    assert {name for name in found if any(fnmatch(name, pattern) for pattern in patterns)} == found - names
 
 
 def test_a_model_of_videos_fits_whole_or_not_at_all(configure: Callable[..., RunConfig], tmp_path: Path) -> None:

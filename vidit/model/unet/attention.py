@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import Unet
-from vidit.model.attention import PADDING, RelativeBias, TextContext, attend, visible
+from vidit.model.attention import RelativeBias
+from vidit.model.context import PADDING, TextContext, visible
+from vidit.model.core import attend
 from vidit.model.linear import Linear
 from vidit.model.norm import Norm
 from vidit.model.unet.layers import GroupNorm

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vidit.config import Unet
 from vidit.dtypes import wide
-from vidit.model.attention import PADDING, TextContext
+from vidit.model.context import PADDING, TextContext
 from vidit.model.linear import Linear
 from vidit.model.norm import Norm
 from vidit.model.unet.attention import EPS, Attention, GatedMlp

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vidit.config import Unet
 from vidit.dtypes import widen
-from vidit.model.attention import TextContext
+from vidit.model.context import TextContext
 from vidit.model.linear import Linear
 from vidit.model.unet.attention import SpatialAttention
 from vidit.model.unet.cells import CellShape, cells
