@@ -3,7 +3,7 @@
 from vidit.config import Bucket, RunConfig
 from vidit.model.flops import forward_flops
 from vidit.resolve import grid_of
-from vidit.text.width import captions_of
+from vidit.text.width import captions_by_config
 
 
 def row_cost(config: RunConfig, shape: Bucket) -> float:
@@ -14,7 +14,7 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
     if c.train.task == "vae":
         return float(shape.num_frames * shape.height * shape.width)
     grid = grid_of(c, shape.num_frames, shape.height, shape.width)
-    text = captions_of(c)
+    text = captions_by_config(c)
     return float(forward_flops(c.denoiser, grid, c.vae.latent_channels, text.width, text.tokens, text.second))
 
 

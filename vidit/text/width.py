@@ -37,14 +37,24 @@ def captions_of(config: RunConfig) -> Captions:
     width = text.width if text.kind == "bytes" else stored_width(text.kind, text.path, text.revision)
     if width is None:
         unknown.append("text.path")
-    first, other = width or text.width, 0
+    found = stored_width(second.kind, second.path, second.revision) if text.has_second else None
+    if text.has_second and not (found or config.model.pooled_width):
+        unknown.append("text.second.path")
+    return _captions(config, width, found, tuple(unknown))
+
+
+def captions_by_config(config: RunConfig) -> Captions:
+    """The same with what stands in, whatever the files say: the order of a run's clips may not depend on files."""
+    return _captions(config, None, None, ())
+
+
+def _captions(config: RunConfig, width: int | None, found: int | None, unknown: tuple[str, ...]) -> Captions:
+    text = config.text
+    first = width or text.width
+    seconds = (0, 0)
     if text.has_second:
-        found = stored_width(second.kind, second.path, second.revision) or config.model.pooled_width
-        if not found:
-            unknown.append("text.second.path")
-        other = found or first
-    seconds = (second.max_tokens, other) if text.has_second else (0, 0)
-    return Captions(text.max_tokens, first, seconds, tuple(unknown))
+        seconds = text.second.max_tokens, found or config.model.pooled_width or first
+    return Captions(text.max_tokens, first, seconds, unknown)
 
 
 def stored_width(kind: str, path: str | None, revision: str | None) -> int | None:

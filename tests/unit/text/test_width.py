@@ -85,5 +85,6 @@ def test_what_is_not_known_is_said(configure: Configure, folders: dict[str, Path
     pooled = pair(configure(model={**SHAPE, "pooled_width": 24}), folders["t5"], "none/clip")
     assert captions_of(pooled) == (pooled.text.max_tokens, 16, (12, 24), ())
     known = pair(configure(model=SHAPE), folders["t5"], folders["clip"])
-    assert row_cost(known, known.data.shapes[0]) < row_cost(hub, hub.data.shapes[0])
+    # The order of clips follows from costs, and a folder that comes or goes may not change it.
+    assert row_cost(known, known.data.shapes[0]) == row_cost(hub, hub.data.shapes[0])
     assert "estimated" not in describe(configure(), 1)["derived"]
