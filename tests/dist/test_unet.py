@@ -129,18 +129,30 @@ def test_video_upon_frozen_image_layers(pool: Pool, configure: Configure, tmp_pa
     assert all(".temporal_" in name for name in moments)
 
 
+@pytest.fixture(scope="module")
+def freezing(configure: Configure) -> Callable[[Path, dict[str, Any]], RunConfig]:
+    """A run with frozen layers in a folder, on a layout."""
+    train = {"steps": STEPS, "precision": "fp64", "global_batch": 4, "micro_batch": 1, "learning_rate": 1e-2}
+    train |= {"validate_every": STEPS, "checkpoint_every": STEPS, "frozen": ("dit.blocks.1.*", "text.*")}
+    return lambda folder, parallel: configure(folder, train=train, parallel=parallel, sample={"prompts": ()})
+
+
+@pytest.fixture(scope="module")
+def frozen_alone(pool: Pool, freezing: Any, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    config: RunConfig = freezing(tmp_path_factory.mktemp("alone"), {})
+    assert all(pool.run(1, start, config))
+    return config
+
+
 @pytest.mark.parametrize("layout", FROZEN_DIT)
-def test_frozen_layers_of_a_dit(pool: Pool, configure: Configure, tmp_path: Path, layout: str) -> None:
-    frozen = ("dit.blocks.1.*", "text.*")
-    found = []
-    for world, parallel in ((1, {}), FROZEN_DIT[layout]):
-        train = {"steps": STEPS, "precision": "fp64", "global_batch": 4, "micro_batch": 1, "frozen": frozen}
-        train |= {"validate_every": STEPS, "checkpoint_every": STEPS, "learning_rate": 1e-2}
-        config = configure(tmp_path / str(world), train=train, parallel=parallel, sample={"prompts": ()})
-        assert all(pool.run(world, start, config))
-        found.append(config)
-    assert_equal(differences(found[1], found[0]))
-    after = tensors(found[1])
+def test_frozen_layers_of_a_dit(
+    pool: Pool, freezing: Any, frozen_alone: RunConfig, tmp_path: Path, layout: str
+) -> None:
+    world, parallel = FROZEN_DIT[layout]
+    config = freezing(tmp_path, parallel)
+    assert all(pool.run(world, start, config))
+    assert_equal(differences(config, frozen_alone))
+    after = tensors(config)
     for name, tensor in after.items():
         own = name.partition(".")[2]
         if own.startswith(("dit.blocks.1.", "text.")):
