@@ -37,9 +37,9 @@ def with_layout(config: RunConfig, num_ranks: int, ranks_per_node: int | None = 
     layout, p, m = layout_of(fixed), fixed.parallel, fixed.model
     has_tokens = config.train.task == "dit" and layout.sequence > 1
     if p.sequence_kind == "auto" and has_tokens and m.num_heads % layout.tensor == 0:
-        mixed = p.sharded_norms is True or m.temporal_attention or config.data.packed_tokens
-        windows = [] if mixed else _windows(fixed)
-        changes["sequence_kind"] = choose_kind(layout, m.num_heads, windows, _grids(fixed), ranks_per_node)
+        windows = [] if p.sharded_norms is True or m.temporal_attention else _windows(fixed)
+        chosen = choose_kind(layout, m.num_heads, windows, _grids(fixed), ranks_per_node)
+        changes["sequence_kind"] = "ulysses" if config.data.packed_tokens else chosen
     kind = changes.get("sequence_kind", p.sequence_kind)
     if kind == "ulysses_ring" and not p.ulysses:
         changes["ulysses"] = ulysses_degree(layout, m.num_heads, ranks_per_node)
@@ -183,17 +183,17 @@ def _sequence_faults(config: RunConfig, layout: Layout, ranks_per_node: int | No
     if layout.sequence == 1 or m.num_heads % layout.tensor:
         return
     kind = kind_of(config)
+    if config.data.packed_tokens and kind != "ulysses":
+        yield (
+            f"parallel.sequence_kind={kind} divides the tokens of one clip, not of several side by side (data."
+            f"packed_tokens={config.data.packed_tokens}); use ulysses"
+        )
+        return
     yield from sequence_faults(kind, layout, m.num_heads, _windows(config), _grids(config), p.ulysses, ranks_per_node)
     if kind in ("ring", "ulysses_ring") and m.attention_backend == "flash":
         yield (
             f"parallel.sequence_kind={kind} has kernels of its own, so model.attention_backend=flash has no effect; "
             "use auto"
-        )
-    if config.data.packed_tokens and kind != "ulysses":
-        yield (
-            f"parallel.sequence_kind={kind} divides the tokens of one clip, not of several side by side (data."
-            f"packed_tokens={config.data.packed_tokens}); use ulysses, with a parallel.sequence that divides "
-            f"{m.num_heads // layout.tensor} heads"
         )
     if kind == "window" and m.temporal_attention:
         yield (

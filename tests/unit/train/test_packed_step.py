@@ -175,7 +175,7 @@ def test_what_packed_rows_exclude_is_refused(build: Configure) -> None:
 
 def test_layouts_that_packed_rows_exclude_are_refused(build: Configure) -> None:
     refused = {
-        "use ulysses, with a parallel.sequence that divides 4": {"sequence": 2, "sequence_kind": "ring"},
+        "several side by side .*use ulysses": {"sequence": 2, "sequence_kind": "ring"},
         "parallel.sharded_norms=true cuts tokens": {"tensor": 2, "sharded_norms": True},
         "parallel.pipeline=2 sends tokens of one shape": {"pipeline": 2},
     }
@@ -184,6 +184,8 @@ def test_layouts_that_packed_rows_exclude_are_refused(build: Configure) -> None:
             with_layout(adopt_vae(build(parallel=change)), 2)
     chosen = with_layout(adopt_vae(build(parallel={"sequence": 2})), 2)
     assert chosen.parallel.sequence_kind == "ulysses"
+    with pytest.raises(ConfigError, match="4 heads.*parallel.sequence=3.*use one of 1 2 4"):
+        with_layout(adopt_vae(build(parallel={"sequence": 3})), 3)
     assert with_layout(adopt_vae(build(parallel={"tensor": 2})), 2).parallel.sharded_norms is False
 
 
