@@ -17,8 +17,17 @@ class Train(Section):
         "dit", description="what is trained: the transformer of model, the U-Net of unet, or the VAE"
     )
     steps: int = Field(1000, gt=0)
-    global_batch: int = Field(32, gt=0, description="clips (rows) in one optimizer step, over all ranks")
-    micro_batch: int = Field(32, gt=0, description="rows in one forward and backward pass of one rank")
+    global_batch: int = Field(
+        32,
+        gt=0,
+        description="clips (rows) in one optimizer step, over all ranks; with data.packed_tokens packed rows, each of "
+        "several clips",
+    )
+    micro_batch: int = Field(
+        32,
+        gt=0,
+        description="rows in one forward and backward pass of one rank; 1 (packed row) with data.packed_tokens",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for the rest, one learning rate"
     )

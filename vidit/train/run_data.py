@@ -83,9 +83,13 @@ def open_data(
 
 def filled(rows: PackedRows) -> str:
     """What is said of packed rows before the first step."""
-    word = f"packed rows of at most {rows.limit} tokens, {rows.fill:.1%} full"
+    word = f"packed rows of at most {rows.limit} tokens, {rows.fill:.1%} full, {rows.clips_per_row:.1f} clips each"
     if rows.fill < WELL_FILLED:
-        word += "; more data.packed_tokens, or buckets of fewer tokens, fill them"
+        cure, largest = rows.fuller(WELL_FILLED), max(rows.load.tokens)
+        word += (
+            f": clips of the largest of data.buckets have {largest} tokens, beside which others leave room; "
+            f"data.packed_tokens={cure.limit} would be {cure.fill:.1%} full"
+        )
     return word
 
 

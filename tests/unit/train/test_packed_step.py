@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
+from vidit.data.buckets import schedule_of
 from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.packed import Load, PackedRows
@@ -152,11 +153,21 @@ def test_a_run_stops_and_goes_on(build: Configure, tmp_path: Path, capsys: pytes
 
 
 def test_a_run_says_how_to_fill_its_rows() -> None:
-    poor = PackedRows(0, Load((100,), (60,), (1.0,)), 100, 4)
+    poor = PackedRows(0, Load((3686, 410), (60, 30), (6.0, 3.0)), 100, 4)
     assert filled(poor) == (
-        "packed rows of at most 100 tokens, 60.0% full; more data.packed_tokens, or buckets of fewer tokens, fill them"
+        "packed rows of at most 100 tokens, 63.3% full, 1.1 clips each: clips of the largest of data.buckets have 60 "
+        "tokens, beside which others leave room; data.packed_tokens=120 would be 100.0% full"
     )
-    assert ";" not in filled(PackedRows(0, Load((100,), (50,), (1.0,)), 100, 4))
+    assert filled(replace(poor, limit=120)) == "packed rows of at most 120 tokens, 100.0% full, 2.1 clips each"
+
+
+def test_rows_of_many_clips_are_full(build: Configure) -> None:
+    """4096 clips are 122,880 tokens, less than one row of 200,000: a block is longer then."""
+    config = adopt_vae(build(data={"packed_tokens": 200_000}))
+    rows = schedule_of(config, [0.25] * 4)
+    assert isinstance(rows, PackedRows)
+    assert rows.fill > 0.95
+    assert "data.packed_tokens" not in filled(rows)
 
 
 def test_what_packed_rows_exclude_is_refused(build: Configure) -> None:
@@ -207,8 +218,23 @@ def test_a_run_on_the_shapes_of_its_clips(
 def test_described(build: Configure) -> None:
     derived = describe(build())["derived"]
     assert [bucket["tokens"] for bucket in derived["buckets"]] == [16, 32, 48, 24]
-    assert derived["training_flops_per_step"] > 0
     assert derived["packed_rows_total"] == 18
+    assert derived["clips_per_step"] == 3 * 120 / 30
+    assert "clips_per_step is the mean" in derived["estimated"]
+    weighted = [bucket | {"weight": weight} for bucket, weight in zip(BUCKETS, (1, 1, 5, 1), strict=True)]
+    assert describe(build(data={"buckets": weighted}))["derived"]["clips_per_step"] == round(3 * 120 / 39, 1)
+
+
+def test_flops_of_packed_rows_are_the_most(build: Configure) -> None:
+    config = build()
+    derived = describe(config)["derived"]
+    most = derived["training_flops_per_step_at_most"]
+    assert isinstance(most, int)
+    assert derived["training_flops_total_at_most"] == 6 * most
+    assert "training_flops_per_step" not in derived
+    rows = schedule_of(adopt_vae(config), [0.25] * 4)
+    steps = [sum(3 * rows.cost(row) for row in rows.step(step)) for step in range(100)]
+    assert 0.8 * most < max(steps) <= most
 
 
 def test_validation_has_batches_as_large_as_a_packed_row(build: Configure) -> None:
