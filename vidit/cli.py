@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -169,13 +170,15 @@ def data_audit(arguments: argparse.Namespace) -> int:
 
 
 def data_shapes(arguments: argparse.Namespace) -> int:
-    from vidit.train.shapes import Limits, buckets_of_run
+    from vidit.train.shapes import Limits, shapes_of_run
     from vidit.vae.stored import adopt_vae
 
     config = adopt_vae(load_config(arguments.config, arguments.overrides))
     limits = Limits(arguments.max_tokens, arguments.max_frames, arguments.side, arguments.share)
-    buckets = buckets_of_run(config, limits)
-    print("data.buckets=" + json.dumps([bucket.model_dump(exclude_defaults=True) for bucket in buckets]))
+    found = shapes_of_run(config, limits)
+    print(shlex.join(found.overrides()))
+    for remark in found.remarks():
+        print(remark, file=sys.stderr)
     return 0
 
 

@@ -1,11 +1,13 @@
 """Buckets: the shapes a run is trained on, and which of them each clip goes to.
 
 A clip goes to the bucket nearest to its aspect ratio, among those that it fills: long enough, and without being
-enlarged. Of these it takes the largest and then the longest (or the other way round), or with chance 1 - `keep` the
-next one (Open-Sora 1.2's multi-resolution training). Which one is keyed by the clip, so that it stays in its bucket
-over all epochs.
+enlarged. Of these it takes the largest and then the longest, or with chance 1 - `keep` the next one (Open-Sora 1.2's
+multi-resolution training). With `data.longest_first` its length comes before its aspect ratio: it takes the longest
+buckets that it fills, of these the nearest, of these the largest, and the next one is never farther from its aspect
+ratio. Which one is keyed by the clip, so that it stays in its bucket over all epochs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +55,8 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Deal:
     for shape, share in zip(shapes, row_shares, strict=True):
         if not share:
             raise ValueError(
-                f"no clip goes to the bucket of {shape.num_frames} frames of {shape.height}x{shape.width}; leave it "
-                "out of data.buckets, or lower `keep` of the larger ones"
+                f"no clip goes to the bucket of {shape.num_frames} frames of {shape.height}x{shape.width}; "
+                + ", or ".join(_cures(shape, shapes, c.data.longest_first))
             )
     costs = tuple(row_cost(c, shape) for shape in shapes)
     if c.data.packed_tokens:
@@ -64,6 +66,24 @@ def schedule_of(config: RunConfig, row_shares: Sequence[float]) -> Deal:
     shares = [share / size * shape.weight for share, size, shape in zip(row_shares, sizes, shapes, strict=True)]
     dealt = Shares(c.train.seed, "buckets", counts_of(shares))
     return Schedule(dealt, c.train.global_batch // c.train.micro_batch, sizes, costs)
+
+
+def _cures(empty: Bucket, shapes: Sequence[Bucket], longest_first: bool) -> list[str]:
+    """What helps a bucket without clips: of what may take them first, only what the list holds is named."""
+
+    def ahead(other: Bucket) -> bool:
+        length, size = other.num_frames - empty.num_frames, other.height * other.width - empty.height * empty.width
+        near = abs(math.log(other.width * empty.height / (other.height * empty.width))) <= 2 * NEAR
+        if longest_first:
+            return length > 0 or (near and length == 0 and size > 0)
+        return near and (size > 0 or (size == 0 and length > 0))
+
+    cures = ["leave it out of data.buckets"]
+    if any(map(ahead, shapes)):
+        cures.append(f"lower `keep` of the {'longer or larger' if longest_first else 'larger or longer'} ones")
+    if not longest_first and any(other.num_frames < empty.num_frames for other in shapes):
+        cures.append("set data.longest_first=true, which a list of `vidit data shapes` is made for")
+    return cures
 
 
 def assign(facts: Facts, buckets: Sequence[Bucket], seed: int, longest_first: bool = False) -> NDArray[np.int64]:
@@ -111,8 +131,7 @@ def _ranked(facts: Facts, buckets: Sequence[Bucket], longest_first: bool) -> NDA
     aspect = np.log(facts.width / facts.height)
     off = np.abs(aspect[:, None] - np.log(sizes[:, 2] / sizes[:, 1])[None])
     off = np.where(fits, off, np.inf)
-    best = off.min(axis=1, keepdims=True)
-    fits &= off <= best + NEAR
+    fits &= off <= _nearest(off, sizes[:, 0] if longest_first else np.zeros(len(sizes))) + NEAR
     by_size, by_length = -pixels, -sizes[:, 0]
     order = np.lexsort((by_size, by_length) if longest_first else (by_length, by_size))  # by the last of them first
     ranked = np.full((len(fits), len(buckets) + 1), -1)
@@ -122,3 +141,16 @@ def _ranked(facts: Facts, buckets: Sequence[Bucket], longest_first: bool) -> NDA
         ranked[rows, filled[rows]] = bucket
         filled[rows] += 1
     return ranked
+
+
+def _nearest(off: NDArray[np.float64], lengths: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far the nearest bucket is from a clip's aspect ratio, of those of each bucket's length or of more.
+
+    Takes and gives (clips, buckets); infinite `off` where a clip does not fill a bucket.
+    """
+    bound, allowed = np.full((len(off), 1), np.inf), np.empty_like(off)
+    for length in np.unique(lengths)[::-1]:
+        alike = lengths == length
+        bound = np.minimum(bound, off[:, alike].min(axis=1, keepdims=True))
+        allowed[:, alike] = bound
+    return allowed

@@ -57,6 +57,13 @@ def test_the_longest_may_come_before_the_largest() -> None:
     assert assign(clips, shapes, 0, longest_first=True).tolist() == [1, 0]
 
 
+def test_the_longest_may_come_before_the_nearest_in_aspect() -> None:
+    shapes = tuple(Bucket(num_frames=t, height=h, width=w) for t, h, w in ((5, 96, 48), (17, 64, 48), (17, 64, 64)))
+    clips = facts((20, 128, 64), (9, 128, 64))
+    assert assign(clips, shapes, 0).tolist() == [0, 0]
+    assert assign(clips, shapes, 0, longest_first=True).tolist() == [1, 0]
+
+
 def test_keep_hands_clips_down() -> None:
     shapes = tuple(s.model_copy(update={"keep": 0.25 if s.num_frames == 33 else 0.5}) for s in SHAPES)
     clips = facts(*[(33, 128, 128)] * 4000)
@@ -99,6 +106,10 @@ def test_rows_cost_about_the_same(configure: Configure) -> None:
     assert micro_batch_rows(by_hand) == (3,)
     with pytest.raises(ValueError, match="no clip goes to the bucket of 1 frames of 16x16"):
         schedule_of(config, [0.0] + [1.0] * 5)
+    with pytest.raises(ValueError, match=r"lower `keep` of the larger or longer ones$"):
+        schedule_of(config, [0.0] + [1.0] * 5)
+    with pytest.raises(ValueError, match=r"leave it out of data.buckets, or set data.longest_first=true"):
+        schedule_of(config, [1.0] * 5 + [0.0])
 
 
 @pytest.mark.parametrize(

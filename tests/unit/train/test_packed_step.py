@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -205,9 +206,9 @@ def test_a_run_on_the_shapes_of_its_clips(
 ) -> None:
     name = config_file(tmp_path, build(data={"buckets": (), "packed_tokens": 0}))
     assert main(["data", "shapes", name, "--max-tokens", "40"]) == 0
-    found = capsys.readouterr().out.strip()
-    assert found.startswith("data.buckets=[{")
-    listed = json.loads(found.removeprefix("data.buckets="))
+    buckets, longest_first = shlex.split(capsys.readouterr().out)
+    assert longest_first == "data.longest_first=true"
+    listed = json.loads(buckets.removeprefix("data.buckets="))
     # A clip of 5 frames of 32 x 32 has 48 tokens: it is scaled down to 24 x 24.
     assert {(b["num_frames"], b["height"], b["width"]) for b in listed} == {*SHAPES[:2], (5, 24, 24), (5, 16, 32)}
     config = build(tmp_path / "run", data={"buckets": listed, "longest_first": True}, train={"steps": 2})
