@@ -111,4 +111,5 @@ def attend_text(
         mask = None if frame_BL is None else text_mask(frame_BL[run.clips], positions, run.grid)
         found.append(attend(run.rows(q), k_BLNK[run.clips], v_BLNK[run.clips], mask, "sdpa"))
     padding = max(0, first + num - grid.num_tokens)
-    return F.pad(side_by_side(found), (0, 0, 0, 0, 0, padding))
+    out = side_by_side(found)
+    return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out
