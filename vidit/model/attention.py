@@ -5,6 +5,7 @@ W.A.L.T. (2312.06662): QK-norm, cross-attention whose keys are the video tokens 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidit.config import AnyWindow, Model, Window, whole_window
@@ -12,7 +13,7 @@ from vidit.model.context import Positions, TextContext, TextKeys, text_mask
 from vidit.model.core import WindowCore, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
-from vidit.model.packed import runs, side_by_side
+from vidit.model.packed import runs_within, side_by_side
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid
 
@@ -98,15 +99,17 @@ class CrossAttention(nn.Module):
 def attend_text(
     q: Tensor, k_BLNK: Tensor, v_BLNK: Tensor, frame_BL: Tensor | None, positions: Positions, grid: Grid
 ) -> Tensor:
-    """Video tokens (B, S, N, K) attend to text alone."""
-    if grid.clips and q.shape[1] == grid.num_tokens:
-        found = []
-        for run in runs(grid):
-            own = None if frame_BL is None else frame_BL[run.clips]
-            mask = text_mask(own, positions, run.grid, k_BLNK.shape[1])
-            found.append(attend(run.rows(q), k_BLNK[run.clips], v_BLNK[run.clips], mask, "sdpa"))
-        return side_by_side(found)
-    mask = text_mask(frame_BL, positions, grid, k_BLNK.shape[1])
-    if grid.clips:  # this rank has some of the tokens, of clips that its positions tell
-        k_BLNK, v_BLNK = (x.flatten(0, 1)[None] for x in (k_BLNK, v_BLNK))
-    return attend(q, k_BLNK, v_BLNK, mask, "sdpa")
+    """Video tokens (B, S, N, K) attend to text alone; those of a packed row clip by clip, each to its own."""
+    if not grid.clips:
+        return attend(q, k_BLNK, v_BLNK, text_mask(frame_BL, positions, grid), "sdpa")
+    first, num = 0, q.shape[1]
+    if num < grid.num_tokens:
+        assert positions.first is not None, "a part of a packed row knows where it begins"
+        first = positions.first.among(positions.position_S3, grid)
+    found = []
+    for run in runs_within(grid, first, num):
+        mask = None if frame_BL is None else text_mask(frame_BL[run.clips], positions, run.grid)
+        found.append(attend(run.rows(q), k_BLNK[run.clips], v_BLNK[run.clips], mask, "sdpa"))
+    padding = max(0, first + num - grid.num_tokens)
+    out = side_by_side(found)
+    return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out

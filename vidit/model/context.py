@@ -2,10 +2,9 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from vidit.model.packed import clip_of
+from vidit.model.packed import FirstToken
 from vidit.model.windows import Grid
 
 EVERY_FRAME = -1
@@ -15,12 +14,14 @@ PADDING = -2
 class Positions(NamedTuple):
     """Where each token of this rank is; sharded along S together with the tokens.
 
-    Of a packed row `position_S3` has a fourth column, the number of the token's clip.
+    Of a packed row `position_S3` has a fourth column, the number of the token's clip, and `first` tells which token of
+    the row is this rank's first.
     """
 
     position_S3: Tensor
     cos_SK: Tensor
     sin_SK: Tensor
+    first: FirstToken | None = None
 
 
 class TextContext(NamedTuple):
@@ -49,18 +50,8 @@ def visible(frame_BL: Tensor, frame_S: Tensor) -> Tensor:
     return (frame_BL[:, None, :] == EVERY_FRAME) | (frame_BL[:, None, :] == frame_S[None, :, None])
 
 
-def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid, num_text: int) -> Tensor | None:
-    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them.
-
-    Of a packed row (1, 1, S, n L), with the captions of the clips, L = `num_text` tokens each, side by side.
-    """
-    if grid.clips:  # captions side by side as keys, each for the tokens of its clip
-        clip_S = clip_of(positions.position_S3)
-        captions = torch.arange(len(grid.clips), device=clip_S.device)
-        seen_SBL = (clip_S[:, None] == captions)[..., None].expand(-1, -1, num_text)
-        if frame_BL is not None:
-            seen_SBL = seen_SBL & (frame_BL != PADDING)
-        return seen_SBL.flatten(1)[None, None]
+def text_mask(frame_BL: Tensor | None, positions: Positions, grid: Grid) -> Tensor | None:
+    """Which text token each video token sees: (B, 1, 1 or S, L) boolean; None for all of them."""
     if frame_BL is None:
         return None
     if grid.image_B is None:

@@ -29,7 +29,26 @@ class Run(NamedTuple):
 
     def rows(self, x_1S: Tensor) -> Tensor:
         """Their tokens, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...)."""
-        return x_1S[0, self.tokens].unflatten(0, (-1, self.grid.num_tokens))
+        return x_1S[0, self.tokens].unflatten(0, (self.clips.stop - self.clips.start, -1))
+
+
+class FirstToken:
+    """Which token of a packed row is the first that this rank holds; read from the device once in a forward.
+
+    Made with the positions of the whole row and carried beside them, so it is asked when they are cut.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def among(self, position_S4: Tensor, grid: Grid) -> int:
+        """Its number in the row; 0 for a rank of padding alone, whose positions are zeros."""
+        if self.number is None:
+            t, h, w, clip = (int(n) for n in position_S4[0].tolist())
+            before = sum(frames * height * width for frames, height, width in grid.clips[:clip])
+            _, height, width = grid.clips[clip]
+            self.number = before + (t * height + h) * width + w
+        return self.number
 
 
 def packed(clips: Sequence[Window]) -> Grid:
@@ -46,6 +65,24 @@ def runs(grid: Grid) -> Iterator[Run]:
         own = Grid(*shape, image_B=None if grid.image_B is None else grid.image_B[clips])
         yield Run(slice(token, token + num * own.num_tokens), clips, own)
         token, clip = token + num * own.num_tokens, clip + num
+
+
+def runs_within(grid: Grid, first: int, num: int) -> Iterator[Run]:
+    """The same of the `num` tokens from `first` on, by their numbers among these; a clip that is cut is a run.
+
+    Tokens behind the end of the row, its padding, are in none.
+    """
+    for run in runs(grid):
+        size, start = run.grid.num_tokens, run.tokens.start
+        begin, end = max(start, first), min(run.tokens.stop, first + num)
+        if begin >= end:
+            continue
+        whole = min(end, start - (start - begin) // size * size)  # where the first whole clip begins, rounded up
+        rest = max(whole, start + (end - start) // size * size)
+        for a, b in ((begin, whole), (whole, rest), (rest, end)):
+            if a < b:
+                clips = slice(run.clips.start + (a - start) // size, run.clips.start - (start - b) // size)
+                yield Run(slice(a - first, b - first), clips, run.grid)
 
 
 def tokens_of(x_BCTHW: Tensor, patch: Window) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vidit.config import Model, Window
 from vidit.model.context import Positions
-from vidit.model.packed import is_image, runs
+from vidit.model.packed import FirstToken, is_image, runs
 from vidit.model.rope import THETA, Split, rope_angles
 from vidit.model.windows import Grid
 
@@ -149,4 +149,5 @@ class TokenPositions(nn.Module):
 
     def forward(self, grid: Grid, device: torch.device) -> Positions:
         position_S3 = packed_places(grid, device) if grid.clips else places(grid.shape, device)
-        return Positions(position_S3, *rope_angles(position_S3, self.head_dim, self.split, self.theta))
+        angles = rope_angles(position_S3, self.head_dim, self.split, self.theta)
+        return Positions(position_S3, *angles, FirstToken() if grid.clips else None)

@@ -16,8 +16,9 @@ from vidit.model.attention import attend_text
 from vidit.model.context import EVERY_FRAME, PADDING, Positions, TextContext
 from vidit.model.core import WindowCore, attend
 from vidit.model.dit import DiT
-from vidit.model.packed import clip_means, packed, per_token, tokens_of
+from vidit.model.packed import FirstToken, clip_means, packed, per_token, tokens_of
 from vidit.model.packed import runs as runs_of
+from vidit.model.packed import side_by_side as joined
 from vidit.model.position import packed_places
 from vidit.model.windows import Grid
 
@@ -149,19 +150,33 @@ def test_a_clip_that_sees_its_neighbour_is_found(monkeypatch: pytest.MonkeyPatch
     assert differences(model)[1] > 1e-3
 
 
-def test_text_of_some_tokens_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank that holds a part of the row tells the clips of its tokens by their positions."""
+@pytest.mark.parametrize("size", [1, 9, 24, 45, 50, 77, 130])
+def test_text_of_some_tokens_is_that_of_all(size: int) -> None:
+    """A rank that holds a part of the row tells by its positions where that begins: cuts in and between clips."""
     grid, g = packed(CLIPS), torch.Generator().manual_seed(0)
     q = torch.randn(1, grid.num_tokens, 2, 8, generator=g, dtype=torch.float64)
     k, v = (torch.randn(len(CLIPS), TOKENS, 2, 8, generator=g, dtype=torch.float64) for _ in range(2))
     frame = torch.full((len(CLIPS), TOKENS), EVERY_FRAME)
     frame[1, 2:] = PADDING
+    mask = (frame != PADDING)[:, None, None]
+
+    def padded(x: Tensor) -> Tensor:
+        return torch.cat((x, x.new_zeros(-len(x) % size, *x.shape[1:])))
+
     places = packed_places(grid, torch.device("cpu"))
     for seen in (frame, None):
-        whole = attend_text(q, k, v, seen, Positions(places, places, places), grid)
-        for part in (slice(0, 50), slice(50, None)):
-            own = Positions(places[part], places, places)
-            torch.testing.assert_close(attend_text(q[:, part], k, v, seen, own, grid), whole[:, part])
+        alone = [
+            attend(run.rows(q), k[run.clips], v[run.clips], None if seen is None else mask[run.clips], "sdpa")
+            for run in runs_of(grid)
+        ]
+        whole = joined(alone)
+        torch.testing.assert_close(attend_text(q, k, v, seen, Positions(places, places, places), grid), whole)
+        found = []
+        for own_q, own in zip(padded(q[0]).split(size), padded(places).split(size), strict=True):
+            positions = Positions(own, own, own, FirstToken())
+            found.append(attend_text(own_q[None], k, v, seen, positions, grid))
+            assert found[-1].shape == own_q[None].shape
+        torch.testing.assert_close(torch.cat(found, dim=1)[:, : grid.num_tokens], whole)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int) -> Tensor:
