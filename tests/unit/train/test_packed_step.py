@@ -196,7 +196,7 @@ def test_layouts_that_packed_rows_exclude_are_refused(build: Configure) -> None:
             with_layout(adopt_vae(build(parallel=change)), 2)
     chosen = with_layout(adopt_vae(build(parallel={"sequence": 2})), 2)
     assert chosen.parallel.sequence_kind == "ulysses"
-    with pytest.raises(ConfigError, match="4 heads.*parallel.sequence=3.*use one of 1 2 4"):
+    with pytest.raises(ConfigError, match=r"4 heads.*parallel\.sequence=3.*use one of 1 2 4"):
         with_layout(adopt_vae(build(parallel={"sequence": 3})), 3)
     assert with_layout(adopt_vae(build(parallel={"tensor": 2})), 2).parallel.sharded_norms is False
 
