@@ -83,16 +83,18 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, grid, images, checkpoint=checkpoint), "bias"))
 
 
-@pytest.mark.parametrize("model", [m for m in MODELS if m != "bias" and "seen" not in m and m != "two encoders"])
+@pytest.mark.parametrize(
+    "model", [m for m in MODELS if m not in ("bias", "two encoders", *FAMILIES) and "seen" not in m]
+)
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
-    images = model in ("images in frame", "four windows", "rope, text keys", "times of frames", "skips", "gentron still", *FAMILIES)
+    images = model in ("images in frame", "four windows", "rope, text keys", "times of frames", "skips", "gentron still")
     checkpoint = model == "four windows"
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, images, checkpoint=checkpoint), model))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["tp4", "sp2", "zero2", "zero2 tp2", "zero2 sp2"])
+@pytest.mark.parametrize("layout", ["tp4", "sp4", "zero2", "zero2 tp2", "tp2 sp2"])
 def test_every_family(pool: Pool, layout: str, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
 

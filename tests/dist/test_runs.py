@@ -28,7 +28,7 @@ from vidit.train.step import DitStep, Losses
 
 Configure = Callable[..., RunConfig]
 Logged = tuple[int, float, float, list[str]]  # step, loss, norm of the gradient, keys of the clips
-HALF, WHOLE = 10, 20
+HALF, WHOLE = 6, 12
 TRAIN = {
     "precision": "fp64", "global_batch": 4, "micro_batch": 1, "validate_every": WHOLE, "checkpoint_every": HALF,
     "keep_checkpoints": 9, "learning_rate": 3e-3,
