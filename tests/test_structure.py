@@ -421,7 +421,7 @@ def pytest_sessionfinish(session, exitstatus):
     (HERE / "ran").write_text(str(session.testscollected))
 '''
 # The slowest, by file and by name: what they check is checked in place, and needs no second time.
-SLOW_FILES = ("curation/*", "test_pack*", "test_staging*", "test_tr*", "test_storage*", "test_stream*", "test_columns*")
+SLOW_FILES = ("curation/*", "test_pack*", "test_staging*", "test_tr*", "test_s3*", "test_st[or]*", "test_columns*")
 SLOW = "workers or held_out or vocabulary or attribute or motions or collide or Awkward or awkward or things_stay"
 SLOW += " or window_core or TestWindowCore or test_partition or test_mask_marks or test_merge"
 SLOW += " or flops or TestFlops or TestStrides or process or spawn or catalogue or mid_run"

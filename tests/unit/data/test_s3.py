@@ -48,13 +48,11 @@ def test_index_and_clips_are_those_of_the_folder(bucket: str, tiny_clips: Path) 
     assert [read_clip(ref) for ref in remote] == [read_clip(ref) for ref in local]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_epoch_through_the_cache(
-    bucket: str, tiny_clips: Path, configure: Configure, tmp_path: Path, workers: int
-) -> None:
+def test_an_epoch_through_the_cache(bucket: str, tiny_clips: Path, configure: Configure, tmp_path: Path) -> None:
+    """Read in this process: that of a worker has the environment of whoever began first."""
     found = []
     for place in (tiny_clips, bucket):
-        data = {"train": str(place), "num_workers": workers}
+        data = {"train": str(place), "num_workers": 0}
         data |= {"cache_dir": str(tmp_path / "cache")} if place == bucket else {}
         refs = read_index(place, Reach(cache_dir=data.get("cache_dir")))
         found.append(list(batches(MicroBatches(configure(data=data), Catalog.plain(refs), None, 3), 0, 4)))
