@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -93,6 +93,26 @@ def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "clips"
     pack_scenes(folder, 16, "train", 0, num_frames=5, height=32, width=32, workers=0)
     return folder
+
+
+@pytest.fixture(scope="session")
+def mixed_clips(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[tuple[int, int, int]]], Path]:
+    """Shapes (frames, height, width) -> a folder of 24 clips of noise that have them in turn."""
+    import numpy as np
+
+    from vidit.data.encode import encode_mp4
+    from vidit.data.shard_writer import ShardWriter
+
+    def write(shapes: Sequence[tuple[int, int, int]]) -> Path:
+        rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("mixed") / "clips"
+        with ShardWriter(folder) as writer:
+            for i in range(24):
+                t, h, w = shapes[i % len(shapes)]
+                video = encode_mp4(rng.integers(0, 256, (t, h, w, 3), dtype=np.uint8), 8)
+                writer.add(f"clip-{i}", video, {"caption": f"clip {i}"})
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from benchmarks.rank_pool import Pool
 from run_case import start
 
 from vidit.config import FAMILIES, RunConfig
-from vidit.data.encode import encode_mp4
-from vidit.data.shard_writer import ShardWriter
 from vidit.train.metrics import read_metrics
 
 Configure = Callable[..., RunConfig]
@@ -33,14 +30,8 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("mixed") / "clips"
-    with ShardWriter(folder) as writer:
-        for i in range(24):
-            t, h, w = SHAPES[i % 4]
-            video = encode_mp4(rng.integers(0, 256, (t, h, w, 3), dtype=np.uint8), 8)
-            writer.add(f"clip-{i}", video, {"caption": f"clip {i}"})
-    return folder
+def clips(mixed_clips: Callable[..., Path]) -> Path:
+    return mixed_clips(SHAPES)
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,9 @@ from torch import Tensor
 from vidit.cli import main
 from vidit.config import ConfigError, RunConfig
 from vidit.data.buckets import schedule_of
-from vidit.data.encode import encode_mp4
 from vidit.data.loader import Batch, MicroBatches
 from vidit.data.packed import Load, PackedRows
 from vidit.data.rows import Clips
-from vidit.data.shard_writer import ShardWriter
 from vidit.describe import describe
 from vidit.resolve import resolve
 from vidit.text.encoder import build_text_encoder
@@ -61,15 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 clips of four lengths and shapes."""
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("mixed") / "clips"
-    with ShardWriter(folder) as writer:
-        for i in range(24):
-            t, h, w = SHAPES[i % 4]
-            video = encode_mp4(rng.integers(0, 256, (t, h, w, 3), dtype=np.uint8), 8)
-            writer.add(f"clip-{i}", video, {"caption": f"clip {i}"})
-    return folder
+def clips(mixed_clips: Callable[..., Path]) -> Path:
+    return mixed_clips(SHAPES)
 
 
 @pytest.fixture
