@@ -61,16 +61,16 @@ class Row:
 
 
 ROWS = (
-    Row("L", SMALL, "rope", 16),
     Row("L", SMALL, "rope", 16, compile=True),
-    Row("L", SMALL, "bias", 16, compile=True),
-    Row("L", LARGE, "rope", 1, compile=True),
     Row("3B", SMALL, "rope", 16, compile=True, recompute=True),
     Row("XL", SMALL, "rope", 16, compile=True),
     Row("XL", LARGE, "rope", 4, compile=True, recompute=True),
+    Row("L", LARGE, "rope", 1, compile=True),
     Row("L", SMALL, "rope", 16, compile=True, cross_keys="text"),
-    Row("L", SMALL, "rope", 32, compile=True, recompute=True),
     Row("L", LARGE, "rope", 4, compile=True, recompute=True),
+    Row("L", SMALL, "bias", 16, compile=True),
+    Row("L", SMALL, "rope", 16),
+    Row("L", SMALL, "rope", 32, compile=True, recompute=True),
     Row("L", LARGE, "bias", 1, compile=True),
     Row("L", SMALL, "bias", 16),
     Row("L", LARGE, "rope", 1),

@@ -9,8 +9,8 @@ Its latent is (1, S, P, C): the C channels of the P places of a patch, for each 
 are worked on as rows of a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -113,6 +113,16 @@ def side_by_side(found: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.flatten(0, 1) for x in found])[None]
 
 
+def numbers(values: Iterable[int], device: torch.device) -> Tensor:
+    """As a tensor on the device, for which the host does not wait: blocks ask for these again and again."""
+    return torch.tensor(list(values)).to(device, non_blocking=True)
+
+
+def starts(grid: Grid, device: torch.device) -> Tensor:
+    """Which token of the row is the first of each clip, and last how many there are: (n + 1,), int32."""
+    return numbers(accumulate((t * h * w for t, h, w in grid.clips), initial=0), device).int()
+
+
 def clip_of(position_S4: Tensor) -> Tensor:
     """The number of the clip of each token of this rank, (S,): what packed positions have behind a place."""
     return position_S4[:, 3]
@@ -120,13 +130,13 @@ def clip_of(position_S4: Tensor) -> Tensor:
 
 def frame_of(position_S4: Tensor, grid: Grid) -> Tensor:
     """The number of each token's latent frame among those of all clips of the row, (S,)."""
-    frames = torch.tensor([0, *(t for t, _, _ in grid.clips[:-1])], device=position_S4.device)
-    return frames.cumsum(0)[clip_of(position_S4)] + position_S4[:, 0]
+    first = numbers(accumulate((t for t, _, _ in grid.clips[:-1]), initial=0), position_S4.device)
+    return first[clip_of(position_S4)] + position_S4[:, 0]
 
 
 def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
     """Whether each token is of a clip of one latent frame, (S,)."""
-    return torch.tensor([t == 1 for t, _, _ in grid.clips], device=position_S4.device)[clip_of(position_S4)]
+    return numbers((t == 1 for t, _, _ in grid.clips), position_S4.device)[clip_of(position_S4)]
 
 
 def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:
@@ -137,7 +147,7 @@ def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, 
 
 def per_frame(x_n: Tensor, grid: Grid) -> Tensor:
     """Numbers of clips (n, ...) repeated for each of their latent frames, (F, ...) over the row."""
-    return x_n.repeat_interleave(torch.tensor([t for t, _, _ in grid.clips], device=x_n.device), 0)
+    return _repeated(x_n, [t for t, _, _ in grid.clips])
 
 
 def per_token(x: Tensor, grid: Grid) -> Tensor:
@@ -145,7 +155,11 @@ def per_token(x: Tensor, grid: Grid) -> Tensor:
     sizes = [t * h * w for t, h, w in grid.clips]
     if len(x) != len(grid.clips):
         sizes = [h * w for t, h, w in grid.clips for _ in range(t)]
-    return x.repeat_interleave(torch.tensor(sizes, device=x.device), 0)
+    return _repeated(x, sizes)
+
+
+def _repeated(x: Tensor, times: list[int]) -> Tensor:
+    return x.repeat_interleave(numbers(times, x.device), 0, output_size=sum(times))
 
 
 def clip_means(x_S: Tensor, grid: Grid, counted_S: Tensor | None = None) -> Tensor:
