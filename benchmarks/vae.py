@@ -74,7 +74,10 @@ def one(system: str, task: str, width: int, frames: int, side: int, device: str)
     torch.manual_seed(0)
     vae, encode, decode = ours(name, width, part) if part else diffusers(name, width)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    vae.eval().to(device, dtype)
+    if isinstance(vae, CausalVae):  # keeps fp32 weights, as load_vae leaves it
+        vae.eval().to(device).dtype = dtype
+    else:
+        vae.eval().to(device, dtype)
 
     def given(frames: int, side: int) -> Tensor:
         latent = (1, 16, 1 + (frames - 1) // 4, side // 8, side // 8)

@@ -16,6 +16,7 @@ from vidit.model.packed import packed
 from vidit.model.windows import Grid
 from vidit.train.metrics import read_metrics
 from vidit.train.peak import peak_flops
+from vidit.train.precision import deterministic
 from vidit.train.run import run
 from vidit.vae.autoencoder import CausalVae
 
@@ -89,6 +90,24 @@ def test_one_call_for_a_packed_row_agrees_with_calls_clip_by_clip(backend: str) 
     found = torch.autograd.grad(out.float().sin().sum(), half)
     for one, other in zip((out, *found), (exact, *wanted), strict=True):
         assert (one.float() - other).norm() <= 0.02 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_available(), reason="needs flash-attn"))],
+)
+@pytest.mark.parametrize("clips", [1, 3])
+def test_gradients_of_long_sequences_are_the_same_every_time(clips: int, backend: str) -> None:
+    grid = packed(((4, 16, 32),) * (clips - 1) + ((5, 32, 32),)) if clips > 1 else Grid(5, 32, 32)
+    inputs = [
+        torch.randn(1, grid.num_tokens, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    with deterministic(True):
+        outs = [WindowCore((0, 0, 0), backend)(*inputs, grid) for _ in range(4)]
+        found = [torch.autograd.grad(out.float().sin().sum(), inputs) for out in outs]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.skipif(not flash_available(), reason="needs flash-attn")
@@ -178,7 +197,7 @@ def test_resume_is_bit_equal(
 ) -> None:
     def build(folder: str, steps: int) -> RunConfig:
         sections = {name: dict(fields) for name, fields in RUNS[kind].items()}
-        sections["train"] |= {"device": "cuda", "steps": steps, "checkpoint_every": 3}
+        sections["train"] |= {"device": "cuda", "steps": steps, "checkpoint_every": 3, "deterministic": True}
         if kind == "packed rows":
             sections["data"]["train"] = str(mixed_clips([(b["num_frames"], b["height"], b["width"]) for b in BUCKETS]))
         if "vae_train" not in sections:

@@ -8,7 +8,7 @@ W.A.L.T. (2312.06662): windows; images pass space-time layers through an identit
 """
 
 import importlib.util
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,16 @@ def flash_available() -> bool:
     return torch.cuda.is_available() and FLASH_INSTALLED
 
 
+def require_flash(backend: str, device: torch.device) -> None:
+    """RuntimeError where flash-attn is asked for and cannot run."""
+    if backend == "flash" and not (FLASH_INSTALLED and device.type == "cuda"):
+        lacks = "it is not installed" if device.type == "cuda" else f"the device is {device.type}"
+        raise RuntimeError(
+            f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' there, "
+            "or use attention_backend=auto, which takes it where it is"
+        )
+
+
 def takes_flash(q: Tensor, backend: str, bare: bool = True) -> bool:
     """Whether flash-attn computes attention of these queries; `bare`: without a mask."""
     return backend == "flash" or (backend == "auto" and bare and is_half(q) and q.is_cuda and FLASH_INSTALLED)
@@ -51,13 +61,15 @@ def takes_lengths(q: Tensor, backend: str) -> bool:
 
 def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid, backend: str) -> Tensor:
     """Each clip of a packed row within itself, by one kernel: (1, S, N, K)."""
-    if takes_flash(q_1SNK, backend):
-        from flash_attn import flash_attn_varlen_func as attend_lengths
-    else:
-        from torch.nn.attention.varlen import varlen_attn as attend_lengths
-
     first, longest = starts(grid, q_1SNK.device), max(t * h * w for t, h, w in grid.clips)
-    out: Tensor = attend_lengths(q_1SNK[0], k_1SNK[0], v_1SNK[0], first, first, longest, longest)
+    given = q_1SNK[0], k_1SNK[0], v_1SNK[0], first, first, longest, longest
+    if takes_flash(q_1SNK, backend):
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(*given, deterministic=torch.are_deterministic_algorithms_enabled())[None]
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = cast(Tensor, varlen_attn(*given))
     return out[None]
 
 
@@ -68,7 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -
             raise ValueError("attention_backend=flash takes no mask or bias here; use attention_backend=sdpa")
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v)
+        return flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
     dtype = q.dtype
     if is_half(q) and q.device.type == "cpu" and k.shape[1] < CPU_SHORT:
         q, k, v = q.float(), k.float(), v.float()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vidit.config import Window
+from vidit.model.spread import spread
 from vidit.model.windows import Grid
 
 
@@ -142,7 +143,7 @@ def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
 def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:
     """Vectors of clips, each (n, 1, D) -> those of the tokens of this rank, each (1, S, D)."""
     clip_S = clip_of(position_S4)
-    return tuple(v[:, 0].index_select(0, clip_S)[None] for v in vectors)
+    return tuple(spread(v[:, 0], clip_S)[None] for v in vectors)
 
 
 def per_frame(x_n: Tensor, grid: Grid) -> Tensor:

@@ -27,7 +27,7 @@ from vidit.train.loop import Account, Beat, TrainLoop, Watchers
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
-from vidit.train.precision import choose_device, choose_dtype
+from vidit.train.precision import choose_device, choose_dtype, deterministic
 from vidit.train.review import Review
 from vidit.train.run_data import open_data
 from vidit.train.rundir import open_run
@@ -59,6 +59,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
     with start_ranks(device.type, p.timeout_s, p.hang_factor, p.hang_floor_s) as ranks, ExitStack() as stack:
         ledger.started("meeting")
         stack.enter_context(full_disk_explained(config.directory))
+        stack.enter_context(deterministic(config.train.deterministic))
         with together():
             config = with_layout(adopt_vae(find_vae(config), num_ranks()), num_ranks(), ranks_per_node())
             splits = read_splits(config)

@@ -179,7 +179,9 @@ def test_text_of_some_tokens_is_that_of_all(size: int) -> None:
         torch.testing.assert_close(torch.cat(found, dim=1)[:, : grid.num_tokens], whole)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int, deterministic: bool
+) -> Tensor:
     """What flash-attn promises of `flash_attn_varlen_func`, on any device: (tokens, N, K)."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
     out = torch.empty_like(q)
