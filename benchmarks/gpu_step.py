@@ -4,9 +4,9 @@
 
 A step is forward, backward and fused AdamW on random latents: bf16 compute over fp32 masters, attention through
 `scaled_dot_product_attention` but where a row says flash-attn, no second pass of self-conditioning, no clipping, no
-average. FLOPs are those of the model (`vidit.model.flops`, three times the forward); MFU is against the rate of large matrix products that
-`vidit.train.peak` measures on the same device. Rows of PROFILED also tell which kernels run. Rows are printed as they
-are measured; those that do not begin within `--seconds` are left out and named.
+average. FLOPs are those of the model (`vidit.model.flops`, three times the forward); MFU is against the rate of large
+matrix products that `vidit.train.peak` measures on the same device. Rows of PROFILED also tell which kernels run. Rows
+are printed as they are measured; those that do not begin within `--seconds` are left out and named.
 """
 
 import argparse

@@ -39,8 +39,8 @@ def require_flash(backend: str, device: torch.device) -> None:
     if backend == "flash" and not (FLASH_INSTALLED and device.type == "cuda"):
         lacks = "it is not installed" if device.type == "cuda" else f"the device is {device.type}"
         raise RuntimeError(
-            f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' there, "
-            "or use attention_backend=auto, which takes it where it is"
+            f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' "
+            "there, or use attention_backend=auto, which takes it where it is"
         )
 
 
