@@ -41,7 +41,7 @@ def whole_fp32() -> Iterator[None]:
         switch.allow_tf32 = value
 
 
-def denoise(device: str, dtype: torch.dtype, backend: str = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def denoise(device: str, dtype: torch.dtype, backend: str = "sdpa") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Output and gradients of a small denoiser, fp32 on the CPU."""
     c = Model(
         num_layers=4, width=64, num_heads=4, mlp_width=128, windows=((1, 0, 0), (0, 0, 0)), relative_position="rope",

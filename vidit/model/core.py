@@ -40,13 +40,8 @@ def require_flash(backend: str, device: torch.device) -> None:
         lacks = "it is not installed" if device.type == "cuda" else f"the device is {device.type}"
         raise RuntimeError(
             f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' "
-            "there, or use attention_backend=auto, which takes it where it is"
+            "there, or use attention_backend=sdpa, which needs nothing"
         )
-
-
-def takes_flash(q: Tensor, backend: str, bare: bool = True) -> bool:
-    """Whether flash-attn computes attention of these queries; `bare`: without a mask."""
-    return backend == "flash" or (backend == "auto" and bare and is_half(q) and q.is_cuda and FLASH_INSTALLED)
 
 
 def is_half(x: Tensor) -> bool:
@@ -56,14 +51,15 @@ def is_half(x: Tensor) -> bool:
 def takes_lengths(q: Tensor, backend: str) -> bool:
     """Whether one kernel takes clips of several lengths: flash-attn's, or the one that torch has for CUDA."""
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return takes_flash(q, backend) or (q.is_cuda and is_half(q) and fits)
+    return backend == "flash" or (q.is_cuda and is_half(q) and fits)
 
 
 def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid, backend: str) -> Tensor:
     """Each clip of a packed row within itself, by one kernel: (1, S, N, K)."""
     first, longest = starts(grid, q_1SNK.device), max(t * h * w for t, h, w in grid.clips)
-    given = q_1SNK[0], k_1SNK[0], v_1SNK[0], first, first, longest, longest
-    if takes_flash(q_1SNK, backend):
+    q, k, v = (x.flatten(0, 1) for x in (q_1SNK, k_1SNK, v_1SNK))
+    given = q, k, v, first, first, longest, longest
+    if backend == "flash":
         from flash_attn import flash_attn_varlen_func
 
         return flash_attn_varlen_func(*given, deterministic=torch.are_deterministic_algorithms_enabled())[None]
@@ -75,7 +71,7 @@ def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid, ba
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """Softmax attention, (B, S, N, K) throughout; `mask` is boolean or an additive bias, (B or 1, N or 1, S, S')."""
-    if takes_flash(q, backend, mask is None):
+    if backend == "flash":
         if mask is not None:
             raise ValueError("attention_backend=flash takes no mask or bias here; use attention_backend=sdpa")
         from flash_attn import flash_attn_func
@@ -123,7 +119,7 @@ class WindowCore(nn.Module):
     `within`, `pairs` and `reach` tell the same to who has some of the windows, or some of the tokens.
     """
 
-    def __init__(self, window: AnyWindow, backend: str = "auto", identity_images: bool = False):
+    def __init__(self, window: AnyWindow, backend: str = "sdpa", identity_images: bool = False):
         super().__init__()
         self.window = window
         self.backend = backend

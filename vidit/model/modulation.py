@@ -65,7 +65,7 @@ class FrameVectors(nn.Module):
     def forward(self, vectors: tuple[Tensor, ...], positions: Positions, grid: Grid) -> tuple[Tensor, ...]:
         if grid.clips:
             row_S = frame_of(positions.position_S3, grid)
-            return tuple(spread(v[:, 0], row_S)[None] for v in vectors)
+            return tuple(spread(v.flatten(0, 1), row_S)[None] for v in vectors)
         frame_S = positions.position_S3[:, 0]
         return tuple(spread(v.reshape(-1, grid.frames, v.shape[-1]), frame_S) for v in vectors)
 

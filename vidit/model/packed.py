@@ -28,10 +28,6 @@ class Run(NamedTuple):
     clips: slice
     grid: Grid
 
-    def rows(self, x_1S: Tensor) -> Tensor:
-        """Their tokens, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...)."""
-        return x_1S[0, self.tokens].unflatten(0, (self.clips.stop - self.clips.start, -1))
-
 
 class FirstToken:
     """Which token of a packed row is the first that this rank holds; read from the device once in a forward.
@@ -86,6 +82,24 @@ def runs_within(grid: Grid, first: int, num: int) -> Iterator[Run]:
                 yield Run(slice(a - first, b - first), clips, run.grid)
 
 
+def tokens_of_runs(x_1S: Tensor, each: Sequence[Run]) -> list[Tensor]:
+    """The tokens of neighbouring runs, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...) of each."""
+    parts = _cut(x_1S.flatten(0, 1), [run.tokens for run in each])
+    return [x.unflatten(0, (run.clips.stop - run.clips.start, -1)) for x, run in zip(parts, each, strict=True)]
+
+
+def clips_of_runs(x_n: Tensor, each: Sequence[Run]) -> list[Tensor]:
+    """What clips have, (n, ...), of neighbouring runs."""
+    return _cut(x_n, [run.clips for run in each])
+
+
+def _cut(x: Tensor, each: list[slice]) -> list[Tensor]:
+    """By one split: the gradients of single slices would each be laid into zeros of the size of the whole."""
+    first, last = each[0].start, each[-1].stop
+    here = x if (first, last) == (0, len(x)) else x[first:last]
+    return list(here.split([part.stop - part.start for part in each]))
+
+
 def tokens_of(x_BCTHW: Tensor, patch: Window) -> Tensor:
     """The numbers of each patch side by side: (B, S, P, C)."""
     b, c, t, h, w = x_BCTHW.shape
@@ -99,10 +113,13 @@ def clip_by_clip(core: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, grid
 
     A core that answers to the text as well gives a pair: its video's output, and its text's, a clip a row.
     """
-    found = []
-    for run in runs(grid):
-        own = None if text is None else type(text)(*(None if x is None else x[run.clips] for x in text))
-        found.append(core(run.rows(q), run.rows(k), run.rows(v), run.grid, None, own))
+    each = list(runs(grid))
+    rows = zip(*(tokens_of_runs(x, each) for x in (q, k, v)), strict=True)
+    texts: list[Any] = [None] * len(each)
+    if text is not None:
+        parts = [[None] * len(each) if x is None else clips_of_runs(x, each) for x in text]
+        texts = [type(text)(*own) for own in zip(*parts, strict=True)]
+    found = [core(*own, run.grid, None, said) for own, run, said in zip(rows, each, texts, strict=True)]
     if isinstance(found[0], Tensor):
         return side_by_side(found)
     videos, said = zip(*found, strict=True)
@@ -143,7 +160,7 @@ def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
 def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:
     """Vectors of clips, each (n, 1, D) -> those of the tokens of this rank, each (1, S, D)."""
     clip_S = clip_of(position_S4)
-    return tuple(spread(v[:, 0], clip_S)[None] for v in vectors)
+    return tuple(spread(v.flatten(0, 1), clip_S)[None] for v in vectors)
 
 
 def per_frame(x_n: Tensor, grid: Grid) -> Tensor:

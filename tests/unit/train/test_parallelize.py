@@ -98,5 +98,5 @@ def _kept(model: nn.ModuleDict) -> int:
 
 def test_flash_on_a_cpu_is_refused(configure: Configure) -> None:
     config = configure(model={"relative_position": "rope", "cross_keys": "text", "attention_backend": "flash"})
-    with pytest.raises(RuntimeError, match=r"attention_backend=flash needs flash-attn.* device is cpu.*=auto"):
+    with pytest.raises(RuntimeError, match=r"attention_backend=flash needs flash-attn.* device is cpu.*=sdpa"):
         built(config)
