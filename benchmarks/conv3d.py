@@ -2,10 +2,11 @@
 
     python -m benchmarks.conv3d
 
-GFLOP/s of F.conv3d in both memory formats, of `vidit.vae.convolution.conv3d`, and of what lost: k_t convolutions of
-two dimensions over all frames, the same with the frames stacked as channels, and a matrix product for each tap of
-the kernel. All of them in fp32 and bf16, with the largest error against fp64. Rows come in turn, the best of a few
-repeats counts, so that a busy machine slows all alike.
+GFLOP/s, counted as of the plain sum, of F.conv3d in both memory formats, of `vidit.vae.convolution.conv3d`, which goes
+in pairs of frames forward, and of what it was chosen from: k_t convolutions of two dimensions over all frames, the same
+with the frames stacked as channels, and a matrix product for each tap of the kernel. All of them in fp32 and bf16, with
+the largest error against fp64. Rows come in turn, the best of a few repeats counts, so that a busy machine slows all
+alike.
 """
 
 import argparse

@@ -3,9 +3,14 @@
 On a CPU torch hands a convolution to oneDNN only above a size (more than one row, or more than 20480 numbers in
 C x T x H), and its own loop for the rest is up to ten times as slow in fp32. A streamed video is one row of a few
 frames: just what falls below. There a convolution with k_t frames is written as a two-dimensional one over all
-frames at once, with the k_t frames that it meets as channels, which oneDNN takes. A pointwise one is a matrix product
-everywhere: torch 2.13's strided pointwise conv2d in channels_last ends the process in its backward pass on a CPU.
-Tensors are in channels_last_3d, where frames are a view: (B, T) folds into one dim without a copy. Measured in
+frames at once, with the k_t frames that it meets as channels, which oneDNN takes.
+
+Where fp32 is computed without a backward pass, frames are made in pairs by Winograd's F(2, 3) along time (1509.09308,
+section 4.1): four two-dimensional convolutions of sums and differences of frames instead of six, and no frame stands
+three times in memory. Rounding is no coarser than that of the plain sum.
+
+A pointwise convolution is a matrix product everywhere: torch 2.13's strided pointwise conv2d in channels_last ends the
+process in its backward pass on a CPU. Tensors are in channels_last_3d, where frames are a view: (B, T) folds into one dim without a copy. Measured in
 `benchmarks/conv3d.py`.
 """
 
@@ -30,16 +35,40 @@ def conv3d(
     if weight.shape[2:] == (1, 1, 1):
         t, h, w = stride
         return F.linear(x[:, :, ::t, ::h, ::w].movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
-    if torch.compiler.is_exporting() or not _small(x):
+    if torch.compiler.is_exporting() or x.device.type != "cpu" or x.dtype != torch.float32:
         return F.conv3d(x, channels_last(weight), bias, stride, (0, *padding))
-    return _of_stacked_frames(x, weight, bias, stride, padding)
+    if weight.shape[2] == 3 and stride[0] == 1 and x.shape[2] > 3 and not torch.is_grad_enabled():
+        return _in_pairs(x, weight, bias, stride[1:], padding)
+    if len(x) == 1 and x[0, ..., 0].numel() <= ONEDNN_NUMBERS:
+        return _of_stacked_frames(x, weight, bias, stride, padding)
+    return F.conv3d(x, channels_last(weight), bias, stride, (0, *padding))
 
 
-def _small(x: Tensor) -> bool:
-    """Whether torch would take its own loop."""
-    return (
-        x.device.type == "cpu" and x.dtype == torch.float32 and len(x) == 1 and x[0, ..., 0].numel() <= ONEDNN_NUMBERS
-    )
+def _in_pairs(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+    """Of four frames x0 .. x3 and taps g0 .. g2 the two frames m0 + m1 + m2 and m1 - m2 - m3, where m0 = (x0 - x2) g0,
+    m1 = (x1 + x2) (g0 + g1 + g2) / 2, m2 = (x2 - x1) (g0 - g1 + g2) / 2 and m3 = (x1 - x3) g2.
+    """
+    rows, frames = len(x), x.shape[2] - 2
+    pairs = frames // 2
+    even, odd = x[:, :, 0 : 2 * pairs + 1 : 2], x[:, :, 1 : 2 * pairs + 2 : 2]
+    first, middle, last = weight.unbind(2)
+    mean, half = (first + last) / 2, middle / 2
+
+    def taken(frames_BCPHW: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+        flat = F.conv2d(frames_BCPHW.transpose(1, 2).flatten(0, 1), kernel, bias, stride, padding)
+        return flat.permute(0, 2, 3, 1).unflatten(0, (rows, pairs))
+
+    m1 = taken(odd[:, :, :-1] + even[:, :, 1:], mean + half, bias)
+    m2 = taken(even[:, :, 1:] - odd[:, :, :-1], mean - half)
+    out = x.new_empty(rows, frames, *m1.shape[2:])
+    ahead, behind = out[:, 0 : 2 * pairs : 2], out[:, 1 : 2 * pairs : 2]
+    torch.add(m1, m2, out=ahead)
+    torch.sub(m1, m2, out=behind)
+    ahead += taken(even[:, :, :-1] - even[:, :, 1:], first)
+    behind -= taken(odd[:, :, :-1] - odd[:, :, 1:], last)
+    if frames % 2:
+        out[:, -1:] = _of_stacked_frames(x[:, :, -3:], weight, bias, (1, *stride), padding).movedim(1, -1)
+    return out.movedim(-1, 1)
 
 
 def _of_stacked_frames(

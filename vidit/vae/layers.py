@@ -112,9 +112,15 @@ class Down(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the convolution's output."""
         pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
-        depth = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=self.t, p=self.s, q=self.s)
-        means = depth.unflatten(-1, (self.out_channels, -1)).mean(-1)
-        return means.movedim(-1, 1)
+        means = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w c t p q", t=self.t, p=self.s, q=self.s)
+        group = pairs.shape[1] * self.t * self.s**2 // self.out_channels
+        for axis in (-1, -2, -3):  # what lies wholly within a group is added where it lies; the rest is copied together
+            if (size := means.shape[axis]) > 1 and group % size == 0:
+                means, group = (means.select(axis, 0) + means.select(axis, 1)).unsqueeze(axis) / size, group // size
+            elif size > 1:
+                break
+        depth = means.flatten(4)
+        return (depth if group == 1 else depth.unflatten(-1, (self.out_channels, -1)).mean(-1)).movedim(-1, 1)
 
 
 class Up(nn.Module):

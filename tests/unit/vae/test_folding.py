@@ -100,6 +100,22 @@ def test_convolution_is_exact_with_its_gradients(kernel, stride, rows, side):
         assert (a - e).norm() / e.norm() < 1e-5
 
 
+@pytest.mark.parametrize("frames", [3, 4, 5, 6, 9])
+@pytest.mark.parametrize("stride", [(1, 1, 1), (1, 2, 2), (2, 2, 2)])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 4), (2, 4), (1, 32)])
+def test_convolution_without_a_backward_pass(frames, stride, rows, channels):
+    """Frames in pairs, with one left over or none; no less exact than torch's own."""
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g) for s in ((rows, channels, frames, 9, 7), (6, channels, 3, 3, 3), (6,)))
+    exact = torch.nn.functional.conv3d(x.double(), w.double(), b.double(), stride, (0, 1, 1))
+    plain = torch.nn.functional.conv3d(x, w, b, stride, (0, 1, 1))
+    with torch.no_grad():
+        found = conv3d(x, w, b, stride, (1, 1))
+    assert found.shape == exact.shape
+    error = (found - exact).norm() / exact.norm()
+    assert error < 3e-7 + 2 * (plain - exact).norm() / exact.norm()
+
+
 STRIDES = {
     "walt": (4, 8, 8), "cogvideox": (4, 8, 16), "wan": (4, 8, 16), "wavelet": (4, 8, 16), "4x16x16": (4, 16, 32),
     "8x16x16": (8, 16, 64), "stable-diffusion": (4, 8, 4),
