@@ -8,6 +8,7 @@ from typing import Any
 from parallel.exchange import from_first, num_ranks, own_rank, together
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
+from vidit.batching import bucket_costs
 from vidit.config import RunConfig
 from vidit.data.clip_list import Clips
 from vidit.data.loader import read_ahead
@@ -149,8 +150,14 @@ def _reach_the_end(
             "was trained on, so its order of clips cannot be kept; data.json names the clips that fail: restore the "
             "dataset, or give a new run_dir"
         )
+    costs = bucket_costs(config)
+    if held.get("costs", costs) != costs:
+        raise RuntimeError(
+            f"a row of each bucket costs {costs} here and cost {held['costs']} where {run_dir} was begun, so its order "
+            "of clips cannot be kept: go on with the vidit that began it, or give a new run_dir"
+        )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
-    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order}
+    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order, "costs": costs}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
     review = Review(task, state, data.validation, data.num_batches, reporter, stop)
     ledger.started("data")
