@@ -68,7 +68,7 @@ def _begin(tokenizer: Any) -> list[int]:
     """What the tokenizer puts in front of any text."""
     letter = LETTERS[0]
     bare, whole = tokenizer(letter, add_special_tokens=False)["input_ids"], tokenizer(letter)["input_ids"]
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return list(whole[:start])
 
 
