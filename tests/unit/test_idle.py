@@ -69,6 +69,8 @@ CASES = [
     ("text.revision=x", [], ["text.kind=t5"]),
     ("text.width=32", ["text.kind=t5"], []),
     ("text.hash_buckets=32", ["text.kind=clip"], []),
+    ('text.template="say {}"', ["text.kind=t5"], ["text.kind=llama"]),
+    ("text.hidden_layer=-3", ["text.kind=t5"], ["text.kind=llama"]),
     ("text.second.path=x", [], [*TWO, "model.pooled_text=true"]),
     ("text.second.max_tokens=9", [], [*TWO, "model.pooled_text=true"]),
     ("text.second.kind=clip", ["text.kind=t5"], ["text.kind=t5", "model.pooled_text=true"]),

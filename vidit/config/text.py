@@ -10,6 +10,8 @@ from vidit.config.section import Section
 
 # Rows of the byte encoder's table that no n-gram is hashed to: padding, begin token.
 RESERVED_TEXT_ROWS = 2
+# Where the caption stands in text.template.
+CAPTION_MARK = "{}"
 
 
 class SecondText(Section):
@@ -24,14 +26,20 @@ class SecondText(Section):
 class Text(Section):
     """How a caption becomes features. `bytes` is trained jointly and needs no files."""
 
-    kind: Literal["bytes", "t5", "umt5", "clip"] = "bytes"
+    kind: Literal["bytes", "t5", "umt5", "clip", "llama"] = "bytes"
     path: str | None = Field(None, description="local folder or hub name of a pretrained encoder")
     revision: str | None = Field(None, description="commit of the hub repository")
     width: int = Field(256, gt=0, description="feature width E; a pretrained encoder brings its own")
     num_layers: int = Field(2, ge=0)
     num_heads: int = Field(4, gt=0)
-    max_tokens: int = Field(32, gt=1, description="L, begin token included")
+    max_tokens: int = Field(32, gt=1, description="L, begin token included; what a template puts in front not counted")
     hash_buckets: int = Field(8192, gt=0, description="rows of the n-gram table of `bytes`, 2 of them reserved")
+    template: str = Field(
+        "", description="of `llama`: what the caption is put into, at {}; what stands in front is read and cut off"
+    )
+    hidden_layer: int = Field(
+        -1, lt=0, description="of `llama`: which layer's output, from the end; -1 is the last with the final norm"
+    )
     second: SecondText = SecondText()
 
     @property
@@ -45,6 +53,8 @@ class Text(Section):
         if self.kind != "bytes":
             if not self.path:
                 yield f"text.kind={self.kind} needs text.path (a local folder or hub name)"
+            if self.kind == "llama" and self.template:
+                yield from self._template_faults()
             return
         if self.width % self.num_heads or self.width % 2:
             legal = " ".join(str(n) for n in range(1, 65) if self.width % n == 0)
@@ -56,6 +66,16 @@ class Text(Section):
                 f"use at least {RESERVED_TEXT_ROWS + 1}"
             )
 
+    def _template_faults(self) -> Iterator[str]:
+        count = self.template.count(CAPTION_MARK)
+        if count != 1:
+            yield (
+                f"text.template={self.template!r} holds {CAPTION_MARK} {count} times; write it once, where the caption "
+                "goes, or leave the template out for the caption alone"
+            )
+        elif self.template == CAPTION_MARK:
+            yield f"text.template={CAPTION_MARK} has no effect: it is the caption alone, as without; leave it out"
+
     def _second_faults(self) -> Iterator[str]:
         second = self.second
         if not second.path:
@@ -63,7 +83,7 @@ class Text(Section):
         if self.kind == "bytes":
             yield (
                 f"text.second.kind={second.kind} stands beside a frozen encoder, and text.kind=bytes is trained; set "
-                "text.kind=t5, umt5 or clip, or leave text.second out"
+                "text.kind=t5, umt5, clip or llama, or leave text.second out"
             )
         elif second.path and self.path and (self.kind, Path(self.path), self.revision) == (
             second.kind, Path(second.path), second.revision,

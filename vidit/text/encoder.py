@@ -40,7 +40,8 @@ class TextTokens:
     """Tokenised captions.
 
     ids: integers that only their own encoder understands, (B, L) or (B, L, n-grams); 0 fills the padding
-        of the byte encoder, the tokenizer's own padding id that of a pretrained one.
+        of the byte encoder, the tokenizer's own padding id that of a pretrained one. With a template (B, C + L):
+        its C tokens in front of the caption are read, and have no features.
     mask_BL: bool, True at valid tokens; at least one a row.
     second: the same captions as a second encoder takes them; its L is its own.
     """
@@ -169,7 +170,10 @@ def build_text_encoder(c: Text, dtype: torch.dtype = torch.float32, second_token
 
     if c.path is None:
         raise ValueError(f"text.kind={c.kind} needs text.path: a folder, or a hub name with text.revision")
-    first = PretrainedTextEncoder(c.kind, c.path, revision=c.revision, max_tokens=c.max_tokens, dtype=dtype)
+    first = PretrainedTextEncoder(
+        c.kind, c.path, revision=c.revision, max_tokens=c.max_tokens, dtype=dtype, template=c.template,
+        hidden_layer=c.hidden_layer,
+    )  # fmt: skip
     if not c.has_second:
         return first
     from vidit.text.pair import PairTextEncoder

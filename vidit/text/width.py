@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from vidit.config import RunConfig
 
-# What the classes of transformers take where a file does not say it, alike for T5, UMT5 and CLIP.
-DEFAULT_WIDTH = 512
+# What the classes of transformers take where a file does not say it.
+DEFAULT_WIDTHS = {"t5": 512, "umt5": 512, "clip": 512, "llama": 4096}
 
 
 class Captions(NamedTuple):
@@ -70,10 +70,10 @@ def stored_width(kind: str, path: str | None, revision: str | None) -> int | Non
 
 
 def _width(kind: str, facts: dict[str, Any]) -> Any:
-    """As said by a T5, a CLIP text tower, or a whole CLIP, which holds one (older files have it in two places)."""
-    if kind != "clip":
-        return facts.get("d_model", DEFAULT_WIDTH)
+    """As said by a T5, a LLaMA, a CLIP text tower, or a whole CLIP with one (older files have it in two places)."""
+    if kind in ("t5", "umt5"):
+        return facts.get("d_model", DEFAULT_WIDTHS[kind])
     if facts.get("model_type") == "clip":
         towers = [facts.get(name) or {} for name in ("text_config_dict", "text_config")]
         facts = next((tower for tower in towers if isinstance(tower, dict) and "hidden_size" in tower), {})
-    return facts.get("hidden_size", DEFAULT_WIDTH)
+    return facts.get("hidden_size", DEFAULT_WIDTHS[kind])

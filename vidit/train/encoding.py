@@ -50,6 +50,9 @@ def _encoder_facts(c: Text | SecondText, text: TextEncoder) -> Facts:
     # In bf16: the same whether the weights are held in that or in more.
     hashed.update(weights_digest(text, torch.bfloat16).encode())
     facts = {"kind": c.kind, "max_tokens": c.max_tokens, "sha256": hashed.hexdigest()}
+    # Both are in the digest already; told apart, they say what to change.
+    if isinstance(c, Text) and c.kind == "llama":
+        facts |= {"template": c.template, "hidden_layer": c.hidden_layer}
     return facts | {"path": c.path, "revision": c.revision}
 
 
@@ -171,6 +174,8 @@ def _name(facts: Facts, path: str, digest: str) -> str:
 
 def _text_name(facts: Facts) -> str:
     told = f"{facts['kind']} {_name(facts, 'path', 'sha256')} at text.max_tokens={facts['max_tokens']}"
+    if "template" in facts:
+        told += f", template={facts['template']!r}, hidden_layer={facts['hidden_layer']}"
     if not (second := facts.get("second")):
         return told
     read = "tokens and pooled caption" if second["tokens"] else "pooled caption"

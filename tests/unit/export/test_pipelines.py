@@ -35,6 +35,7 @@ transformers: Any = pytest.importorskip("transformers")
 
 FRAMES, HEIGHT, WIDTH, STEPS = 9, 32, 48, 10
 FULL = "a red cube slides left"
+LLAMA_TOKENS = 24
 CLIP_TOKENS, CLIP_WIDTH = 24, 12
 MODEL = {"num_layers": 2, "width": 64, "num_heads": 2, "mlp_width": 256}
 VAE = {
@@ -62,6 +63,12 @@ class Pair(NamedTuple):
     noise: Tensor
 
     @property
+    def llama(self) -> dict[str, Any]:
+        """What the pipeline is told to take of its language model; how many tokens to cut it counts itself."""
+        text = self.trained.config.text
+        return {"prompt_template": {"template": text.template}, "max_sequence_length": text.max_tokens}
+
+    @property
     def is_hunyuan(self) -> bool:
         return isinstance(self.pipeline, diffusers.HunyuanVideoPipeline)
 
@@ -72,7 +79,7 @@ def pair(
 ) -> Pair:
     folder, hunyuan = tmp_path_factory.mktemp("pipeline"), request.param == "hunyuanvideo"
     texts = save_text_models(folder / "text")
-    text = texts["t5"]
+    text = texts["llama" if hunyuan else "t5"]
     tiny_model("clip", CLIP_WIDTH).save_pretrained(texts["clip"])
     torch.manual_seed(3)
     vae = (diffusers.AutoencoderKLHunyuanVideo if hunyuan else diffusers.AutoencoderKLCogVideoX)(**VAE).eval()
@@ -92,10 +99,8 @@ def pair(
             **base,
             "model": MODELS[request.param],
             "text": {
-                "kind": "t5",
                 "path": str(text),
-                "max_tokens": len(tokenizer(FULL).input_ids),
-                "second": {"kind": "clip", "path": str(texts["clip"]), "max_tokens": CLIP_TOKENS} if hunyuan else {},
+                **(two_encoders(texts["clip"]) if hunyuan else one_encoder(tokenizer)),
             },
             "diffusion": {"shift": "constant", "shift_value": 7.0} if hunyuan else COG_DIFFUSION,
             "sample": {"sampler": "euler" if hunyuan else "ddim", "num_steps": STEPS},
@@ -105,12 +110,26 @@ def pair(
     assert run(config)
     out = folder / "transformer"
     assert main(["export", config.run_dir, "--format", "diffusers", "--out", str(out)]) == 0
-    pipeline = hunyuan_pipeline(vae, out, texts["clip"]) if hunyuan else cog_pipeline(vae, out, text, tokenizer)
+    pipeline = (hunyuan_pipeline if hunyuan else cog_pipeline)(vae, out, text, tokenizer)
     pipeline.set_progress_bar_config(disable=True)
     trained = open_trained(config.directory)
     r = resolve(trained.config)
     shape = (trained.config.vae.latent_channels, r.latent_frames, r.latent_height, r.latent_width)
     return Pair(trained, pipeline, keys.normal(shape, 0, "sample", [0]))
+
+
+def one_encoder(tokenizer: Any) -> dict[str, Any]:
+    return {"kind": "t5", "max_tokens": len(tokenizer(FULL).input_ids)}
+
+
+def two_encoders(clip: Path) -> dict[str, Any]:
+    """HunyuanVideo's, by the template and the layer that its pipeline takes."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+
+    return {
+        "kind": "llama", "max_tokens": LLAMA_TOKENS, "template": DEFAULT_PROMPT_TEMPLATE["template"],
+        "hidden_layer": -3, "second": {"kind": "clip", "path": str(clip), "max_tokens": CLIP_TOKENS},
+    }  # fmt: skip
 
 
 def weights_of(config: RunConfig, folder: Path) -> None:
@@ -140,11 +159,11 @@ def cog_pipeline(vae: Any, transformer: Path, text: Path, tokenizer: Any) -> Any
     )
 
 
-def hunyuan_pipeline(vae: Any, transformer: Path, clip: Path) -> Any:
-    """Without its language model, which is none of our encoders: it is given T5's features, and has CLIP."""
+def hunyuan_pipeline(vae: Any, transformer: Path, text: Path, tokenizer: Any) -> Any:
+    clip, tokenizer.pad_token = text.parent / "clip", tokenizer.eos_token
     return diffusers.HunyuanVideoPipeline(
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=transformers.LlamaModel.from_pretrained(text),
+        tokenizer=tokenizer,
         text_encoder_2=transformers.CLIPTextModel.from_pretrained(clip),
         tokenizer_2=transformers.CLIPTokenizer.from_pretrained(clip),
         vae=vae,
@@ -185,10 +204,15 @@ def features(pair: Pair, prompt: str, negative: str) -> dict[str, Tensor]:
         found = row_text(text(text.tokenize([caption])), 1, 1)
         given[f"{prefix}prompt_embeds"] = found.features_BLE
         if pair.is_hunyuan:  # the pooled caption by their CLIP, from the words
-            pooled = pair.pipeline._get_clip_prompt_embeds(caption, max_sequence_length=CLIP_TOKENS)
-            given[f"{prefix}pooled_prompt_embeds"] = pooled
+            given[f"{prefix}pooled_prompt_embeds"] = clip_of(pair, caption)
             given[f"{prefix}prompt_attention_mask"] = (found.frame_BL == EVERY_FRAME).long()
     return given
+
+
+def clip_of(pair: Pair, caption: str) -> Tensor:
+    """The pooled caption by their CLIP, which has fewer positions here than the pipeline asks for by itself."""
+    pooled: Tensor = pair.pipeline._get_clip_prompt_embeds(caption, max_sequence_length=CLIP_TOKENS)
+    return pooled
 
 
 def same(found: Tensor, expected: Tensor, least: float = 0.1) -> None:
@@ -218,6 +242,14 @@ def test_the_same_latents_and_video(pair: Pair, guidance: float) -> None:
 def test_text_in_pixels_out(pair: Pair) -> None:
     """Without an embedding given: a caption that leaves no padding for T5 to see."""
     same(pixels(pair, ours(pair, FULL, 1.0)), theirs(pair, 1.0, "np", prompt=FULL), least=0.01)
+
+
+@pytest.mark.parametrize("pair", ["hunyuanvideo"], indirect=True)
+def test_words_by_their_language_model(pair: Pair) -> None:
+    """Template, layer and cut are the pipeline's; the empty caption and padding, whose features it keeps, included."""
+    given = {"prompt": "two cats", "pooled_prompt_embeds": clip_of(pair, "two cats"), **pair.llama}
+    empty = {"negative_prompt": "", "negative_pooled_prompt_embeds": clip_of(pair, "")}
+    same(ours(pair, "two cats", 6.0), theirs(pair, 6.0, **given, **empty))
 
 
 @pytest.mark.parametrize("pair", COGS, indirect=True)

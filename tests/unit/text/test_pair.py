@@ -94,7 +94,7 @@ def test_a_second_without_its_tokenizer(folders: dict[str, Path], tmp_path: Path
     ("text", "told"),
     [
         ({"second": {"kind": "clip"}, "kind": "t5", "path": "a"}, "text.second.kind=clip needs text.second.path"),
-        ({"second": {"kind": "clip", "path": "a"}}, "set text.kind=t5, umt5 or clip, or leave text.second out"),
+        ({"second": {"kind": "clip", "path": "a"}}, "set text.kind=t5, umt5, clip or llama, or leave text.second out"),
         ({"second": {"kind": "t5", "path": "a"}, "kind": "t5", "path": "a"}, "is the encoder of text once more"),
     ],
 )

@@ -38,7 +38,7 @@ def pair(config: RunConfig, first: Path | str, second: Path | str, **more: Any) 
     return config.model_copy(update={"text": text})
 
 
-@pytest.mark.parametrize("kind", ["t5", "umt5", "clip"])
+@pytest.mark.parametrize("kind", ["t5", "umt5", "clip", "llama"])
 def test_files_say_the_width_that_the_encoder_has(folders: dict[str, Path], kind: str) -> None:
     assert stored_width(kind, str(folders[kind]), None) == tiny_model(kind).config.hidden_size == 16
 

@@ -26,6 +26,7 @@ from vidit.train.run import run
 
 Configure = Callable[..., RunConfig]
 LENGTH = 16
+LLAMA = {"kind": "llama", "template": "say:\n{}<|eot_id|>", "hidden_layer": -3}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def build(configure: Configure, folders: dict[str, Path]) -> Callable[..., RunCo
             run_dir, data={"caption_dropout": 0.5, "image_rows": 1, **data}, sample={"prompts": ()},
             train={"micro_batch": 3, "global_batch": 6, "steps": 4}, model={"cross_attention": "all"},
         )  # fmt: skip
-        return with_text(config, kind=kind, path=str(path or folders[kind]))
+        return with_text(config, **(LLAMA if kind == "llama" else {"kind": kind}), path=str(path or folders[kind]))
 
     return build
 
@@ -55,7 +56,7 @@ def losses(config: RunConfig) -> list[float]:
     return [row["loss"] for row in read_metrics(config.directory) if "loss" in row]
 
 
-@pytest.mark.parametrize("kind", ["t5", "clip"])
+@pytest.mark.parametrize("kind", ["t5", "clip", "llama"])
 def test_stored_text_gives_the_same_run(build: Callable[..., RunConfig], tmp_path: Path, kind: str) -> None:
     """Dropped captions, rows of images and CLIP's pooled text included; while training the encoder is never called."""
     direct = build(tmp_path / "direct", kind)
@@ -117,6 +118,19 @@ def test_another_encoder_is_refused(build: Callable[..., RunConfig], folders: di
         with pytest.raises(ConfigError, match=re.escape(f"holds the text of t5 {folders['t5']} (")) as caught:
             run(config)
         assert f"the run has {config.text.kind} {config.text.path} (" in str(caught.value)
+
+
+def test_another_template_or_layer_is_refused(
+    build: Callable[..., RunConfig], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    encode_run(build(tmp_path, "llama"), tmp_path / "out")
+    stored = build(tmp_path / "one", "llama", train=str(tmp_path / "out"))
+    for change in ({"template": "tell:\n{}<|eot_id|>"}, {"template": ""}, {"hidden_layer": -2}):
+        config = with_text(stored, **{**LLAMA, **change}, path=str(folders["llama"]))
+        with pytest.raises(
+            ConfigError, match=r"holds the text of llama .*, template='say:.*, hidden_layer=-3, the run"
+        ):
+            run(config)
 
 
 def test_captions_are_stored_too(build: Callable[..., RunConfig], configure: Configure, tmp_path: Path) -> None:
