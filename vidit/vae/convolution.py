@@ -17,6 +17,9 @@ process in its backward pass on a CPU. Tensors are in channels_last_3d, where fr
 dim without a copy. Measured in `benchmarks/conv3d.py`.
 """
 
+from collections.abc import Sequence
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +31,23 @@ ONEDNN_NUMBERS = 20480
 def channels_last(x_BCTHW: Tensor) -> Tensor:
     """x with its channels innermost in memory; itself where they are already."""
     return x_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+
+
+def joined(parts: Sequence[Tensor], dim: Literal[1, 2]) -> Tensor:
+    """Clips side by side, along channels (1) or frames (2), in channels_last_3d.
+
+    `torch.cat` does not see that the channels of single frames lie innermost, nor those of a frame that is repeated.
+    """
+    return torch.cat([part.movedim(1, -1) for part in parts], dim=-1 if dim == 1 else 1).movedim(-1, 1)
+
+
+def frames_of(x_BCTHW: Tensor) -> Tensor:
+    """The frames of all clips, (B T, C, H, W), a view of channels_last_3d as channels_last.
+
+    Also of a single frame: with the strides of (1, T) folded as they are torch would not see its format.
+    """
+    last = x_BCTHW.movedim(1, -1)
+    return last.reshape(-1, *last.shape[2:]).permute(0, 3, 1, 2)
 
 
 def conv3d(
@@ -58,7 +78,7 @@ def _in_pairs(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], 
     mean, half = (first + last) / 2, middle / 2
 
     def taken(frames_BCPHW: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-        flat = F.conv2d(frames_BCPHW.transpose(1, 2).flatten(0, 1), kernel, bias, stride, padding)
+        flat = F.conv2d(frames_of(frames_BCPHW), kernel, bias, stride, padding)
         return flat.permute(0, 2, 3, 1).unflatten(0, (rows, pairs))
 
     m1 = taken(odd[:, :, :-1] + even[:, :, 1:], mean + half, bias)
@@ -80,6 +100,5 @@ def _of_stacked_frames(
     """One two-dimensional convolution of all frames, whose channels are those of the frames that the kernel meets."""
     rows, frames = len(x), (x.shape[2] - weight.shape[2]) // stride[0] + 1
     met = [x[:, :, k : k + (frames - 1) * stride[0] + 1 : stride[0]] for k in range(weight.shape[2])]
-    stacked = torch.cat(met, dim=1).transpose(1, 2).flatten(0, 1)
-    out = F.conv2d(stacked, weight.transpose(1, 2).flatten(1, 2), bias, stride[1:], padding)
+    out = F.conv2d(frames_of(joined(met, dim=1)), weight.transpose(1, 2).flatten(1, 2), bias, stride[1:], padding)
     return out.unflatten(0, (rows, frames)).transpose(1, 2)

@@ -14,13 +14,12 @@ Between the layers tensors lie in channels_last_3d: norms and convolutions read 
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vidit.config import Vae
-from vidit.vae.convolution import channels_last, conv3d
+from vidit.vae.convolution import conv3d, joined
 from vidit.vae.norms import added, build_norm, silu
 
 
@@ -70,9 +69,7 @@ class CausalConv3d(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel_size[0] > 1:
-            x = channels_last(x)
-            # A repeated frame lies nowhere in memory, and cat would take its format for that of the whole.
-            x = torch.cat((channels_last(self.front(x)), x), dim=2)
+            x = joined((self.front(x), x), dim=2)
         assert self.bias is not None
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         _, *padding = cast(tuple[int, int, int], self.padding)
@@ -111,7 +108,7 @@ class Down(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the convolution's output."""
-        pairs = torch.cat((self.pair(x), x), dim=2) if self.t == 2 else x
+        pairs = joined((self.pair(x), x), dim=2) if self.t == 2 else x
         means = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w c t p q", t=self.t, p=self.s, q=self.s)
         group = pairs.shape[1] * self.t * self.s**2 // self.out_channels
         for axis in (-1, -2, -3):  # what lies wholly within a group is added where it lies; the rest is copied together

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vidit.config import Vae
 from vidit.dtypes import wide, widen
-from vidit.vae.convolution import channels_last
+from vidit.vae.convolution import channels_last, frames_of
 
 EPS = 1e-6
 
@@ -43,9 +43,9 @@ class FrameNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.empty(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        frames = widen(channels_last(x)).transpose(1, 2)
-        normed = F.group_norm(frames.flatten(0, 1), self.groups, self.weight, self.bias, EPS)
-        return normed.unflatten(0, frames.shape[:2]).transpose(1, 2).to(x.dtype)
+        frames = frames_of(widen(channels_last(x)))
+        normed = F.group_norm(frames, self.groups, self.weight, self.bias, EPS)
+        return normed.unflatten(0, (len(x), -1)).transpose(1, 2).to(x.dtype)
 
 
 def scaled(x: Tensor, weight: Tensor) -> Tensor:

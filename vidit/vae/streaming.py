@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vidit.dtypes import widen
 from vidit.vae.autoencoder import CausalVae, Posterior, posterior
+from vidit.vae.convolution import joined
 from vidit.vae.layers import DropFirst, Front
 
 
@@ -126,7 +127,7 @@ class CachedFront(nn.Module):
         # Of a short part some of what was in front of it is in front of the next one too.
         kept = x[:, :, max(0, x.shape[2] - past) :] if past else x[:, :, :0]
         if kept.shape[2] < past:
-            kept = torch.cat((given[:, :, given.shape[2] - (past - kept.shape[2]) :], kept), dim=2)
+            kept = joined((given[:, :, given.shape[2] - (past - kept.shape[2]) :], kept), dim=2)
         self.last = kept.clone(memory_format=torch.preserve_format)
         return cast(Tensor, given)
 
