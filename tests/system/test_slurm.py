@@ -132,6 +132,7 @@ def whole(cluster: Cluster) -> Path:
 
 
 AWKWARD = "a 'q\" b;touch pwned;$(touch pwned)`touch pwned` #&|%j"
+PROMPTS = "[\n" + json.dumps(f"{AWKWARD}\n$(touch pwned)") + "\n]"
 SICK = """
 [slurm]
 devices_as = "none"
@@ -165,8 +166,10 @@ def submitted(cluster: Cluster, whole: Path) -> None:
     cluster.submit("sick", "--site", str(folder / "sick.toml"))
     (folder / "chain.toml").write_text(NO_REQUEUE)
     cluster.submit("chain", "--site", str(folder / "chain.toml"), "--chain", "2")
-    (folder / "sweep.txt").write_text("# seeds\n" + "".join(f"train.steps=3 train.seed={n}\n" for n in range(4)))
+    (folder / "sweep.txt").write_text("# seeds\n" + "".join(f"train.steps=3 train.seed={n}\n" for n in range(3)))
     cluster.submit("sweep", "--array", str(folder / "sweep.txt"))
+    short = ("train.steps=2", "sample.num_steps=1", f"sample.prompts={PROMPTS}")
+    cluster.submit("awkward", "--name", AWKWARD, *short, run_dir=AWKWARD)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -272,28 +275,19 @@ def test_a_chain_goes_on_where_a_job_ended(cluster: Cluster, disturbed: dict[str
 
 
 def test_an_array(cluster: Cluster) -> None:
-    runs = [cluster.folder / "sweep" / str(number) for number in range(4)]
+    runs = [cluster.folder / "sweep" / str(number) for number in range(3)]
     until(lambda: all((path / "stopped.json").is_file() for path in runs), lambda: cluster.output("sweep"))
-    until(lambda: cluster.status("sweep").count(" done (completed") == 4, lambda: cluster.status("sweep"))
-    assert [steps(path) for path in runs] == [3, 3, 3, 3]
-    assert len({str(losses(path)) for path in runs}) == 4, "each with its own seed"
+    until(lambda: cluster.status("sweep").count(" done (completed") == 3, lambda: cluster.status("sweep"))
+    assert [steps(path) for path in runs] == [3, 3, 3]
+    assert len({str(losses(path)) for path in runs}) == 3, "each with its own seed"
 
 
 def test_awkward_words_do_no_harm(cluster: Cluster) -> None:
     """In paths, in the name of the job and in overrides; a line break in an override too."""
-    prompts = "[\n" + json.dumps(f"{AWKWARD}\n$(touch pwned)") + "\n]"
-    run_dir = cluster.submit(
-        "awkward",
-        "--name",
-        AWKWARD,
-        "train.steps=2",
-        "sample.num_steps=1",
-        f"sample.prompts={prompts}",
-        run_dir=AWKWARD,
-    )
+    run_dir = cluster.folder / AWKWARD
     cluster.wait("awkward")
     assert steps(run_dir) == 2
-    assert json.loads((run_dir / "config.json").read_text())["sample"]["prompts"] == json.loads(prompts)
+    assert json.loads((run_dir / "config.json").read_text())["sample"]["prompts"] == json.loads(PROMPTS)
     assert not [path for path in (*Path.cwd().glob("*"), *cluster.folder.rglob("*")) if path.name == "pwned"]
     assert AWKWARD in cluster.ask("squeue", "-h", "-t", "all", "-j", cluster.jobs["awkward"], "-o", "%j")
 
