@@ -5,6 +5,7 @@ Every job here trains the same run, so each has one answer: the metrics of the j
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -12,15 +13,18 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from cluster.processes import environment_of
 from cluster.slurm import processes
 from cluster.slurm.local import LocalSlurm, Shape, missing
+from vidit.cli import main
 from vidit.config import Launch, Parallel, RunConfig
 from vidit.train.metrics import read_metrics
 from vidit.train.run import run
@@ -29,7 +33,6 @@ pytestmark = pytest.mark.skipif(bool(missing()), reason=f"not installed: {' '.jo
 WAIT_S, STEPS = 240.0, 40
 ANYWHERE, LOST, PREEMPTED = ["127.0.0.11", "127.0.0.12"], ["127.0.0.13", "127.0.0.14", "127.0.0.15"], ["127.0.0.16"]
 NODES = [*ANYWHERE, *LOST, *PREEMPTED]
-Vidit = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @dataclass
@@ -37,21 +40,22 @@ class Cluster:
     """The SLURM, how jobs are submitted to it, and what has been."""
 
     slurm: LocalSlurm
-    vidit: Vidit
     config: str
     folder: Path
     jobs: dict[str, str] = field(default_factory=dict)
+
+    def vidit(self, *words: object) -> str:
+        """What the command prints, in this process and with the variables of the cluster."""
+        with patch.dict(os.environ, self.slurm.environment), redirect_stdout(io.StringIO()) as told:
+            assert main([str(word) for word in words]) == 0
+        return told.getvalue()
 
     def submit(self, name: str, *options: str, nodes: list[str] = ANYWHERE, run_dir: str | None = None) -> Path:
         path = self.folder / (run_dir or name)
         away = ",".join(node for node in NODES if node not in nodes)
         site = () if "--site" in options else ("--site", "cpu_test")
-        done = self.vidit(
-            "submit", "slurm", self.config, f"run_dir={path}", *site, f"--sbatch=--exclude={away}", *options,
-            extra=self.slurm.environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        self.jobs[name] = done.stdout.removeprefix("submitted ").partition(",")[0]
+        words = ("submit", "slurm", self.config, f"run_dir={path}", *site, f"--sbatch=--exclude={away}", *options)
+        self.jobs[name] = self.vidit(*words).removeprefix("submitted ").partition(",")[0]
         return path
 
     def ask(self, *argv: str) -> str:
@@ -73,9 +77,7 @@ class Cluster:
         assert self.field(name, "JobState", job) == state, self.output(name)
 
     def status(self, name: str) -> str:
-        done = self.vidit("status", self.folder / name, extra=self.slurm.environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return self.vidit("status", self.folder / name)
 
     def output(self, name: str) -> str:
         logs = sorted(self.folder.glob(f"{name}/jobs/*/output-*.log"))
@@ -112,14 +114,13 @@ def losses(run_dir: Path) -> list[Any]:
 def cluster(
     configure: Callable[..., RunConfig],
     config_file: Callable[[Path, RunConfig], str],
-    vidit: Vidit,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("slurm")
     train = {"steps": STEPS, "validate_every": 1000, "checkpoint_every": 10, "micro_batch": 1}
     config = config_file(folder, configure(train=train, sample={"prompts": ()}))
     with LocalSlurm(Shape(nodes=len(NODES), gpus=0)) as slurm:
-        yield Cluster(slurm, vidit, config, folder)
+        yield Cluster(slurm, config, folder)
 
 
 TWO = ("--nodes", "2")
@@ -297,9 +298,8 @@ def test_one_process_on_every_node(cluster: Cluster) -> None:
     wide = ("--devices", "2", "--ranks", "node", "train.global_batch=8", "train.steps=20000")
     run_dir = cluster.submit("by-node", *TWO, *wide)
     reached(cluster, "by-node", 2)
-    assert "by-node" in cluster.vidit("status", run_dir, extra=cluster.slurm.environment).stdout
-    done = cluster.vidit("cancel", run_dir, extra=cluster.slurm.environment)
-    assert done.stdout == f"asked {cluster.jobs['by-node']} to save and leave\n"
+    assert "by-node" in cluster.vidit("status", run_dir)
+    assert cluster.vidit("cancel", run_dir) == f"asked {cluster.jobs['by-node']} to save and leave\n"
     cluster.wait("by-node", "CANCELLED")
     told = json.loads((run_dir / "stopped.json").read_text())
     assert not told["done"]
@@ -313,10 +313,10 @@ def test_status_and_logs(cluster: Cluster, whole: Path) -> None:
     text = cluster.status("whole")
     assert text.startswith(f"slurm {cluster.jobs['whole']} done (completed, nodes 127.0.0.[11-12], ")
     assert f"{whole}: done at step {STEPS}, start 001/{cluster.jobs['whole']}.0" in text
-    out = cluster.vidit("logs", whole, "--lines", 1, extra=cluster.slurm.environment).stdout
+    out = cluster.vidit("logs", whole, "--lines", 1)
     assert out.endswith(": done\n")
     assert out.count("\n") == 1
-    again = cluster.vidit("cancel", whole, extra=cluster.slurm.environment).stdout
+    again = cluster.vidit("cancel", whole)
     assert again == f"nothing to cancel: {cluster.jobs['whole']} is done\n"
 
 
