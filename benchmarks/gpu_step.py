@@ -3,10 +3,10 @@
     python -m benchmarks.gpu_step [--seconds 600]
 
 A step is forward, backward and fused AdamW on random latents: bf16 compute over fp32 masters, attention through
-`scaled_dot_product_attention`, no second pass of self-conditioning, no clipping, no average. FLOPs are those of the
-model (`vidit.model.flops`, three times the forward); MFU is against the rate of large matrix products that
-`vidit.train.peak` measures on the same device. Rows of PROFILED also tell which kernels run. Rows are printed as they
-are measured; those that do not begin within `--seconds` are left out and named.
+`scaled_dot_product_attention` but where a row says flash-attn, no second pass of self-conditioning, no clipping, no
+average. FLOPs are those of the model (`vidit.model.flops`, three times the forward); MFU is against the rate of large
+matrix products that `vidit.train.peak` measures on the same device. Rows of PROFILED also tell which kernels run. Rows
+are printed as they are measured; those that do not begin within `--seconds` are left out and named.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from vidit.model.flops import forward_flops, training_flops
 from vidit.model.windows import Grid
 from vidit.train.optim import Optimizers, build_optimizer
 from vidit.train.peak import peak_flops
+from vidit.train.precision import deterministic
 from vidit.train.recompute import recompute
 
 CHANNELS, TEXT_WIDTH, TEXT_TOKENS = 8, 256, 32
@@ -50,27 +51,31 @@ class Row:
     micro_batch: int
     compile: bool = False
     recompute: bool = False
+    deterministic: bool = False
+    backend: Literal["sdpa", "flash"] = "sdpa"
     cross_keys: Literal["text", "video_and_text"] = "video_and_text"
 
     @property
     def model(self) -> Model:
         return Model.preset(
             self.preset, relative_position=self.position, cross_keys=self.cross_keys, self_conditioning=0.0,
-            attention_backend="sdpa",
+            attention_backend=self.backend,
         )  # fmt: skip
 
 
 ROWS = (
-    Row("L", SMALL, "rope", 16),
     Row("L", SMALL, "rope", 16, compile=True),
-    Row("L", SMALL, "bias", 16, compile=True),
-    Row("L", LARGE, "rope", 1, compile=True),
+    Row("L", SMALL, "rope", 16, compile=True, cross_keys="text"),
+    Row("L", SMALL, "rope", 16, compile=True, cross_keys="text", backend="flash"),
+    Row("L", SMALL, "rope", 16, compile=True, deterministic=True),
     Row("3B", SMALL, "rope", 16, compile=True, recompute=True),
     Row("XL", SMALL, "rope", 16, compile=True),
     Row("XL", LARGE, "rope", 4, compile=True, recompute=True),
-    Row("L", SMALL, "rope", 16, compile=True, cross_keys="text"),
-    Row("L", SMALL, "rope", 32, compile=True, recompute=True),
+    Row("L", LARGE, "rope", 1, compile=True),
     Row("L", LARGE, "rope", 4, compile=True, recompute=True),
+    Row("L", SMALL, "bias", 16, compile=True),
+    Row("L", SMALL, "rope", 16),
+    Row("L", SMALL, "rope", 32, compile=True, recompute=True),
     Row("L", LARGE, "bias", 1, compile=True),
     Row("L", SMALL, "bias", 16),
     Row("L", LARGE, "rope", 1),
@@ -202,9 +207,12 @@ def copy_rate(device: torch.device) -> float:
 def measured(row: Row, peak: float, device: torch.device) -> dict[str, Any]:
     """The row and its numbers, or why it has none."""
     try:
-        answer = measure(row, peak, device)
+        with deterministic(row.deterministic):
+            answer = measure(row, peak, device)
     except torch.OutOfMemoryError:
         answer = {"failed": "out of memory"}
+    except ImportError:
+        answer = {"failed": "flash-attn is not installed"}
     gc.collect()
     torch.cuda.empty_cache()
     return asdict(row) | answer

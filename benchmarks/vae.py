@@ -1,16 +1,19 @@
 """How long do our VAE and those of diffusers take, and in how much memory, at equal widths and compression?
 
     python -m benchmarks.vae
+    python -m benchmarks.vae --device cuda --width 96 --frames 49 --side 480
 
 AutoencoderKLCogVideoX and AutoencoderKLWan with random weights, 4x8x8 and 16 channels, and our presets of the same
 names with the same widths and as many residual blocks in each level: the rest of the difference is of design, and
 its FLOPs are counted. A third of ours, `wavelet`, has no layer at full size, and stands beside Wan's. diffusers' two
-code 8 and 4 frames at a time by themselves; ours is streamed with 8, with 4, and at once. Each is a process of its
-own, which codes a small video to warm up; memory is the peak resident size above that of the loaded model. Needs the
-extra `export`.
+code 8 and 4 frames at a time by themselves; ours is streamed with 8, with 4, and at once. On a CPU, in fp32, each is a
+process of its own, which codes a small video to warm up; memory is the peak resident size above that of the loaded
+model. On CUDA, in bf16, each codes the whole video once to warm up, and memory is what tensors take above the weights.
+Needs the extra `export`.
 """
 
 import argparse
+import gc
 import json
 import os
 import resource
@@ -64,27 +67,29 @@ def ours(name: str, width: int, part: str) -> tuple[nn.Module, Code, Code]:
 
 
 @torch.no_grad()
-def one(system: str, task: str, width: int, frames: int, side: int) -> dict[str, float]:
+def one(system: str, task: str, width: int, frames: int, side: int, device: str) -> dict[str, float]:
     """Time, memory and FLOPs of one system and one task, in this process."""
     who, name = system.split()
     part = who.partition("-")[2]
     torch.manual_seed(0)
     vae, encode, decode = ours(name, width, part) if part else diffusers(name, width)
-    vae.eval()
-    small = torch.rand(1, 3, 9, 32, 32) * 2 - 1
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    if isinstance(vae, CausalVae):  # keeps fp32 weights, as load_vae leaves it
+        vae.eval().to(device).dtype = dtype
+    else:
+        vae.eval().to(device, dtype)
+
+    def given(frames: int, side: int) -> Tensor:
+        latent = (1, 16, 1 + (frames - 1) // 4, side // 8, side // 8)
+        return torch.randn((1, 3, frames, side, side) if task == "encode" else latent, device=device, dtype=dtype)
+
+    call = encode if task == "encode" else decode
     with FlopCounterMode(display=False) as counter:
-        z = encode(small) if task == "encode" else None
-        _ = decode(torch.randn(1, 16, 3, 4, 4)) if z is None else z
-    shape = (1, 3, frames, side, side) if task == "encode" else (1, 16, 1 + (frames - 1) // 4, side // 8, side // 8)
-    given, call = torch.randn(shape), encode if task == "encode" else decode
-    before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
-    out = call(given)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    assert out.shape[2:] == (
-        (1 + (frames - 1) // 4, side // 8, side // 8) if task == "encode" else (frames, side, side)
-    )
+        call(given(9, 32))
+    video = given(frames, side)
+    seconds, peak, out = (on_cuda if device == "cuda" else on_cpu)(call, video)
+    coded = (1 + (frames - 1) // 4, side // 8, side // 8)
+    assert out == (coded if task == "encode" else (frames, side, side)), f"{system} {task} gave {out}"
     return {
         "seconds": round(seconds, 3),
         "peak_mib": round(peak / 2**20, 1),
@@ -93,9 +98,36 @@ def one(system: str, task: str, width: int, frames: int, side: int) -> dict[str,
     }
 
 
-def measure(system: str, task: str, size: list[str]) -> dict[str, Any]:
-    """The same in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.vae", "--one", system, task, *size]
+def on_cpu(call: Code, video: Tensor) -> tuple[float, int, tuple[int, ...]]:
+    """Seconds, bytes above those before, and the size of what came out."""
+    before = psutil.Process().memory_info().rss
+    start = time.perf_counter()
+    size = tuple(call(video).shape[2:])
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, size
+
+
+def on_cuda(call: Code, video: Tensor) -> tuple[float, int, tuple[int, ...]]:
+    """The same; the shortest of three calls after one."""
+    call(video)
+    torch.cuda.reset_peak_memory_stats()
+    before, times, size = torch.cuda.memory_allocated(), [], ()
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        size = tuple(call(video).shape[2:])
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), torch.cuda.max_memory_allocated() - before, size
+
+
+def measure(system: str, task: str, size: list[int], device: str) -> dict[str, Any]:
+    """The same as a row; on a CPU in a process of its own."""
+    if device == "cuda":
+        row = one(system, task, *size, device)
+        gc.collect()
+        return {"system": system, "task": task, **row}
+    words = [str(w) for pair in zip(("--width", "--frames", "--side"), size, strict=True) for w in pair]
+    command = [sys.executable, "-m", "benchmarks.vae", "--one", system, task, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{system} {task} failed: {done.stderr[-2000:]}")
@@ -105,26 +137,27 @@ def measure(system: str, task: str, size: list[str]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "TASK"), help="in this process")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--width", type=int, default=32, help="channels of the finest level")
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--side", type=int, default=128)
     arguments = parser.parse_args()
     size = [arguments.width, arguments.frames, arguments.side]
     if arguments.one:
-        print(json.dumps(one(*arguments.one, *size)))
+        print(json.dumps(one(*arguments.one, *size, arguments.device)))
         return
-    words = [str(w) for pair in zip(("--width", "--frames", "--side"), size, strict=True) for w in pair]
     rows = []
     for system in SYSTEMS:
         for task in ("encode", "decode"):
-            rows.append(measure(system, task, words))
+            rows.append(measure(system, task, size, arguments.device))
             name = system.split()[1]
             theirs = next(r for r in rows if r["system"] == f"diffusers {BESIDE.get(name, name)}" and r["task"] == task)
             rows[-1]["time_of_theirs"] = round(rows[-1]["seconds"] / theirs["seconds"], 2)
             rows[-1]["memory_of_theirs"] = round(rows[-1]["peak_mib"] / theirs["peak_mib"], 2)
             print(json.dumps(rows[-1]), flush=True)
     sizes = dict(zip(("width", "frames", "side"), size, strict=True))
-    print(write_result("vae", {**sizes, "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "rows": rows}))
+    facts = {**sizes, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    print(write_result("vae" if arguments.device == "cpu" else "gpu-vae", {**facts, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,11 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
     return float(forward_flops(c.denoiser, grid, c.vae.latent_channels, text.width, text.tokens, text.second))
 
 
+def bucket_costs(config: RunConfig) -> list[float]:
+    """What a row of each bucket costs, on which the order of clips stands; empty without buckets."""
+    return [row_cost(config, shape) for shape in config.data.shapes] if config.data.buckets else []
+
+
 def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:
     """Rows of a micro-batch of each bucket: `rows`, or as many as cost what `train.micro_batch` of the dearest do."""
     shapes = config.data.shapes

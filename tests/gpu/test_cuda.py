@@ -3,18 +3,20 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from vidit.config import Model, RunConfig, Vae
-from vidit.model.core import WindowCore, attend, flash_available
+from vidit.model.core import WindowCore, attend, flash_available, takes_lengths
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
 from vidit.model.packed import packed
 from vidit.model.windows import Grid
 from vidit.train.metrics import read_metrics
 from vidit.train.peak import peak_flops
+from vidit.train.precision import deterministic
 from vidit.train.run import run
 from vidit.vae.autoencoder import CausalVae
 
@@ -39,7 +41,7 @@ def whole_fp32() -> Iterator[None]:
         switch.allow_tf32 = value
 
 
-def denoise(device: str, dtype: torch.dtype, backend: str = "auto") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def denoise(device: str, dtype: torch.dtype, backend: str = "sdpa") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Output and gradients of a small denoiser, fp32 on the CPU."""
     c = Model(
         num_layers=4, width=64, num_heads=4, mlp_width=128, windows=((1, 0, 0), (0, 0, 0)), relative_position="rope",
@@ -73,17 +75,39 @@ def test_device_agrees_with_cpu(dtype: torch.dtype, bound: float, whole_fp32: No
         assert (gradients[name] - gradient).norm() <= 3 * bound * gradient.norm().clamp(min=floor), name
 
 
-@pytest.mark.skipif(not flash_available(), reason="needs flash-attn")
-def test_one_call_of_flash_for_a_packed_row_agrees_with_calls_clip_by_clip() -> None:
+@pytest.mark.parametrize(
+    "backend",
+    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_available(), reason="needs flash-attn"))],
+)
+def test_one_call_for_a_packed_row_agrees_with_calls_clip_by_clip(backend: str) -> None:
     grid = packed(((3, 5, 3), (1, 4, 6), (1, 4, 6), (2, 4, 4)))
     q, k, v = (torch.randn(1, grid.num_tokens, 4, 64, device="cuda", requires_grad=True) for _ in range(3))
     exact = WindowCore((0, 0, 0), "sdpa")(q, k, v, grid)
     wanted = torch.autograd.grad(exact.sin().sum(), (q, k, v))
     half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    out = WindowCore((0, 0, 0), "flash")(*half, grid)
+    assert takes_lengths(half[0], backend)
+    out = WindowCore((0, 0, 0), backend)(*half, grid)
     found = torch.autograd.grad(out.float().sin().sum(), half)
     for one, other in zip((out, *found), (exact, *wanted), strict=True):
         assert (one.float() - other).norm() <= 0.02 * other.norm()
+
+
+@pytest.mark.parametrize(
+    "backend",
+    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_available(), reason="needs flash-attn"))],
+)
+@pytest.mark.parametrize("clips", [1, 3])
+def test_gradients_of_long_sequences_are_the_same_every_time(clips: int, backend: str) -> None:
+    grid = packed(((4, 16, 32),) * (clips - 1) + ((5, 32, 32),)) if clips > 1 else Grid(5, 32, 32)
+    inputs = [
+        torch.randn(1, grid.num_tokens, 8, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    ]
+    with deterministic(True):
+        outs = [WindowCore((0, 0, 0), backend)(*inputs, grid) for _ in range(4)]
+        found = [torch.autograd.grad(out.float().sin().sum(), inputs) for out in outs]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.skipif(not flash_available(), reason="needs flash-attn")
@@ -145,19 +169,50 @@ def test_compiled_losses_are_those_of_the_eager_run(
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("bf16", "muon")])
+BUCKETS = tuple({"num_frames": t, "height": 32, "width": w} for t, w in ((1, 32), (5, 32), (5, 64)))
+RUNS: dict[str, dict[str, Any]] = {
+    "fp32": {"train": {"precision": "fp32"}},
+    "bf16": {"train": {"precision": "bf16"}},
+    "muon": {"train": {"precision": "bf16", "optimizer": "muon"}},
+    "packed rows": {
+        "model": {
+            "windows": ((0, 0, 0),), "relative_position": "rope", "image_attention": "frame", "cross_attention": "all"
+        },
+        "data": {"buckets": BUCKETS, "packed_tokens": 160, "num_validation": 0},
+        "train": {"precision": "bf16", "micro_batch": 1, "global_batch": 3},
+    },
+    "a vae and its discriminator": {
+        "vae_train": {
+            "adversarial_weight": 0.5, "adversarial_start": 1, "discriminator_channels": 8, "discriminator_layers": 2,
+            "r1_weight": 0.1, "wavelet_weight": 0.1,
+        },
+        "train": {"task": "vae", "precision": "fp32"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RUNS)
 def test_resume_is_bit_equal(
-    precision: str, optimizer: str, configure: Callable[..., RunConfig], tmp_path: Path
+    kind: str, configure: Callable[..., RunConfig], mixed_clips: Callable[..., Path], tmp_path: Path
 ) -> None:
-    train = {"device": "cuda", "precision": precision, "optimizer": optimizer, "steps": 6, "checkpoint_every": 3}
-    whole = configure(tmp_path / "whole", train=train, sample={"prompts": ()})
+    def build(folder: str, steps: int) -> RunConfig:
+        sections = {name: dict(fields) for name, fields in RUNS[kind].items()}
+        sections["train"] |= {"device": "cuda", "steps": steps, "checkpoint_every": 3, "deterministic": True}
+        if kind == "packed rows":
+            sections["data"]["train"] = str(mixed_clips([(b["num_frames"], b["height"], b["width"]) for b in BUCKETS]))
+        if "vae_train" not in sections:
+            sections["sample"] = {"prompts": ()}
+        return configure(tmp_path / folder, **sections)
+
+    whole = build("whole", 6)
     assert run(whole)
-    parted = configure(tmp_path / "parted", train={**train, "steps": 3}, sample={"prompts": ()})
+    assert run(build("parted", 3))
+    parted = build("parted", 6)
     assert run(parted)
-    assert run(configure(tmp_path / "parted", train=train, sample={"prompts": ()}))
 
     def losses(config: RunConfig) -> list[tuple[int, float, float]]:
         rows = map(json.loads, (config.directory / "metrics.jsonl").read_text().splitlines())
         return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
+    assert len(losses(whole)) == 6
     assert losses(whole) == losses(parted)

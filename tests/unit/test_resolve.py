@@ -134,7 +134,7 @@ class TestResolve:
             ({"model": Model(**{**JOINT, "windows": ((1, 0, 0),)})}, ["=joint attends to all tokens", "[[0,0,0]]"]),
             ({"model": Model(**{**JOINT, "relative_position": "bias"})}, ["no position bias", "rope or none"]),
             ({"model": Model(**{**JOINT, "image_attention": "identity"})}, ["cannot let images pass", "=frame"]),
-            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text", "auto or sdpa"]),
+            ({"model": Model(**JOINT, attention_backend="flash")}, ["takes no mask over text", "use sdpa"]),
             (
                 {"model": Model(width=40, num_heads=2, absolute_position="sincos")},
                 ["divisible by 16", "not 40", "32 or 48"],

@@ -157,7 +157,9 @@ class Model(Section):
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
-    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
+    attention_backend: Literal["sdpa", "flash"] = Field(
+        "sdpa", description="torch's kernels, cuDNN's where they are faster, or flash-attn's, which take no mask"
+    )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -159,7 +159,7 @@ def _joint_faults(c: Model) -> Iterator[str]:
             "model.image_attention=frame"
         )
     if c.attention_backend == "flash" and c.text_padding == "masked":
-        yield "model.attention_backend=flash takes no mask over text; use auto or sdpa with cross_attention=joint"
+        yield "model.attention_backend=flash takes no mask over text; use sdpa with cross_attention=joint"
 
 
 def _stream_faults(c: Model) -> Iterator[str]:

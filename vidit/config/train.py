@@ -50,6 +50,11 @@ class Train(Section):
         "none", description="what the backward pass runs again: nothing, all but matrix products and attention, all"
     )
     compile: bool = Field(False, description="compile each block with inductor")
+    deterministic: bool = Field(
+        False,
+        description="kernels that sum in the same order every time, so that on CUDA too a resumed run is the "
+        "uninterrupted one bit for bit; some are slower (on a CPU all do without it)",
+    )
     init_from: str | None = Field(
         None, description="a folder of weights to begin with, written by `vidit export` or `vidit import`"
     )

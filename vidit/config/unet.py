@@ -82,7 +82,9 @@ class Unet(Section):
         "sinusoid",
         description="how attention over frames knows their order: sinusoids through an MLP, or a learned bias",
     )
-    attention_backend: Literal["auto", "sdpa", "flash"] = "auto"
+    attention_backend: Literal["sdpa", "flash"] = Field(
+        "sdpa", description="torch's kernels, cuDNN's where they are faster, or flash-attn's, which take no mask"
+    )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -155,7 +157,7 @@ class Unet(Section):
             )
         if self.attention_backend == "flash":
             if self.reads_text:
-                yield "unet.attention_backend=flash takes no mask over text; use auto or sdpa"
+                yield "unet.attention_backend=flash takes no mask over text; use sdpa"
             if self.has_self_attention and self.temporal_position == "bias":
                 yield "unet.attention_backend=flash takes no position bias; use temporal_position=sinusoid"
 

@@ -13,7 +13,7 @@ from vidit.model.context import Positions, TextContext, TextKeys, text_mask
 from vidit.model.core import WindowCore, attend
 from vidit.model.linear import Linear
 from vidit.model.norm import query_key_norm
-from vidit.model.packed import runs_within, side_by_side
+from vidit.model.packed import clips_of_runs, runs_within, side_by_side, tokens_of_runs
 from vidit.model.rope import rotate
 from vidit.model.windows import Grid
 
@@ -106,10 +106,13 @@ def attend_text(
     if num < grid.num_tokens:
         assert positions.first is not None, "a part of a packed row knows where it begins"
         first = positions.first.among(positions.position_S3, grid)
-    found = []
-    for run in runs_within(grid, first, num):
-        mask = None if frame_BL is None else text_mask(frame_BL[run.clips], positions, run.grid)
-        found.append(attend(run.rows(q), k_BLNK[run.clips], v_BLNK[run.clips], mask, "sdpa"))
+    each = list(runs_within(grid, first, num))
+    masks: list[Tensor | None] = [None] * len(each)
+    if frame_BL is not None:
+        frames = clips_of_runs(frame_BL, each)
+        masks = [text_mask(own_BL, positions, run.grid) for own_BL, run in zip(frames, each, strict=True)]
+    keys, values = clips_of_runs(k_BLNK, each), clips_of_runs(v_BLNK, each)
+    found = [attend(*own, "sdpa") for own in zip(tokens_of_runs(q, each), keys, values, masks, strict=True)]
     padding = max(0, first + num - grid.num_tokens)
     out = side_by_side(found)
     return F.pad(out, (0, 0, 0, 0, 0, padding)) if padding else out

@@ -8,7 +8,7 @@ W.A.L.T. (2312.06662): windows; images pass space-time layers through an identit
 """
 
 import importlib.util
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vidit.config import AnyWindow, whole_window
 from vidit.model.context import PADDING, TextKeys, visible
-from vidit.model.packed import clip_by_clip
+from vidit.model.packed import clip_by_clip, starts
 from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 
 # Keys below which bf16 attention is slower than fp32 on a CPU. Forward and backward of 8192 tokens with AMX, in bf16
@@ -24,38 +24,61 @@ from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 CPU_SHORT = 512
 
 
+# A folder without __init__.py of this name is flash-attn-4, which has other functions.
+_FLASH = importlib.util.find_spec("flash_attn")
+FLASH_INSTALLED = _FLASH is not None and _FLASH.origin is not None
+
+
 def flash_available() -> bool:
     """Whether flash-attn is installed and a CUDA device is there to run it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("flash_attn") is not None
+    return torch.cuda.is_available() and FLASH_INSTALLED
 
 
-def takes_flash(q: Tensor, backend: str, bare: bool = True) -> bool:
-    """Whether flash-attn computes attention of these queries; `bare`: without a mask."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    return backend == "flash" or (backend == "auto" and bare and half and q.is_cuda and flash_available())
+def require_flash(backend: str, device: torch.device) -> None:
+    """RuntimeError where flash-attn is asked for and cannot run."""
+    if backend == "flash" and not (FLASH_INSTALLED and device.type == "cuda"):
+        lacks = "it is not installed" if device.type == "cuda" else f"the device is {device.type}"
+        raise RuntimeError(
+            f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' "
+            "there, or use attention_backend=sdpa, which needs nothing"
+        )
 
 
-def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid) -> Tensor:
-    """Each clip of a packed row within itself, by one kernel of flash-attn: (1, S, N, K)."""
-    from flash_attn import flash_attn_varlen_func
+def is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
-    sizes = [0, *(t * h * w for t, h, w in grid.clips)]
-    starts = torch.tensor(sizes, device=q_1SNK.device).cumsum(0, dtype=torch.int32)
-    q, k, v = (x[0] for x in (q_1SNK, k_1SNK, v_1SNK))
-    return flash_attn_varlen_func(q, k, v, starts, starts, max(sizes), max(sizes))[None]
+
+def takes_lengths(q: Tensor, backend: str) -> bool:
+    """Whether one kernel takes clips of several lengths: flash-attn's, or the one that torch has for CUDA."""
+    fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return backend == "flash" or (q.is_cuda and is_half(q) and fits)
+
+
+def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid, backend: str) -> Tensor:
+    """Each clip of a packed row within itself, by one kernel: (1, S, N, K)."""
+    first, longest = starts(grid, q_1SNK.device), max(t * h * w for t, h, w in grid.clips)
+    q, k, v = (x.flatten(0, 1) for x in (q_1SNK, k_1SNK, v_1SNK))
+    given = q, k, v, first, first, longest, longest
+    if backend == "flash":
+        from flash_attn import flash_attn_varlen_func
+
+        return flash_attn_varlen_func(*given, deterministic=torch.are_deterministic_algorithms_enabled())[None]
+    from torch.nn.attention.varlen import varlen_attn
+
+    out = cast(Tensor, varlen_attn(*given))
+    return out[None]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, backend: str) -> Tensor:
     """Softmax attention, (B, S, N, K) throughout; `mask` is boolean or an additive bias, (B or 1, N or 1, S, S')."""
-    half = q.dtype in (torch.bfloat16, torch.float16)
-    if takes_flash(q, backend, mask is None):
+    if backend == "flash":
         if mask is not None:
             raise ValueError("attention_backend=flash takes no mask or bias here; use attention_backend=sdpa")
         from flash_attn import flash_attn_func
 
-        return flash_attn_func(q, k, v)
+        return flash_attn_func(q, k, v, deterministic=torch.are_deterministic_algorithms_enabled())
     dtype = q.dtype
-    if half and q.device.type == "cpu" and k.shape[1] < CPU_SHORT:
+    if is_half(q) and q.device.type == "cpu" and k.shape[1] < CPU_SHORT:
         q, k, v = q.float(), k.float(), v.float()
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -96,7 +119,7 @@ class WindowCore(nn.Module):
     `within`, `pairs` and `reach` tell the same to who has some of the windows, or some of the tokens.
     """
 
-    def __init__(self, window: AnyWindow, backend: str = "auto", identity_images: bool = False):
+    def __init__(self, window: AnyWindow, backend: str = "sdpa", identity_images: bool = False):
         super().__init__()
         self.window = window
         self.backend = backend
@@ -113,8 +136,8 @@ class WindowCore(nn.Module):
     ) -> Tensor:
         if grid.clips:
             assert bias_NWW is None, "the bias of a window depends on the clip"
-            if self.is_one_kernel(grid, text) and takes_flash(q_BSNK, self.backend):
-                return attend_packed(q_BSNK, k_BSNK, v_BSNK, grid)
+            if self.is_one_kernel(grid, text) and takes_lengths(q_BSNK, self.backend):
+                return attend_packed(q_BSNK, k_BSNK, v_BSNK, grid, self.backend)
             each: Tensor = clip_by_clip(self, q_BSNK, k_BSNK, v_BSNK, grid, text)
             return each
         if self.keeps_values(grid):

@@ -46,7 +46,7 @@ class JointCore(nn.Module):
     `pairs`, `reach` and `words_see` tell the same to who has some of the video's tokens.
     """
 
-    def __init__(self, backend: str = "auto"):
+    def __init__(self, backend: str = "sdpa"):
         super().__init__()
         self.backend = backend
 

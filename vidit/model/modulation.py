@@ -21,6 +21,7 @@ from vidit.config import Model
 from vidit.model.context import Positions
 from vidit.model.linear import Linear
 from vidit.model.packed import frame_of
+from vidit.model.spread import spread
 from vidit.model.windows import Grid
 
 
@@ -64,9 +65,9 @@ class FrameVectors(nn.Module):
     def forward(self, vectors: tuple[Tensor, ...], positions: Positions, grid: Grid) -> tuple[Tensor, ...]:
         if grid.clips:
             row_S = frame_of(positions.position_S3, grid)
-            return tuple(v[:, 0].index_select(0, row_S)[None] for v in vectors)
+            return tuple(spread(v.flatten(0, 1), row_S)[None] for v in vectors)
         frame_S = positions.position_S3[:, 0]
-        return tuple(v.reshape(-1, grid.frames, v.shape[-1])[:, frame_S] for v in vectors)
+        return tuple(spread(v.reshape(-1, grid.frames, v.shape[-1]), frame_S) for v in vectors)
 
 
 def block_modulation(c: Model) -> nn.Module:

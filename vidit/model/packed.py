@@ -9,14 +9,15 @@ Its latent is (1, S, P, C): the C channels of the P places of a patch, for each 
 are worked on as rows of a batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vidit.config import Window
+from vidit.model.spread import spread
 from vidit.model.windows import Grid
 
 
@@ -26,10 +27,6 @@ class Run(NamedTuple):
     tokens: slice
     clips: slice
     grid: Grid
-
-    def rows(self, x_1S: Tensor) -> Tensor:
-        """Their tokens, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...)."""
-        return x_1S[0, self.tokens].unflatten(0, (self.clips.stop - self.clips.start, -1))
 
 
 class FirstToken:
@@ -85,6 +82,24 @@ def runs_within(grid: Grid, first: int, num: int) -> Iterator[Run]:
                 yield Run(slice(a - first, b - first), clips, run.grid)
 
 
+def tokens_of_runs(x_1S: Tensor, each: Sequence[Run]) -> list[Tensor]:
+    """The tokens of neighbouring runs, a clip a row: (1, S, ...) -> (clips, tokens of a clip, ...) of each."""
+    parts = _cut(x_1S.flatten(0, 1), [run.tokens for run in each])
+    return [x.unflatten(0, (run.clips.stop - run.clips.start, -1)) for x, run in zip(parts, each, strict=True)]
+
+
+def clips_of_runs(x_n: Tensor, each: Sequence[Run]) -> list[Tensor]:
+    """What clips have, (n, ...), of neighbouring runs."""
+    return _cut(x_n, [run.clips for run in each])
+
+
+def _cut(x: Tensor, each: list[slice]) -> list[Tensor]:
+    """By one split: the gradients of single slices would each be laid into zeros of the size of the whole."""
+    first, last = each[0].start, each[-1].stop
+    here = x if (first, last) == (0, len(x)) else x[first:last]
+    return list(here.split([part.stop - part.start for part in each]))
+
+
 def tokens_of(x_BCTHW: Tensor, patch: Window) -> Tensor:
     """The numbers of each patch side by side: (B, S, P, C)."""
     b, c, t, h, w = x_BCTHW.shape
@@ -98,10 +113,13 @@ def clip_by_clip(core: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, grid
 
     A core that answers to the text as well gives a pair: its video's output, and its text's, a clip a row.
     """
-    found = []
-    for run in runs(grid):
-        own = None if text is None else type(text)(*(None if x is None else x[run.clips] for x in text))
-        found.append(core(run.rows(q), run.rows(k), run.rows(v), run.grid, None, own))
+    each = list(runs(grid))
+    rows = zip(*(tokens_of_runs(x, each) for x in (q, k, v)), strict=True)
+    texts: list[Any] = [None] * len(each)
+    if text is not None:
+        parts = [[None] * len(each) if x is None else clips_of_runs(x, each) for x in text]
+        texts = [type(text)(*own) for own in zip(*parts, strict=True)]
+    found = [core(*own, run.grid, None, said) for own, run, said in zip(rows, each, texts, strict=True)]
     if isinstance(found[0], Tensor):
         return side_by_side(found)
     videos, said = zip(*found, strict=True)
@@ -113,6 +131,16 @@ def side_by_side(found: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.flatten(0, 1) for x in found])[None]
 
 
+def numbers(values: Iterable[int], device: torch.device) -> Tensor:
+    """As a tensor on the device, for which the host does not wait: blocks ask for these again and again."""
+    return torch.tensor(list(values)).to(device, non_blocking=True)
+
+
+def starts(grid: Grid, device: torch.device) -> Tensor:
+    """Which token of the row is the first of each clip, and last how many there are: (n + 1,), int32."""
+    return numbers(accumulate((t * h * w for t, h, w in grid.clips), initial=0), device).int()
+
+
 def clip_of(position_S4: Tensor) -> Tensor:
     """The number of the clip of each token of this rank, (S,): what packed positions have behind a place."""
     return position_S4[:, 3]
@@ -120,24 +148,24 @@ def clip_of(position_S4: Tensor) -> Tensor:
 
 def frame_of(position_S4: Tensor, grid: Grid) -> Tensor:
     """The number of each token's latent frame among those of all clips of the row, (S,)."""
-    frames = torch.tensor([0, *(t for t, _, _ in grid.clips[:-1])], device=position_S4.device)
-    return frames.cumsum(0)[clip_of(position_S4)] + position_S4[:, 0]
+    first = numbers(accumulate((t for t, _, _ in grid.clips[:-1]), initial=0), position_S4.device)
+    return first[clip_of(position_S4)] + position_S4[:, 0]
 
 
 def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
     """Whether each token is of a clip of one latent frame, (S,)."""
-    return torch.tensor([t == 1 for t, _, _ in grid.clips], device=position_S4.device)[clip_of(position_S4)]
+    return numbers((t == 1 for t, _, _ in grid.clips), position_S4.device)[clip_of(position_S4)]
 
 
 def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:
     """Vectors of clips, each (n, 1, D) -> those of the tokens of this rank, each (1, S, D)."""
     clip_S = clip_of(position_S4)
-    return tuple(v[:, 0].index_select(0, clip_S)[None] for v in vectors)
+    return tuple(spread(v.flatten(0, 1), clip_S)[None] for v in vectors)
 
 
 def per_frame(x_n: Tensor, grid: Grid) -> Tensor:
     """Numbers of clips (n, ...) repeated for each of their latent frames, (F, ...) over the row."""
-    return x_n.repeat_interleave(torch.tensor([t for t, _, _ in grid.clips], device=x_n.device), 0)
+    return _repeated(x_n, [t for t, _, _ in grid.clips])
 
 
 def per_token(x: Tensor, grid: Grid) -> Tensor:
@@ -145,7 +173,11 @@ def per_token(x: Tensor, grid: Grid) -> Tensor:
     sizes = [t * h * w for t, h, w in grid.clips]
     if len(x) != len(grid.clips):
         sizes = [h * w for t, h, w in grid.clips for _ in range(t)]
-    return x.repeat_interleave(torch.tensor(sizes, device=x.device), 0)
+    return _repeated(x, sizes)
+
+
+def _repeated(x: Tensor, times: list[int]) -> Tensor:
+    return x.repeat_interleave(numbers(times, x.device), 0, output_size=sum(times))
 
 
 def clip_means(x_S: Tensor, grid: Grid, counted_S: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
 from vidit.config import RunConfig
 from vidit.model.block import Block
+from vidit.model.core import require_flash
 from vidit.model.dit import DiT
 from vidit.model.plan import sharding_plan
 from vidit.model.single import SingleBlock
@@ -48,6 +49,7 @@ def build_dit(
             f"use model.pooled_width=0, or an encoder of {pooled}"
         )
     task, channels, grid = config.train.task, config.vae.latent_channels, resolve(config).largest_grid
+    require_flash(config.denoiser.attention_backend, device)
     with torch.device("meta"):
         if task == "unet":
             denoiser: DiT | VideoUnet = VideoUnet(config.unet, channels, grid, text.width)

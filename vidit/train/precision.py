@@ -1,4 +1,4 @@
-"""Device and compute dtype of a run.
+"""Device and compute dtype of a run, and whether its kernels sum in one order.
 
 Master weights, optimizer state and the loss are always fp32. bf16 pays only where the processor multiplies
 it natively: CUDA from compute capability 8, CPUs with AVX512-BF16 or AMX. Elsewhere it is emulated, tens of
@@ -6,6 +6,9 @@ times slower than fp32.
 """
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -18,6 +21,20 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("train.device=cuda, but torch sees no CUDA device; use train.device=auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """With `on`, kernels whose sums have the same order every time; RuntimeError by an operator that has none."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on CUDA
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from parallel.exchange import from_first, num_ranks, own_rank, together
 from parallel.mesh import ranks_per_node
 from parallel.ranks import start_ranks
+from vidit.batching import bucket_costs
 from vidit.config import RunConfig
 from vidit.data.clip_list import Clips
 from vidit.data.loader import read_ahead
@@ -27,7 +28,7 @@ from vidit.train.loop import Account, Beat, TrainLoop, Watchers
 from vidit.train.metrics import Reporter, SilentReporter, rewind
 from vidit.train.optim import build_optimizer
 from vidit.train.peak import peak_flops
-from vidit.train.precision import choose_device, choose_dtype
+from vidit.train.precision import choose_device, choose_dtype, deterministic
 from vidit.train.review import Review
 from vidit.train.run_data import open_data
 from vidit.train.rundir import open_run
@@ -59,6 +60,7 @@ def run(config: RunConfig, left: Left | None = None, began: float | None = None)
     with start_ranks(device.type, p.timeout_s, p.hang_factor, p.hang_floor_s) as ranks, ExitStack() as stack:
         ledger.started("meeting")
         stack.enter_context(full_disk_explained(config.directory))
+        stack.enter_context(deterministic(config.train.deterministic))
         with together():
             config = with_layout(adopt_vae(find_vae(config), num_ranks()), num_ranks(), ranks_per_node())
             splits = read_splits(config)
@@ -148,8 +150,14 @@ def _reach_the_end(
             "was trained on, so its order of clips cannot be kept; data.json names the clips that fail: restore the "
             "dataset, or give a new run_dir"
         )
+    costs = bucket_costs(config)
+    if held.get("costs", costs) != costs:
+        raise RuntimeError(
+            f"a row of each bucket costs {costs} here and cost {held['costs']} where {run_dir} was begun, so its order "
+            "of clips cannot be kept: go on with the vidit that began it, or give a new run_dir"
+        )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
-    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order}
+    facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order, "costs": costs}
     peak = peak_flops(device, choose_dtype(config.train.precision, device)) if task.forward_flops else None
     review = Review(task, state, data.validation, data.num_batches, reporter, stop)
     ledger.started("data")

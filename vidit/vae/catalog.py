@@ -93,14 +93,28 @@ _Entry = tuple[str, Callable[[object], bool]]
 _COUNT: _Entry = ("a whole number above 0", _is_count)
 _FLAG: _Entry = ("true or false", lambda x: isinstance(x, bool))
 _NAMES: _Entry = ("a list of names", lambda x: _is_list_of(lambda part: isinstance(part, str), x))
+_COUNTS: _Entry = ("a list of whole numbers above 0", lambda x: _is_list_of(_is_count, x))
+_SCALE: _Entry = ("a number above 0", lambda x: type(x) in (int, float) and cast(float, x) > 0)
+_STRIDES = dict.fromkeys(("latent_channels", "temporal_compression_ratio", "spatial_compression_ratio"), _COUNT)
 _ENTRIES: dict[str, dict[str, _Entry]] = {
+    "AutoencoderKLCogVideoX": {**_STRIDES, "block_out_channels": _COUNTS, "scaling_factor": _SCALE},
+    "AutoencoderKLHunyuanVideo": {**_STRIDES, "scaling_factor": _SCALE},
+    "AutoencoderKLWan": {
+        "z_dim": _COUNT,
+        "dim_mult": _COUNTS,
+        "temperal_downsample": (
+            "a list of true or false",
+            lambda x: _is_list_of(lambda part: isinstance(part, bool), x),
+        ),
+        "patch_size": ("null or a whole number above 0", lambda x: x is None or _is_count(x)),
+    },
     "AutoencoderKL": {
-        "block_out_channels": ("a list of whole numbers above 0", lambda x: _is_list_of(_is_count, x)),
-        "scaling_factor": ("a number above 0", lambda x: type(x) in (int, float) and cast(float, x) > 0),
+        "block_out_channels": _COUNTS,
+        "scaling_factor": _SCALE,
         **dict.fromkeys(("down_block_types", "up_block_types"), _NAMES),
         **dict.fromkeys(("latent_channels", "layers_per_block", "norm_num_groups"), _COUNT),
         **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), _FLAG),
-    }
+    },
 }
 _GEOMETRY: dict[str, Callable[[Facts], Geometry]] = {
     "AutoencoderKL": _image,

@@ -16,7 +16,7 @@ from vidit.model.attention import attend_text
 from vidit.model.context import EVERY_FRAME, PADDING, Positions, TextContext
 from vidit.model.core import WindowCore, attend
 from vidit.model.dit import DiT
-from vidit.model.packed import FirstToken, clip_means, packed, per_token, tokens_of
+from vidit.model.packed import FirstToken, clip_by_clip, clip_means, packed, per_token, tokens_of
 from vidit.model.packed import runs as runs_of
 from vidit.model.packed import side_by_side as joined
 from vidit.model.position import packed_places
@@ -142,11 +142,13 @@ def test_a_packed_row_is_its_clips_one_by_one(name: str) -> None:
 
 
 def test_a_clip_that_sees_its_neighbour_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Were all images of a shape taken for one clip, the comparison would tell."""
-    model = model_of("wan")
-    runs = list(runs_of(packed(CLIPS)))
-    mixed = [run._replace(grid=Grid(2, 4, 6)) if run.grid.shape == (1, 4, 6) else run for run in runs]
-    monkeypatch.setattr("vidit.model.packed.runs", lambda grid: iter(mixed))
+    """Were two neighbours taken for one clip, the comparison would tell."""
+    model, blind = model_of("wan"), (CLIPS[0], (2, 4, 6), *CLIPS[3:])
+
+    def mixed(core: WindowCore, q: Tensor, k: Tensor, v: Tensor, grid: Grid, text: None) -> Any:
+        return clip_by_clip(core, q, k, v, replace(grid, clips=blind), text)
+
+    monkeypatch.setattr("vidit.model.core.clip_by_clip", mixed)
     assert differences(model)[1] > 1e-3
 
 
@@ -165,10 +167,11 @@ def test_text_of_some_tokens_is_that_of_all(size: int) -> None:
 
     places = packed_places(grid, torch.device("cpu"))
     for seen in (frame, None):
-        alone = [
-            attend(run.rows(q), k[run.clips], v[run.clips], None if seen is None else mask[run.clips], "sdpa")
-            for run in runs_of(grid)
-        ]
+        alone = []
+        for run in runs_of(grid):
+            rows = q[0, run.tokens].unflatten(0, (run.clips.stop - run.clips.start, -1))
+            own = None if seen is None else mask[run.clips]
+            alone.append(attend(rows, k[run.clips], v[run.clips], own, "sdpa"))
         whole = joined(alone)
         torch.testing.assert_close(attend_text(q, k, v, seen, Positions(places, places, places), grid), whole)
         found = []
@@ -179,7 +182,9 @@ def test_text_of_some_tokens_is_that_of_all(size: int) -> None:
         torch.testing.assert_close(torch.cat(found, dim=1)[:, : grid.num_tokens], whole)
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int) -> Tensor:
+def varlen(
+    q: Tensor, k: Tensor, v: Tensor, starts_q: Tensor, starts_k: Tensor, most_q: int, most_k: int, deterministic: bool
+) -> Tensor:
     """What flash-attn promises of `flash_attn_varlen_func`, on any device: (tokens, N, K)."""
     assert starts_q.dtype == starts_k.dtype == torch.int32
     out = torch.empty_like(q)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from vidit.cli import main
-from vidit.config import ConfigError
+from vidit.config import UNET_FAMILIES, ConfigError, RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.scenes import render, sample_scene
 from vidit.sample.draw import draw
@@ -105,6 +105,26 @@ def test_a_model_that_was_not_trained_for_it(configure, tmp_path, trained, sampl
         assert (videos[weight][:3].float() - expected).abs().max() <= 1
     assert not torch.equal(videos[1e-9][3:], videos[9.0][3:])
     assert all(p.grad is None for p in opened.model.parameters())
+
+
+def test_a_unet_is_pulled(configure, tmp_path, trained):
+    """Video diffusion models are where it comes from (2204.03458, section 3.1)."""
+    unet = {
+        **UNET_FAMILIES["vdm"], "channels": 8, "multipliers": (1, 2), "num_res_blocks": 1, "attention": (True, False),
+        "head_dim": 4, "norm_groups": 4,
+    }  # fmt: skip
+    tree = configure(tmp_path / "run", unet=unet, sample={"prompts": ()}, diffusion={"path": "vp", "target": "v"})
+    tree = tree.model_dump(exclude_unset=True) | {"train": tree.train.model_dump() | {"task": "unet", "steps": 2}}
+    assert run(RunConfig.model_validate({name: value for name, value in tree.items() if name != "model"}))
+    videos = []
+    for weight in (1e-9, 9.0):
+        opened = open_trained(
+            tmp_path / "run", ["sample.num_steps=3", "sample.sampler=ddim", f"sample.reconstruction_guidance={weight}"]
+        )
+        frames = read_first(opened.config, trained / "clip.mp4", 3)
+        videos += opened.draw(["a red circle"], 0, frames)
+    assert torch.equal(videos[0][:3], videos[1][:3])
+    assert not torch.equal(videos[0][3:], videos[1][3:])
 
 
 def test_the_command(trained, capsys):

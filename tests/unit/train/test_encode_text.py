@@ -184,6 +184,16 @@ def test_two_encoders(
             run(other)
 
 
+def test_cached_latents_with_prompts_and_two_encoders(
+    build: Callable[..., RunConfig], folders: dict[str, Path], narrow_clip: Path, tmp_path: Path
+) -> None:
+    """Clips are encoded before the first step; the prompts of the samples are read by both encoders all the same."""
+    config = paired(build(tmp_path / "run", "t5", cache_latents=True), folders["t5"], narrow_clip, "interleaved")
+    sample = config.sample.model_copy(update={"prompts": ("a red cube", "two cats"), "num_steps": 1})
+    assert run(config.model_copy(update={"sample": sample}))
+    assert len(list((config.directory / "samples").rglob("*.mp4"))) == 2
+
+
 def test_videos_beside_stored_text_of_two_encoders(
     build: Callable[..., RunConfig], folders: dict[str, Path], narrow_clip: Path, tiny_clips: Path, tmp_path: Path
 ) -> None:

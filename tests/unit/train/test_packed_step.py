@@ -233,3 +233,13 @@ def test_validation_has_batches_as_large_as_a_packed_row(build: Configure) -> No
     config = adopt_vae(build(data={"num_validation": 4}))
     batches = list(fixed_batches(config, read_splits(config)[1].refs, 2, None, 1))
     assert [len(batch.rows) for batch in batches] == [2]
+
+
+def test_other_costs_would_be_another_order(build: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a version that counts FLOPs in another way."""
+    assert run(build(tmp_path / "run", train={"steps": 1}))
+    monkeypatch.setattr("vidit.batching.forward_flops", lambda c, grid, *more: grid[0] ** 2)
+    with pytest.raises(
+        RuntimeError, match=r"costs \[1\.0, 4\.0, 9\.0, 9\.0\] here and cost \[\d+.*cannot be kept: go on"
+    ):
+        run(build(tmp_path / "run", train={"steps": 2}))

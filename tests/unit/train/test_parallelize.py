@@ -94,3 +94,9 @@ def _kept(model: nn.ModuleDict) -> int:
         loss_and_gradients(model)
     model.zero_grad(set_to_none=True)
     return counted
+
+
+def test_flash_on_a_cpu_is_refused(configure: Configure) -> None:
+    config = configure(model={"relative_position": "rope", "cross_keys": "text", "attention_backend": "flash"})
+    with pytest.raises(RuntimeError, match=r"attention_backend=flash needs flash-attn.* device is cpu.*=sdpa"):
+        built(config)

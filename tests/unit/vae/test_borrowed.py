@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -285,3 +286,24 @@ def test_in_bf16(folders: dict[str, Path]) -> None:
     vae: Autoencoder = load_vae(folders["wan"], CPU, torch.bfloat16)
     found = vae.encode(pixels(5))
     assert (vae.dtype, found.mean.dtype, vae.decode(found.mean).dtype) == (torch.bfloat16, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "value", "what"),
+    [
+        ("cogvideox", "scaling_factor", None, "a number above 0"),
+        ("cogvideox", "temporal_compression_ratio", "4", "a whole number above 0"),
+        ("hunyuan", "latent_channels", None, "a whole number above 0"),
+        ("hunyuan", "spatial_compression_ratio", None, "a whole number above 0"),
+        ("wan", "temperal_downsample", None, "a list of true or false"),
+        ("wan", "dim_mult", [1, "2"], "a list of whole numbers above 0"),
+    ],
+)
+def test_a_damaged_entry_is_told(
+    name: str, entry: str, value: Any, what: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[name], tmp_path, dirs_exist_ok=True)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**facts, entry: value}))
+    with pytest.raises(ValueError, match=rf"has {entry}={re.escape(repr(value))}, and it is {what}; copy the file"):
+        vae_config(tmp_path)
