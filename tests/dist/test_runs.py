@@ -28,7 +28,7 @@ from vidit.train.step import DitStep, Losses
 
 Configure = Callable[..., RunConfig]
 Logged = tuple[int, float, float, list[str]]  # step, loss, norm of the gradient, keys of the clips
-HALF, WHOLE = 6, 12
+HALF, WHOLE = 4, 7  # an epoch is 3 steps
 TRAIN = {
     "precision": "fp64", "global_batch": 4, "micro_batch": 1, "validate_every": WHOLE, "checkpoint_every": HALF,
     "keep_checkpoints": 9, "learning_rate": 3e-3,

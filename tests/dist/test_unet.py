@@ -82,20 +82,23 @@ def references(
     return reference
 
 
-@pytest.mark.parametrize(("family", "layout"), [*(("video-ldm", layout) for layout in LAYOUTS), ("vdm", "zero3 x2")])
+@pytest.mark.parametrize(
+    ("family", "layout", "recompute"),
+    [
+        ("video-ldm", "dp2", "none"),
+        ("video-ldm", "zero3 x2", "none"),
+        ("video-ldm", "hsdp 2x2", "full"),
+        ("vdm", "zero3 x2", "none"),
+    ],
+)
 def test_the_same_training(
-    pool: Pool, configure: Configure, tmp_path: Path, references: Any, family: str, layout: str
+    pool: Pool, configure: Configure, tmp_path: Path, references: Any, family: str, layout: str, recompute: str
 ) -> None:
+    """In shards too, and in shards that are recomputed."""
     world, parallel = LAYOUTS[layout]
-    config = configured(configure, tmp_path, family, parallel)
+    config = configured(configure, tmp_path, family, parallel, activation_checkpointing=recompute)
     assert all(pool.run(world, start, config))
     assert_equal(differences(config, references(family, config.train.global_batch)))
-
-
-def test_recomputing_in_shards(pool: Pool, configure: Configure, tmp_path: Path, references: Any) -> None:
-    config = configured(configure, tmp_path, "video-ldm", {"zero": 3}, activation_checkpointing="full")
-    assert all(pool.run(2, start, config))
-    assert_equal(differences(config, references("video-ldm", 4)))
 
 
 def test_a_gradient_that_is_not_averaged_is_seen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from vidit.cli import main
 from vidit.config import RunConfig
 from vidit.data.scene_pack import pack_scenes
 
@@ -45,13 +48,11 @@ def file(
 
 
 @pytest.fixture(scope="module")
-def whole(
-    vidit: Callable[..., subprocess.CompletedProcess[str]], file: str, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "out"
-    done = vidit("encode", file, out, "--clips-per-shard", PER_SHARD)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{NUM} clips in {NUM // PER_SHARD} shards" in done.stdout
+def whole(file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out, told = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    with redirect_stdout(told):
+        assert main(["encode", file, str(out), "--clips-per-shard", str(PER_SHARD), "data.num_workers=0"]) == 0
+    assert f"{NUM} clips in {NUM // PER_SHARD} shards" in told.getvalue()
     return out
 
 
@@ -60,7 +61,7 @@ def test_kill_9_again_and_again(
 ) -> None:
     out, journal = tmp_path / "out", tmp_path / ".out.partial" / "journal.jsonl"
     chance = random.Random(2)
-    for number in range(3):
+    for number in range(2):
         before = len(made(journal))
         process = command("encode", file, out, "--clips-per-shard", PER_SHARD)
         deadline, goal = time.monotonic() + 60, before + chance.randint(1, 4)
@@ -71,7 +72,7 @@ def test_kill_9_again_and_again(
         (os.killpg if number % 2 else os.kill)(process.pid, signal.SIGKILL)
         process.communicate()
         assert not out.exists()
-    assert len(made(journal)) == len(set(made(journal))) >= 3, "no shard is made twice"
+    assert len(made(journal)) == len(set(made(journal))) >= 2, "no shard is made twice"
     process = command("encode", file, out, "--clips-per-shard", PER_SHARD)
     printed, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")

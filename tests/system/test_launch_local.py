@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.local import LEAVE_S
 from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.train.metrics import read_metrics
+from vidit.train.run import run
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120.0
@@ -60,11 +62,12 @@ with rank_process(place, folder / "logs"):
 LAUNCHER = """
 import sys
 from pathlib import Path
+from launch import local
 from launch.local import run
 from launch.restart import Restarts
 
 assert "torch" not in sys.modules
-folder, budget = Path(sys.argv[1]), int(sys.argv[3])
+folder, budget, local.LEAVE_S = Path(sys.argv[1]), int(sys.argv[3]), float(sys.argv[4])
 restarts = Restarts(budget, folder / "checkpoints")
 sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", restarts=restarts))
 """
@@ -73,13 +76,14 @@ sys.exit(run([str(folder / "stub.py"), *sys.argv[1:3]], 2, folder / "logs", rest
 class Launch:
     """A launch of two stubs in a process of its own."""
 
-    def __init__(self, folder: Path, fault: str, budget: int = 0):
+    def __init__(self, folder: Path, fault: str, budget: int = 0, leave_s: float = LEAVE_S):
         (folder / "stub.py").write_text(STUB)
         (folder / "tmp").mkdir()
         environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, str(folder), fault, str(budget)], cwd=folder, text=True,
+            [sys.executable, "-c", LAUNCHER, str(folder), fault, str(budget), str(leave_s)],
+            cwd=folder, text=True,
             env={**environment, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
@@ -117,8 +121,8 @@ def is_alive(process: int) -> bool:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     started: list[Launch] = []
 
-    def start(fault: str, budget: int = 0) -> Launch:
-        started.append(Launch(tmp_path, fault, budget))
+    def start(fault: str, budget: int = 0, leave_s: float = LEAVE_S) -> Launch:
+        started.append(Launch(tmp_path, fault, budget, leave_s))
         return started[-1]
 
     yield start
@@ -227,13 +231,18 @@ def test_a_killed_launcher_leaves_no_orphan(launch: Callable[..., Launch]) -> No
 
 
 def test_a_rank_that_does_not_leave_is_killed(launch: Callable[..., Launch]) -> None:
-    """Ctrl-C twice, and one rank is stopped."""
-    one = launch("busy")
-    os.kill(one.begun()[1], signal.SIGSTOP)
+    """Ctrl-C twice, and one rank is stopped; it gets its time, of which 3 s show as much as 30."""
+    one = launch("busy", leave_s=3.0)
+    stopped = one.begun()[1]
+    os.kill(stopped, signal.SIGSTOP)
     for _ in range(2):
+        asked = time.monotonic()
         one.process.send_signal(signal.SIGINT)
         time.sleep(0.5)
     assert one.end()[::2] == (130, "err of 0\nvidit: interrupted\n")
+    assert time.monotonic() - asked >= 3
+    assert not is_alive(stopped)
+    assert LEAVE_S == 30, "as its documentation says"
 
 
 class TestTrain:
@@ -270,11 +279,15 @@ class TestTrain:
         assert "launch.local=2 starts ranks, but this process is already rank 1 of 4" in done.stderr
 
     def test_it_trains_as_one_process_does(
-        self, vidit: Callable[..., subprocess.CompletedProcess[str]], config: str, tmp_path: Path
+        self,
+        vidit: Callable[..., subprocess.CompletedProcess[str]],
+        configure: Callable[..., RunConfig],
+        config: str,
+        tmp_path: Path,
     ) -> None:
-        for name, overrides in (("one", ()), ("two", ("launch.local=2", "train.micro_batch=1"))):
-            done = vidit("train", config, f"run_dir={tmp_path}/{name}", *overrides)
-            assert (done.returncode, done.stderr) == (0, "")
+        assert run(configure(tmp_path / "one", sample={"prompts": ()}))
+        done = vidit("train", config, f"run_dir={tmp_path}/two", "launch.local=2", "train.micro_batch=1")
+        assert (done.returncode, done.stderr) == (0, "")
         one, two = ([r for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("one", "two"))
         assert [row["step"] for row in two] == list(range(1, self.STEPS + 1))
         assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
@@ -319,21 +332,25 @@ class TestTrain:
         self,
         command: Callable[..., subprocess.Popen[str]],
         vidit: Callable[..., subprocess.CompletedProcess[str]],
+        configure: Callable[..., RunConfig],
         config: str,
         tmp_path: Path,
     ) -> None:
-        """The clips that 2 ranks of 2 workers and then 3 have consumed are those of one process without a stop."""
-        given = ("train.global_batch=6", "train.micro_batch=1", "data.num_workers=2", "train.checkpoint_every=2")
+        """The clips that 2 ranks of 2 workers and then 3 of 1 have consumed are those of one process without a stop."""
+        given = ("train.global_batch=6", "train.micro_batch=1", "train.checkpoint_every=2")
         killed, whole = tmp_path / "killed", tmp_path / "whole"
-        process = command("train", config, f"run_dir={killed}", "launch.local=2", "train.steps=400", *given)
+        start = ("launch.local=2", "data.num_workers=2", "train.steps=400", "train.validate_every=400")
+        process = command("train", config, f"run_dir={killed}", *start, *given)
         self.wait_for_step(process, killed, random.Random(11).randint(3, 9))
         for rank in ranks_under(process.pid):
             os.kill(rank, signal.SIGKILL)
         process.communicate(timeout=WAIT_S)
-        steps = f"train.steps={checkpoint.steps(killed / 'checkpoints')[-1] + 4}"
-        for folder, ranks in ((killed, 3), (whole, 1)):
-            done = vidit("train", config, f"run_dir={folder}", f"launch.local={ranks}", steps, *given)
-            assert (done.returncode, done.stderr) == (0, "")
+        steps = checkpoint.steps(killed / "checkpoints")[-1] + 4
+        then = ("launch.local=3", "data.num_workers=1", f"train.steps={steps}")
+        done = vidit("train", config, f"run_dir={killed}", *then, *given)
+        assert (done.returncode, done.stderr) == (0, "")
+        train = {"global_batch": 6, "micro_batch": 1, "checkpoint_every": 400, "steps": steps}
+        assert run(configure(whole, train=train, sample={"prompts": ()}))
         one, other = ([(r["step"], r["keys"]) for r in read_metrics(f) if "loss" in r] for f in (killed, whole))
         assert one == other
 

@@ -23,6 +23,7 @@ from cluster.ray.processes import marked
 from launch.restart import newest_step
 from vidit.config import RunConfig
 from vidit.train.metrics import read_metrics
+from vidit.train.run import run
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
 
@@ -43,6 +44,7 @@ TORCH_CPP_LOG_LEVEL = "ERROR"
 """
 Vidit = Callable[..., subprocess.CompletedProcess[str]]
 STEPS = 40
+ENDLESS = "train.steps=100000"  # where the run is stopped, whenever that gets through
 
 
 @pytest.fixture(scope="session")
@@ -59,22 +61,24 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def name(
-    configure: Callable[..., RunConfig],
-    config_file: Callable[[Path, RunConfig], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
-    """The config of all runs here: long enough to be killed in its middle."""
+def config(configure: Callable[..., RunConfig]) -> RunConfig:
+    """Of all runs here: long enough to be killed in its middle."""
     train = {"steps": STEPS, "checkpoint_every": 5, "validate_every": STEPS, "async_checkpoint": False}
-    return config_file(tmp_path_factory.mktemp("ray"), configure("", train=train, sample={"prompts": ()}))
+    return configure("", train=train, sample={"prompts": ()})
 
 
 @pytest.fixture(scope="session")
-def alone(name: str, vidit: Vidit, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """The metrics of the run in one process."""
+def name(
+    config: RunConfig, config_file: Callable[[Path, RunConfig], str], tmp_path_factory: pytest.TempPathFactory
+) -> str:
+    return config_file(tmp_path_factory.mktemp("ray"), config)
+
+
+@pytest.fixture(scope="session")
+def alone(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """The metrics of the run in this process."""
     run_dir = tmp_path_factory.mktemp("ray") / "alone"
-    done = vidit("train", name, f"run_dir={run_dir}")
-    assert done.returncode == 0, done.stderr
+    assert run(config.model_copy(update={"run_dir": str(run_dir)}))
     return list(read_metrics(run_dir))
 
 
@@ -156,7 +160,7 @@ def test_two_nodes_train_as_one_process(job: Job, name: str, site: Path, alone: 
 
 def test_an_actor_is_killed_and_the_job_cancelled(job: Job, name: str, site: Path) -> None:
     """The ranks of the actor save and leave, for they see that it is gone; all are started again, until cancelled."""
-    job.submit(name, site, "--nodes=2")
+    job.submit(name, site, "--nodes=2", ENDLESS)
     job.reach(5)
     actor = next(p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("ray::NodeR"))
     actor.kill()
@@ -192,7 +196,7 @@ def test_a_node_is_lost_and_the_other_goes_on(
 
 
 def test_ranks_of_a_killed_driver_save_and_leave(job: Job, name: str, site: Path) -> None:
-    job.submit(name, site, "--nodes=2", "--min-nodes=1")
+    job.submit(name, site, "--nodes=2", "--min-nodes=1", ENDLESS)
     job.reach(5)
     driver = next(p for p in psutil.process_iter(["cmdline"]) if "launch.ray_driver" in (p.info["cmdline"] or []))
     driver.send_signal(signal.SIGKILL)
@@ -201,12 +205,12 @@ def test_ranks_of_a_killed_driver_save_and_leave(job: Job, name: str, site: Path
     assert json.loads((job.run_dir / "stopped.json").read_text())["signal"] == "SIGTERM"
 
 
-def test_the_head_is_lost(vidit: Vidit, name: str, site: Path, tmp_path: Path) -> None:
+def test_the_head_is_lost(vidit: Vidit, ray_cluster: LocalRay, name: str, site: Path, tmp_path: Path) -> None:
     """The ranks train on until Ray ends them, save and leave; under another Ray the run goes on, once somebody says
     that the job is over."""
     with LocalRay(daemons.Shape(nodes=2, cpus=2)) as first:
         job = Job(vidit, first, tmp_path / "run")
-        job.submit(name, site, "--nodes=2", "train.steps=100000")
+        job.submit(name, site, "--nodes=2", ENDLESS)
         job.reach(5)
         first.kill_node(daemons.HEAD)
         wait(lambda: not job.left())
@@ -219,11 +223,10 @@ def test_the_head_is_lost(vidit: Vidit, name: str, site: Path, tmp_path: Path) -
     facts = json.loads((job.run_dir / "stopped.json").read_text())
     assert newest_step(job.run_dir / "checkpoints") == facts["step"] > 5
     record.unlink()
-    with LocalRay(daemons.Shape(nodes=2, cpus=2)) as second:
-        again = Job(vidit, second, job.run_dir)
-        again.submit(name, site, "--nodes=2", f"train.steps={facts['step'] + 3}")
-        assert f"resumed {job.run_dir} at step {facts['step']}" in again.end()
-        assert again.status().endswith("is done)")
+    again = Job(vidit, ray_cluster, job.run_dir)
+    again.submit(name, site, "--nodes=2", f"train.steps={facts['step'] + 3}")
+    assert f"resumed {job.run_dir} at step {facts['step']}" in again.end()
+    assert again.status().endswith("is done)")
 
 
 def test_a_run_that_cannot_start_is_given_up(job: Job, name: str, site: Path) -> None:

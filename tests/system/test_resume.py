@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from parallel import checkpoint
+from vidit.cli import main
 from vidit.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -26,12 +27,12 @@ Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
-def config(configure: Callable[..., RunConfig], tmp_path_factory: pytest.TempPathFactory) -> str:
+def config(
+    configure: Callable[..., RunConfig],
+    config_file: Callable[[Path, RunConfig], str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
     """Accumulation, image rows, self-conditioning, caption dropout, decoding in a worker, random crops."""
-    return config_of(configure, tmp_path_factory.mktemp("resume"))
-
-
-def config_of(configure: Callable[..., RunConfig], folder: Path) -> str:
     run = configure(
         "",
         model={"self_conditioning": 0.5},
@@ -39,10 +40,7 @@ def config_of(configure: Callable[..., RunConfig], folder: Path) -> str:
         train={"steps": STEPS, "checkpoint_every": EVERY, "validate_every": 10, "keep_checkpoints": 3},
         sample={"prompts": ()},
     )
-    path = folder / "resumed.py"
-    text = f"def resumed():\n    return RunConfig.model_validate_json({run.to_json()!r})\n"
-    path.write_text(f"from vidit.config import RunConfig\n\n\n{text}")
-    return str(path)
+    return config_file(tmp_path_factory.mktemp("resume"), run)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -93,9 +91,10 @@ def members(session: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(config: str, command: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In this process, which decodes too."""
     run_dir = tmp_path_factory.mktemp("resume") / "whole"
-    finish(command("train", config, f"run_dir={run_dir}"), run_dir)
+    assert main(["train", config, f"run_dir={run_dir}", "data.num_workers=0"]) == 0
     return run_dir
 
 
