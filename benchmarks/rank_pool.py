@@ -60,9 +60,9 @@ def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
                 result = True, function(argument)
             finally:
                 dist.destroy_process_group()
-                forget_meshes()
         except Exception:
             result = False, traceback.format_exc()
+        forget_meshes()  # here, where what was raised no longer holds them
         faulthandler.cancel_dump_traceback_later()
         pipe.send((*result, psutil.Process().num_threads()))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import itertools
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,18 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import async_save, checkpoint, matrices
-from parallel.exchange import exchange
 from parallel.checkpoint import Saver
+from parallel.dtensor import Box, fill, local, local_box
+from parallel.exchange import exchange
 from parallel.layout import Layout
-from parallel.dtensor import Box, local, local_box
 from parallel.mesh import Mesh, build_mesh
 from parallel.sequence import apply_sequence
-from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import Zero, apply_zero
 from vidit.config import Train
 from vidit.model.plan import sharding_plan
-from vidit.train import ema
 from vidit.train.ema import Ema
 from vidit.train.optim import build_optimizer
 from vidit.train.state import TrainState

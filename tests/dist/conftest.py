@@ -11,13 +11,12 @@ import pytest
 # Workers import what they run by name; a spawned process gets this path too.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from released import ReleasingPool
 
 from benchmarks.rank_pool import Pool
 
 
 @pytest.fixture(scope="session")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
-    pool = ReleasingPool(tmp_path_factory.mktemp("ranks"))
+    pool = Pool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from parallel import collectives, sequence, tensor, ulysses
+from parallel.dtensor import fill
 from parallel.gradients import gradient_norm
 from parallel.kinds import SequenceKind
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
-from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.ulysses import UlyssesCore
 from parallel.zero import apply_zero

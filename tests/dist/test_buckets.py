@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.rank_pool import Pool
 
+from benchmarks.rank_pool import Pool
 from vidit.config import RunConfig
 from vidit.data.encode import encode_mp4
 from vidit.data.shard_writer import ShardWriter

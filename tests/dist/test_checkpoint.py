@@ -9,12 +9,12 @@ import checkpoint_case
 import pytest
 import torch
 from checkpoint_case import Job
-from benchmarks.rank_pool import Pool, TaskError
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel import checkpoint, matrices
 from parallel.layout import Layout
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.rank_pool import Pool
 
+from benchmarks.rank_pool import Pool
 from vidit.config import RunConfig
 from vidit.train.encode_run import encode_run
 from vidit.train.metrics import read_metrics

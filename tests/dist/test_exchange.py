@@ -9,7 +9,16 @@ import pytest
 import torch.distributed as dist
 
 from parallel.exchange import (
-    any_rank, exchange, first_fault, from_first, in_order, num_ranks, own_rank, same_everywhere, several, together,
+    any_rank,
+    exchange,
+    first_fault,
+    from_first,
+    in_order,
+    num_ranks,
+    own_rank,
+    same_everywhere,
+    several,
+    together,
 )  # fmt: skip
 from parallel.failure import RankError
 
@@ -29,14 +38,16 @@ def test_one_process_is_told_of_itself() -> None:
 
 def test_dealt_work_comes_back_in_order() -> None:
     assert in_order([["a", "d"], ["b", "e"], ["c", "f"]]) == list("abcdef")
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         in_order([["a", "b"], ["c"]])
 
 
 def told(_: Any) -> dict[str, Any]:
     """On three ranks."""
     rank = dist.get_rank()
-    found: dict[str, Any] = {"reports": exchange({"rank": rank, "text": "é" * rank, "number": math.nan if rank else 1.5})}
+    found: dict[str, Any] = {
+        "reports": exchange({"rank": rank, "text": "é" * rank, "number": math.nan if rank else 1.5})
+    }
     found["any"] = [any_rank(rank == 1), any_rank(False)]
     found["first"] = from_first(lambda: ["from", rank])
     found["fault"] = first_fault("no room" if rank == 2 else None)
@@ -60,8 +71,11 @@ def test_several(pool: Any) -> None:
         assert found["any"] == [True, False]
         assert found["first"] == ["from", 0]
         assert found["fault"] == "rank 2: no room"
-        own = {1: ["OSError disk of 1", "RankError rank 0: disk of 0 0"], 0: ["RankError rank 1: disk of 1 1", "OSError disk of 0"],
-               2: ["RankError rank 1: disk of 1 1", "OSError disk of 2"]}  # fmt: skip
+        own = {
+            0: ["RankError rank 1: disk of 1 1", "OSError disk of 0"],
+            1: ["OSError disk of 1", "RankError rank 0: disk of 0 0"],
+            2: ["RankError rank 1: disk of 1 1", "OSError disk of 2"],
+        }
         assert found["caught"] == own[rank]
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.rank_pool import Pool
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.rank_pool import Pool
 from parallel.exchange import num_ranks
 from parallel.mesh import build_mesh
 from vidit.config import FAMILIES, RunConfig

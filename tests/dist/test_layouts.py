@@ -11,8 +11,8 @@ import dit_case
 import pytest
 import torch
 from dit_case import EVEN, ODD, PLANTS, Case, errors, on_ranks, single
-from benchmarks.rank_pool import Pool, TaskError
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel.layout import Layout
 from vidit.config import FAMILIES
 from vidit.model.context import EVERY_FRAME
@@ -53,7 +53,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "stdit3 frames": {**FAMILIES["stdit3"], **PLAIN, "frame_times": True, "pooled_text": True},
     "hunyuanvideo": {**FAMILIES["hunyuanvideo"], "patch": 1, "num_single_layers": 1},
     "wide norms of two streams": {**FAMILIES["flux"], **PLAIN, "qk_norm": "width"},
-    **{f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"} for name in ("wan", "cogvideox", "hunyuanvideo")},
+    **{
+        f"{name} seen": {**FAMILIES[name], **PLAIN, "text_padding": "seen"}
+        for name in ("wan", "cogvideox", "hunyuanvideo")
+    },
 }  # fmt: skip
 
 
@@ -88,7 +91,14 @@ def test_default_model(pool: Pool, layout: str, grid: Any, images: bool, checkpo
 )
 @pytest.mark.parametrize("layout", ["tp2", "sp4", "tp2 sp2"])
 def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
-    images = model in ("images in frame", "four windows", "rope, text keys", "times of frames", "skips", "gentron still")
+    images = model in (
+        "images in frame",
+        "four windows",
+        "rope, text keys",
+        "times of frames",
+        "skips",
+        "gentron still",
+    )
     checkpoint = model == "four windows"
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, images, checkpoint=checkpoint), model))
 

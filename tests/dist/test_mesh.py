@@ -127,7 +127,7 @@ def test_no_group_is_made_for_a_wrong_layout(monkeypatch: pytest.MonkeyPatch) ->
 
     with fake(8, 0):
         monkeypatch.setattr("parallel.mesh.init_device_mesh", refused)
-        with pytest.raises(LayoutError, match="set parallel.shard=4"):
+        with pytest.raises(LayoutError, match=r"set parallel\.shard=4"):
             build_mesh(Layout(tensor=2), "cpu")
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.rank_pool import Pool
 from run_case import start
 
+from benchmarks.rank_pool import Pool
 from vidit.config import FAMILIES, RunConfig
 from vidit.train.metrics import read_metrics
 

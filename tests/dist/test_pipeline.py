@@ -9,8 +9,8 @@ from typing import Any
 import pipeline_case
 import pytest
 from pipeline_case import PLANTS, Case, errors, on_ranks, single
-from benchmarks.rank_pool import Pool, TaskError
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel.layout import Layout
 from vidit.config import FAMILIES
 from vidit.resolve import resolve

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.rank_pool import Pool, TaskError
 from recovery_case import Case, start
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.train.goodput import read_goodput

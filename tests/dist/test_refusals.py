@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from dit_case import ODD, TINY, Case, on_meta, on_ranks
-from benchmarks.rank_pool import Pool, TaskError
 from torch.distributed.tensor import DTensor
 
+from benchmarks.rank_pool import Pool, TaskError
+from parallel.dtensor import fill
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.names import PlanError
 from parallel.shares import num_tokens, pad_to
-from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
 from vidit.model.plan import sharding_plan

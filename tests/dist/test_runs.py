@@ -1,4 +1,4 @@
-"""Whole runs, `vidit.train.run` on real ranks: any layout gives the losses of one process, and any resumes any other."""
+"""Whole runs, `vidit.train.run` on real ranks: any layout has the losses of one process, and any resumes any other."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from benchmarks.rank_pool import Pool, TaskError
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel import checkpoint
 from vidit.config import RunConfig
 from vidit.data.limits import ClipError

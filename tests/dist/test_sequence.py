@@ -12,18 +12,18 @@ import dit_case
 import pytest
 import torch
 from dit_case import EVEN, ODD, OF_GRID, Case, errors, loss, on_meta, on_ranks, single, value
-from benchmarks.rank_pool import Pool, TaskError
 from test_layouts import LAYOUTS, MODELS, assert_equal
 from test_mesh import fake
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel import collectives, partial_attention, ring, ring_text, sequence, window
 from parallel.dealing import switched_tokens
+from parallel.dtensor import fill
 from parallel.layout import Layout, LayoutError
 from parallel.mesh import build_mesh
 from parallel.sequence import apply_sequence
-from parallel.dtensor import fill
 from parallel.shares import share
 from vidit.config import FAMILIES
 from vidit.model import core
@@ -289,7 +289,9 @@ PLANTS: dict[str, tuple[tuple[Any, str, Any], tuple[str, str, str, Any], str]] =
         (ring_text._Words, "backward", staticmethod(_own_words_on_every_rank)), ("ring", "sp2", "cogvideox", ODD),
         "gradient",
     ),
-    "text's gradients not summed": ((ring_text, "enter_tensor", _own_copy), ("ring", "sp2", "cogvideox", ODD), "gradient"),
+    "text's gradients not summed": (
+        (ring_text, "enter_tensor", _own_copy), ("ring", "sp2", "cogvideox", ODD), "gradient",
+    ),
     "ring inside and heads across": (
         (dit_case, "build_mesh", _swapped), ("ulysses_ring", "sp4", "bias", DEEP), "forward",
     ),

@@ -13,16 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from dit_case import EVEN, ODD, Case, Result, errors, loss, on_meta, single, value, whole
-from benchmarks.rank_pool import Pool
 
+from benchmarks.rank_pool import Pool
 from parallel import sharded_norms, tensor
+from parallel.dtensor import fill
 from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.names import PlanError
 from parallel.sequence import apply_sequence
 from parallel.sharded_norms import apply_sharded_norms
-from parallel.dtensor import fill
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero
 from vidit.config import FAMILIES

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from dit_case import EVEN, TINY, Case, batch, loss, on_meta, value
-from benchmarks.rank_pool import Pool
 from torch.distributed.device_mesh import init_device_mesh
 from zero_case import Train, build
 from zero_case import on_ranks as trained
 
+from benchmarks.rank_pool import Pool
 from parallel import traffic
 from parallel.collectives import enter_tensor, exchange, gather, group_name, leave_tensor, split
+from parallel.dtensor import fill
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
-from parallel.dtensor import fill
 from parallel.telemetry import Communication, count_communication
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero

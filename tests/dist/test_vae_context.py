@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 import torch
 import vae_case
-from benchmarks.rank_pool import Pool, TaskError
 from vae_case import PLANTS, Case, errors, on_ranks, single
 
+from benchmarks.rank_pool import Pool, TaskError
 from parallel.context import apply_context
 from parallel.names import PlanError, modules
 from parallel.parts import Parts, context_faults, row_faults

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
-from benchmarks.rank_pool import Pool
 from run_case import assert_equal, differences, start, tensors
 from safetensors.torch import load_file
 
-from parallel import checkpoint
+from benchmarks.rank_pool import Pool
 from vidit.config import RunConfig
 from vidit.train import task
 from vidit.train.metrics import read_metrics
-from vidit.train.run import run
 
 Configure = Callable[..., RunConfig]
 STEPS = 5

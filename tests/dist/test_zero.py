@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from dit_case import value, whole
-from benchmarks.rank_pool import Pool
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from zero_case import PLANTS, Outcome, Train, errors, on_ranks, single
 
+from benchmarks.rank_pool import Pool
 from parallel.gradients import gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
@@ -263,9 +263,7 @@ def test_norm_over_stages(pool: Pool) -> None:
     """Each stage's own parameters count, what all stages hold counts once; one all-reduce a process group."""
     squares = sum(float(value(n, s).square().sum()) for n, s in (("1.weight", (2, 2)), ("1.bias", (2,))))
     for rank in range(2):
-        squares += sum(
-            float(value(f"{rank}0.{n}", s).square().sum()) for n, s in (("weight", (3, 5)), ("bias", (3,)))
-        )
+        squares += sum(float(value(f"{rank}0.{n}", s).square().sum()) for n, s in (("weight", (3, 5)), ("bias", (3,))))
     for answer in pool.run(4, norms, None):
         assert answer["norm"] == pytest.approx(squares**0.5, rel=1e-13)
         assert answer["calls"] == 2

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel import zero
+from parallel.dtensor import fill
 from parallel.gradients import clip_gradients, gradient_norm
 from parallel.layout import Layout
 from parallel.mesh import build_mesh
 from parallel.replicas import Replicas
 from parallel.sequence import apply_sequence
-from parallel.dtensor import fill
 from parallel.telemetry import count_communication
 from parallel.tensor import apply_tensor
 from parallel.zero import apply_zero, zero_micro_batch
