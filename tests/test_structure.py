@@ -510,7 +510,7 @@ class TestBans:
         bad = [c for c in calls("vidit", "parallel", "launch", "configs") if c.name == "print"]
         assert [c for c in bad if c.file != "vidit/cli.py"] == []
 
-    def test_environment_is_read_in_two_places(self):
+    def test_the_environment_is_read_in_few_places(self):
         bad = []
         for path in sources("vidit", "parallel", "configs"):
             name = str(path.relative_to(ROOT))

@@ -19,8 +19,9 @@ def row_cost(config: RunConfig, shape: Bucket) -> float:
 
 
 def bucket_costs(config: RunConfig) -> list[float]:
-    """What a row of each bucket costs, on which the order of clips stands; empty without buckets."""
-    return [row_cost(config, shape) for shape in config.data.shapes] if config.data.buckets else []
+    """What a row of each bucket costs, as a share of the dearest, on which the order of clips stands; empty without."""
+    costs = [row_cost(config, shape) for shape in config.data.shapes] if config.data.buckets else []
+    return [round(cost / max(costs), 9) for cost in costs]
 
 
 def micro_batch_rows(config: RunConfig) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vidit.config import Model, RunConfig, Vae
-from vidit.model.core import WindowCore, attend, flash_available, takes_lengths
+from vidit.model.core import WindowCore, attend, flash_installed, takes_lengths
 from vidit.model.dit import DiT, text_frames
 from vidit.model.init import initialise
 from vidit.model.packed import packed
@@ -77,7 +77,7 @@ def test_device_agrees_with_cpu(dtype: torch.dtype, bound: float, whole_fp32: No
 
 @pytest.mark.parametrize(
     "backend",
-    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_available(), reason="needs flash-attn"))],
+    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn"))],
 )
 def test_one_call_for_a_packed_row_agrees_with_calls_clip_by_clip(backend: str) -> None:
     grid = packed(((3, 5, 3), (1, 4, 6), (1, 4, 6), (2, 4, 4)))
@@ -94,7 +94,7 @@ def test_one_call_for_a_packed_row_agrees_with_calls_clip_by_clip(backend: str) 
 
 @pytest.mark.parametrize(
     "backend",
-    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_available(), reason="needs flash-attn"))],
+    ["sdpa", pytest.param("flash", marks=pytest.mark.skipif(not flash_installed(), reason="needs flash-attn"))],
 )
 @pytest.mark.parametrize("clips", [1, 3])
 def test_gradients_of_long_sequences_are_the_same_every_time(clips: int, backend: str) -> None:
@@ -110,7 +110,7 @@ def test_gradients_of_long_sequences_are_the_same_every_time(clips: int, backend
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.skipif(not flash_available(), reason="needs flash-attn")
+@pytest.mark.skipif(not flash_installed(), reason="needs flash-attn")
 def test_flash_agrees_with_sdpa() -> None:
     q, k, v = (torch.randn(2, 77, 4, 32, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     exact = attend(q.float(), k.float(), v.float(), None, "sdpa")

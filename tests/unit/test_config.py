@@ -331,3 +331,10 @@ def test_every_field_takes_its_own_value_on_the_command_line(name):
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_a_choice_of_numbers(level):
     assert apply_overrides(RunConfig(name="a"), [f"parallel.zero={level}"]).parallel.zero == level
+
+
+def test_what_runs_were_begun_with_is_read() -> None:
+    """`auto`, which took flash-attn where it was installed."""
+    tree = {"name": "old", "model": {"attention_backend": "auto"}, "unet": {"attention_backend": "auto"}}
+    config = RunConfig.model_validate(tree)
+    assert (config.model.attention_backend, config.unet.attention_backend) == ("sdpa", "sdpa")

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Discriminator, Field, PositiveFloat, Tag
 
 from vidit.config.model_faults import model_faults
 from vidit.config.presets import PRESETS
-from vidit.config.section import Positive, Section
+from vidit.config.section import AttentionBackend, Positive, Section
 
 Window = tuple[int, int, int]
 Skip = tuple[Literal["single", "group"], Positive]
@@ -157,9 +157,7 @@ class Model(Section):
     )
     activation: Literal["gelu", "gelu_tanh"] = Field("gelu", description="of the MLPs and of the text embedding")
     self_conditioning: float = Field(0.9, ge=0, le=1, description="probability of a second pass; 0 removes it")
-    attention_backend: Literal["sdpa", "flash"] = Field(
-        "sdpa", description="torch's kernels, cuDNN's where they are faster, or flash-attn's, which take no mask"
-    )
+    attention_backend: AttentionBackend = "sdpa"
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

@@ -1,12 +1,17 @@
 """What every section is made of: the base class, the kinds of numbers, the error that lists faults."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
+AttentionBackend = Annotated[
+    Literal["sdpa", "flash"],
+    BeforeValidator(lambda value: "sdpa" if value == "auto" else value),  # what runs were begun with before
+    Field(description="torch's attention, or flash-attn's, which takes no mask; which one is no matter of the weights"),
+]
 
 
 class Section(BaseModel):

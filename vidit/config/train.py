@@ -53,7 +53,7 @@ class Train(Section):
     deterministic: bool = Field(
         False,
         description="kernels that sum in the same order every time, so that on CUDA too a resumed run is the "
-        "uninterrupted one bit for bit; some are slower (on a CPU all do without it)",
+        "uninterrupted one bit for bit; a step may take half as long again or more (on a CPU all do without it)",
     )
     init_from: str | None = Field(
         None, description="a folder of weights to begin with, written by `vidit export` or `vidit import`"

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field
 
-from vidit.config.section import NotNegative, Positive, Section
+from vidit.config.section import AttentionBackend, NotNegative, Positive, Section
 
 TemporalPart = Literal["self", "cross", "mlp"]
 
@@ -82,9 +82,7 @@ class Unet(Section):
         "sinusoid",
         description="how attention over frames knows their order: sinusoids through an MLP, or a learned bias",
     )
-    attention_backend: Literal["sdpa", "flash"] = Field(
-        "sdpa", description="torch's kernels, cuDNN's where they are faster, or flash-attn's, which take no mask"
-    )
+    attention_backend: AttentionBackend = "sdpa"
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:

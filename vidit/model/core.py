@@ -24,23 +24,19 @@ from vidit.model.windows import Grid, merge, numbering, padding_mask, partition
 CPU_SHORT = 512
 
 
-# A folder without __init__.py of this name is flash-attn-4, which has other functions.
-_FLASH = importlib.util.find_spec("flash_attn")
-FLASH_INSTALLED = _FLASH is not None and _FLASH.origin is not None
-
-
-def flash_available() -> bool:
-    """Whether flash-attn is installed and a CUDA device is there to run it."""
-    return torch.cuda.is_available() and FLASH_INSTALLED
+def flash_installed() -> bool:
+    """Whether flash-attn 2 is; flash-attn-4 is a folder of that name without __init__.py, with other functions."""
+    found = importlib.util.find_spec("flash_attn")
+    return found is not None and found.origin is not None
 
 
 def require_flash(backend: str, device: torch.device) -> None:
     """RuntimeError where flash-attn is asked for and cannot run."""
-    if backend == "flash" and not (FLASH_INSTALLED and device.type == "cuda"):
+    if backend == "flash" and not (device.type == "cuda" and flash_installed()):
         lacks = "it is not installed" if device.type == "cuda" else f"the device is {device.type}"
         raise RuntimeError(
             f"attention_backend=flash needs flash-attn and a CUDA device, but {lacks}: pip install 'vidit[flash]' "
-            "there, or use attention_backend=sdpa, which needs nothing"
+            "there, or use attention_backend=sdpa, which needs nothing and gives the same"
         )
 
 
@@ -49,9 +45,11 @@ def is_half(x: Tensor) -> bool:
 
 
 def takes_lengths(q: Tensor, backend: str) -> bool:
-    """Whether one kernel takes clips of several lengths: flash-attn's, or the one that torch has for CUDA."""
+    """Whether one kernel takes clips of several lengths: flash-attn's, or torch's, for CUDA since Ampere."""
+    if backend == "flash":
+        return True
     fits = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return backend == "flash" or (q.is_cuda and is_half(q) and fits)
+    return q.is_cuda and is_half(q) and fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend_packed(q_1SNK: Tensor, k_1SNK: Tensor, v_1SNK: Tensor, grid: Grid, backend: str) -> Tensor:

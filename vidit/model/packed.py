@@ -133,7 +133,7 @@ def side_by_side(found: Sequence[Tensor]) -> Tensor:
 
 def numbers(values: Iterable[int], device: torch.device) -> Tensor:
     """As a tensor on the device, for which the host does not wait: blocks ask for these again and again."""
-    return torch.tensor(list(values)).to(device, non_blocking=True)
+    return torch.tensor(list(values), dtype=torch.int64).to(device, non_blocking=True)
 
 
 def starts(grid: Grid, device: torch.device) -> Tensor:
@@ -154,7 +154,7 @@ def frame_of(position_S4: Tensor, grid: Grid) -> Tensor:
 
 def is_image(position_S4: Tensor, grid: Grid) -> Tensor:
     """Whether each token is of a clip of one latent frame, (S,)."""
-    return numbers((t == 1 for t, _, _ in grid.clips), position_S4.device)[clip_of(position_S4)]
+    return numbers((t == 1 for t, _, _ in grid.clips), position_S4.device).bool()[clip_of(position_S4)]
 
 
 def of_clips(vectors: tuple[Tensor, ...], position_S4: Tensor) -> tuple[Tensor, ...]:

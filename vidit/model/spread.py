@@ -1,7 +1,7 @@
-"""A row of a small table for each token, with a backward pass that sums in one order and at full speed.
+"""A row of a small table for each token, on CUDA with a backward pass that sums in one order and at full speed.
 
-`index_select` has tens of thousands of tokens add their gradients to the few rows one by one, on CUDA in an order that
-differs from run to run. Here they are summed by a product with ones and zeros.
+There the gradient of `index_select` has tens of thousands of tokens added to the few rows one by one, in an order that
+differs from run to run; here they are summed by a product with ones and zeros. A CPU adds in order, and faster so.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class _Spread(torch.autograd.Function):
+class Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table_BRD: Tensor, row_S: Tensor) -> Tensor:
         ctx.save_for_backward(row_S)
@@ -26,5 +26,7 @@ class _Spread(torch.autograd.Function):
 
 def spread(table_BRD: Tensor, row_S: Tensor) -> Tensor:
     """Rows (B, R, D) or (R, D) -> those of the tokens, (B, S, D) or (S, D); `row_S` (S,) int says which each has."""
-    out: Tensor = _Spread.apply(table_BRD, row_S)
+    if not table_BRD.is_cuda:
+        return table_BRD.index_select(-2, row_S)
+    out: Tensor = Spread.apply(table_BRD, row_S)
     return out

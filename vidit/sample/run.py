@@ -29,6 +29,7 @@ from vidit.whole_file import full_disk_explained, write_whole
 SAMPLING = (
     "sample.sampler", "sample.num_steps", "sample.guidance", "sample.guidance_rescale", "sample.motion_guidance",
     "sample.reconstruction_guidance", "sample.micro_batch",
+    "model.attention_backend", "unet.attention_backend",
     "data.num_frames", "data.height", "data.width", "data.fps", "train.device", "train.precision",
     "diffusion.shift", "diffusion.shift_value", "model.guidance", "vae.max_frames", "vae.tile", "vae.tile_overlap",
 )  # fmt: skip

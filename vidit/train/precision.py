@@ -9,11 +9,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 log = logging.getLogger(__name__)
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -26,15 +27,22 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 @contextmanager
 def deterministic(on: bool) -> Iterator[None]:
     """With `on`, kernels whose sums have the same order every time; RuntimeError by an operator that has none."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on CUDA
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if not on:
+        yield
+        return
+    before = torch.get_deterministic_debug_mode()
+    filled: Any = torch.utils.deterministic
+    fills, workspace = filled.fill_uninitialized_memory, os.environ.get(WORKSPACE)
+    os.environ[WORKSPACE] = workspace or ":4096:8"  # without it torch refuses products on CUDA
+    torch.use_deterministic_algorithms(True)
+    filled.fill_uninitialized_memory = False  # nothing here reads what nobody wrote
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
+        filled.fill_uninitialized_memory = fills
+        if workspace is None:
+            del os.environ[WORKSPACE]
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -16,7 +16,8 @@ KEPT = frozenset({
     "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten.convolution",
     "aten._scaled_dot_product_flash_attention", "aten._scaled_dot_product_efficient_attention",
     "aten._scaled_dot_product_cudnn_attention", "aten._scaled_dot_product_flash_attention_for_cpu",
-    "aten._scaled_dot_product_fused_attention_overrideable", "flash_attn._flash_attn_forward",
+    "aten._scaled_dot_product_fused_attention_overrideable", "torch_attn._varlen_attn",
+    "flash_attn._flash_attn_forward", "flash_attn._flash_attn_varlen_forward",
     "_c10d_functional.all_reduce", "_c10d_functional.all_gather_into_tensor",
     "_c10d_functional.reduce_scatter_tensor", "_c10d_functional.all_to_all_single", "_c10d_functional.wait_tensor",
 })  # fmt: skip

@@ -38,7 +38,7 @@ from vidit.whole_file import write_whole
 FREE = {
     "run_dir", "train.device", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
     "train.keep_every", "train.async_checkpoint", "train.validate_every", "train.sample_every", "train.compile",
-    "train.deterministic",
+    "train.deterministic", "model.attention_backend", "unet.attention_backend",
     "train.activation_checkpointing", "train.on_nonfinite", "train.on_spike", "train.spike_factor",
     "train.spike_window", "train.roll_back_checkpoints", "train.max_recoveries", "train.recovery_window",
     "data.train", "data.validation", "data.num_workers", "data.prefetch", "data.max_skipped", "vae.weights",

@@ -4,6 +4,7 @@ A folder says itself what it is: `_class_name`. A VAE is used as it was trained,
 be set by a run; what would load and be quietly wrong is refused here, before a device is touched.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -72,7 +73,8 @@ def _cogvideox(c: Facts) -> Geometry:
 
 
 def _hunyuan(c: Facts) -> Geometry:
-    return c["latent_channels"], c.get("temporal_compression_ratio", 4), c.get("spatial_compression_ratio", 8), 3
+    strides = (int(c.get(f"{name}_compression_ratio", n)) for name, n in (("temporal", 4), ("spatial", 8)))
+    return c["latent_channels"], *strides, 3
 
 
 def _wan(c: Facts) -> Geometry:
@@ -94,13 +96,18 @@ _COUNT: _Entry = ("a whole number above 0", _is_count)
 _FLAG: _Entry = ("true or false", lambda x: isinstance(x, bool))
 _NAMES: _Entry = ("a list of names", lambda x: _is_list_of(lambda part: isinstance(part, str), x))
 _COUNTS: _Entry = ("a list of whole numbers above 0", lambda x: _is_list_of(_is_count, x))
-_SCALE: _Entry = ("a number above 0", lambda x: type(x) in (int, float) and cast(float, x) > 0)
-_STRIDES = dict.fromkeys(("latent_channels", "temporal_compression_ratio", "spatial_compression_ratio"), _COUNT)
+_SCALE: _Entry = ("a number above 0", lambda x: type(x) in (int, float) and 0 < cast(float, x) < math.inf)
+_STRIDE: _Entry = ("a whole number above 0", lambda x: _is_count(int(x) if type(x) is float and x.is_integer() else x))
+_LAYERS = dict.fromkeys(("latent_channels", "layers_per_block", "norm_num_groups"), _COUNT)
+_LAYERS |= {"block_out_channels": _COUNTS, "scaling_factor": _SCALE}
 _ENTRIES: dict[str, dict[str, _Entry]] = {
-    "AutoencoderKLCogVideoX": {**_STRIDES, "block_out_channels": _COUNTS, "scaling_factor": _SCALE},
-    "AutoencoderKLHunyuanVideo": {**_STRIDES, "scaling_factor": _SCALE},
+    "AutoencoderKLCogVideoX": {**_LAYERS, "temporal_compression_ratio": _STRIDE},
+    "AutoencoderKLHunyuanVideo": {
+        **_LAYERS,
+        **dict.fromkeys(("temporal_compression_ratio", "spatial_compression_ratio"), _STRIDE),
+    },
     "AutoencoderKLWan": {
-        "z_dim": _COUNT,
+        **dict.fromkeys(("z_dim", "base_dim", "num_res_blocks"), _COUNT),
         "dim_mult": _COUNTS,
         "temperal_downsample": (
             "a list of true or false",
@@ -109,10 +116,8 @@ _ENTRIES: dict[str, dict[str, _Entry]] = {
         "patch_size": ("null or a whole number above 0", lambda x: x is None or _is_count(x)),
     },
     "AutoencoderKL": {
-        "block_out_channels": _COUNTS,
-        "scaling_factor": _SCALE,
+        **_LAYERS,
         **dict.fromkeys(("down_block_types", "up_block_types"), _NAMES),
-        **dict.fromkeys(("latent_channels", "layers_per_block", "norm_num_groups"), _COUNT),
         **dict.fromkeys(("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"), _FLAG),
     },
 }

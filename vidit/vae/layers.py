@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from vidit.config import Vae
+from vidit.dtypes import widen
 from vidit.vae.convolution import conv3d, joined
 from vidit.vae.norms import added, build_norm, silu
 
@@ -100,6 +101,8 @@ class Down(nn.Module):
     def __init__(self, channels: int, out_channels: int, space: bool, time: bool):
         super().__init__()
         self.s, self.t, self.out_channels = (2 if space else 1), (2 if time else 1), out_channels
+        self.group, rest = divmod(channels * self.t * self.s**2, out_channels)
+        assert not rest, f"{channels} channels folded by {self.t}x{self.s}x{self.s} do not divide by {out_channels}"
         self.conv = CausalConv3d(channels, out_channels, stride=(self.t, self.s, self.s))
         self.pair = Front(self.t - 1, past=0)
 
@@ -109,15 +112,16 @@ class Down(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         """What is added to the convolution's output."""
         pairs = joined((self.pair(x), x), dim=2) if self.t == 2 else x
-        means = rearrange(pairs, "b c (f t) (h p) (w q) -> b f h w c t p q", t=self.t, p=self.s, q=self.s)
-        group = pairs.shape[1] * self.t * self.s**2 // self.out_channels
+        sums = rearrange(widen(pairs), "b c (f t) (h p) (w q) -> b f h w c t p q", t=self.t, p=self.s, q=self.s)
+        group = self.group
         for axis in (-1, -2, -3):  # what lies wholly within a group is added where it lies; the rest is copied together
-            if (size := means.shape[axis]) > 1 and group % size == 0:
-                means, group = (means.select(axis, 0) + means.select(axis, 1)).unsqueeze(axis) / size, group // size
+            if (size := sums.shape[axis]) > 1 and group % size == 0:
+                sums, group = (sums.select(axis, 0) + sums.select(axis, 1)).unsqueeze(axis), group // size
             elif size > 1:
                 break
-        depth = means.flatten(4)
-        return (depth if group == 1 else depth.unflatten(-1, (self.out_channels, -1)).mean(-1)).movedim(-1, 1)
+        depth = sums.flatten(4)
+        depth = depth if group == 1 else depth.unflatten(-1, (self.out_channels, -1)).sum(-1)
+        return (depth / self.group).to(x.dtype).movedim(-1, 1)
 
 
 class Up(nn.Module):

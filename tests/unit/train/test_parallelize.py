@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from vidit.config import RunConfig
 from vidit.model.windows import Grid
 from vidit.text.encoder import build_text_encoder
 from vidit.train.parallelize import build_dit, build_vae
+from vidit.train.recompute import KEPT
 from vidit.vae.stored import adopt_vae
 
 Configure = Callable[..., RunConfig]
@@ -100,3 +102,9 @@ def test_flash_on_a_cpu_is_refused(configure: Configure) -> None:
     config = configure(model={"relative_position": "rope", "cross_keys": "text", "attention_backend": "flash"})
     with pytest.raises(RuntimeError, match=r"attention_backend=flash needs flash-attn.* device is cpu.*=sdpa"):
         built(config)
+
+
+def test_attention_to_clips_of_several_lengths_is_kept() -> None:
+    """The operator of the kernel that packed rows take on CUDA."""
+    importlib.import_module("torch.nn.attention.varlen")
+    assert str(torch.ops.torch_attn._varlen_attn.default.overloadpacket) in KEPT
