@@ -153,8 +153,8 @@ def _reach_the_end(
     costs = bucket_costs(config)
     if held.get("costs", costs) != costs:
         raise RuntimeError(
-            f"a row of each bucket costs {costs} of the dearest here and cost {held['costs']} where {run_dir} was begun, "
-            "so its order of clips cannot be kept: go on with the vidit that began it, or give a new run_dir"
+            f"a row of each bucket costs {costs} of the dearest here and cost {held['costs']} where {run_dir} was "
+            "begun, so its order of clips cannot be kept: go on with the vidit that began it, or give a new run_dir"
         )
     described = {"name": config.name, "config": config.model_dump(mode="json")}
     facts: dict[str, Any] = {**described, "data": fingerprints(splits), "order": order, "costs": costs}
