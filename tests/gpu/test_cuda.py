@@ -1,7 +1,7 @@
 """On a CUDA device: the numbers of the CPU, flash-attn's within bf16, whole runs, and a resume that is bit-equal."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +27,6 @@ TINY_VAE = {
     "latent_channels": 4, "patch": 2, "base_channels": 8, "multipliers": (1, 2), "num_res_blocks": (1, 1),
     "decoder_res_blocks": (1, 1), "spatial_down": (True,), "temporal_down": (True,),
 }  # fmt: skip
-
-
-@pytest.fixture
-def whole_fp32() -> Iterator[None]:
-    """fp32 products without TF32."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield
-    for switch, value in zip(switches, before, strict=True):
-        switch.allow_tf32 = value
 
 
 def denoise(device: str, dtype: torch.dtype, backend: str = "sdpa") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

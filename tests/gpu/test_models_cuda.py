@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +19,10 @@ from vidit.vae.borrowed import BorrowedVae
 from vidit.vae.coding import decode_clip, encode_clip
 from vidit.vae.store import load_vae
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("whole_fp32"),
+]
 
 GRID, CHANNELS, TEXT, TOKENS = Grid(3, 4, 6), 4, 16, 7
 BOUNDS = {torch.float64: 1e-4, torch.bfloat16: 4e-2}  # sines of times and places are fp32
@@ -36,18 +38,6 @@ SMALL_UNET: dict[str, Any] = {
     "channels": 8, "multipliers": (1, 2), "num_res_blocks": 1, "attention": (True, False), "head_dim": 4,
     "norm_groups": 4,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def whole_fp32() -> Iterator[None]:
-    """fp32 products without TF32."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield
-    for switch, value in zip(switches, before, strict=True):
-        switch.allow_tf32 = value
 
 
 def stirred(module: nn.Module) -> nn.Module:
