@@ -98,8 +98,12 @@ def _in_pairs(x: Tensor, weight: Tensor, bias: Tensor, stride: tuple[int, int], 
     m1 = taken(odd[:, :, :-1] + even[:, :, 1:], mean + half, bias)
     m2 = taken(even[:, :, 1:] - odd[:, :, :-1], mean - half)
     out = m1.new_empty(rows, frames, *m1.shape[2:])
-    out[:, 0 : 2 * pairs : 2] = (m1 + m2).add_(taken(even[:, :, :-1] - even[:, :, 1:], first))
-    out[:, 1 : 2 * pairs : 2] = m1.sub_(m2).sub_(taken(odd[:, :, :-1] - odd[:, :, 1:], last))
+    ahead, behind = out[:, 0 : 2 * pairs : 2].copy_(m1), out[:, 1 : 2 * pairs : 2].copy_(m1)
+    ahead += m2
+    behind -= m2
+    del m1, m2
+    ahead += taken(even[:, :, :-1] - even[:, :, 1:], first)
+    behind -= taken(odd[:, :, :-1] - odd[:, :, 1:], last)
     if frames % 2:
         out[:, -1:] = _of_stacked_frames(x[:, :, -3:], weight, bias, (1, *stride), padding).movedim(1, -1)
     return out.movedim(-1, 1)

@@ -88,7 +88,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
-        return added(self.conv2(silu(self.norm2(h))), x if self.shortcut is None else self.shortcut(x))
+        h = silu(self.norm2(h))  # by its name, so that what the norm has read is free while the next layer works
+        return added(self.conv2(h), x if self.shortcut is None else self.shortcut(x))
 
 
 class Down(nn.Module):
