@@ -8,8 +8,8 @@ frames at once, with the k_t frames that it meets as channels, which oneDNN take
 Where fp32 is computed without a backward pass, frames of a certain size are made in pairs by Winograd's F(2, 3) along
 time (1509.09308, section 4.1): four two-dimensional convolutions of sums and differences of frames instead of six, and
 no frame stands three times in memory. An output depends on the frames that it always did. Rounding is about that of
-stacked frames, which is up to six times that of torch's loop (1.5e-6 at 256 channels), but relative to the largest of the
-three taps.
+stacked frames, which is up to six times that of torch's loop (1.5e-6 at 256 channels), but relative to the largest of
+the three taps.
 
 With a backward pass pairs were no faster below 64 channels (0.78 to 1.22 of the time of what is taken) and hold the
 sums of frames as well.
