@@ -63,6 +63,12 @@ def test_another_guidance_may_be_told_to_who_takes_one():
     assert fault == "model.guidance=6 of a model that was trained with 0: it takes no scale; use sample.guidance"
 
 
+def test_the_kernels_may_be_others():
+    """They are no matter of the weights."""
+    bare = TRAINED.model_copy(update={"model": Model(patch=2, relative_position="rope", cross_keys="text")})
+    assert requested(bare, ["model.attention_backend=flash"]).model.attention_backend == "flash"
+
+
 def test_every_fault_of_a_request_at_once():
     found = faults(
         TRAINED, "model.width=64", "sample.sampler=ddpm", "foo.bar=1", "data.height=33", "data.width=112", "word"
