@@ -1,6 +1,6 @@
 """How long do our VAE and those of diffusers take, and in how much memory, at equal widths and compression?
 
-    python -m benchmarks.vae
+    python -m benchmarks.vae [--repeats 3]
     python -m benchmarks.vae --device cuda --width 96 --frames 49 --side 480
 
 AutoencoderKLCogVideoX and AutoencoderKLWan with random weights, 4x8x8 and 16 channels, and our presets of the same
@@ -8,8 +8,9 @@ names with the same widths and as many residual blocks in each level: the rest o
 its FLOPs are counted. A third of ours, `wavelet`, has no layer at full size, and stands beside Wan's. diffusers' two
 code 8 and 4 frames at a time by themselves; ours is streamed with 8, with 4, and at once. On a CPU, in fp32, each is a
 process of its own, which codes a small video to warm up; memory is the peak resident size above that of the loaded
-model. On CUDA, in bf16, each codes the whole video once to warm up, and memory is what tensors take above the weights.
-Needs the extra `export`.
+model; of some processes, in turn over all rows, the medians count, for the heap is cut up otherwise each time. On CUDA,
+in bf16, each codes the whole video once to warm up, and memory is what tensors take above the weights. Needs the extra
+`export`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import psutil
@@ -120,24 +122,26 @@ def on_cuda(call: Code, video: Tensor) -> tuple[float, int, tuple[int, ...]]:
     return min(times), torch.cuda.max_memory_allocated() - before, size
 
 
-def measure(system: str, task: str, size: list[int], device: str) -> dict[str, Any]:
-    """The same as a row; on a CPU in a process of its own."""
+def measure(system: str, task: str, size: list[int], device: str) -> dict[str, float]:
+    """The same; on a CPU in a process of its own."""
     if device == "cuda":
         row = one(system, task, *size, device)
         gc.collect()
-        return {"system": system, "task": task, **row}
+        return row
     words = [str(w) for pair in zip(("--width", "--frames", "--side"), size, strict=True) for w in pair]
     command = [sys.executable, "-m", "benchmarks.vae", "--one", system, task, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{system} {task} failed: {done.stderr[-2000:]}")
-    return {"system": system, "task": task, **json.loads(done.stdout.splitlines()[-1])}
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "TASK"), help="in this process")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeats", type=int, default=3, help="on a CPU")
     parser.add_argument("--width", type=int, default=32, help="channels of the finest level")
     parser.add_argument("--frames", type=int, default=65)
     parser.add_argument("--side", type=int, default=128)
@@ -146,15 +150,21 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(*arguments.one, *size, arguments.device)))
         return
-    rows = []
-    for system in SYSTEMS:
-        for task in ("encode", "decode"):
-            rows.append(measure(system, task, size, arguments.device))
-            name = system.split()[1]
-            theirs = next(r for r in rows if r["system"] == f"diffusers {BESIDE.get(name, name)}" and r["task"] == task)
-            rows[-1]["time_of_theirs"] = round(rows[-1]["seconds"] / theirs["seconds"], 2)
-            rows[-1]["memory_of_theirs"] = round(rows[-1]["peak_mib"] / theirs["peak_mib"], 2)
-            print(json.dumps(rows[-1]), flush=True)
+    turns = 1 if arguments.device == "cuda" else arguments.repeats
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {(s, t): [] for s in SYSTEMS for t in ("encode", "decode")}
+    for _ in range(turns):
+        for (system, task), found in runs.items():
+            found.append(measure(system, task, size, arguments.device))
+            print(system, task, json.dumps(found[-1]), flush=True)
+    rows: list[dict[str, Any]] = []
+    for (system, task), found in runs.items():
+        row = {**found[0], **{name: median(f[name] for f in found) for name in ("seconds", "peak_mib")}}
+        rows.append({"system": system, "task": task, **row, "runs": found})
+        name = system.split()[1]
+        theirs = next(r for r in rows if r["system"] == f"diffusers {BESIDE.get(name, name)}" and r["task"] == task)
+        rows[-1]["time_of_theirs"] = round(row["seconds"] / theirs["seconds"], 2)
+        rows[-1]["memory_of_theirs"] = round(row["peak_mib"] / theirs["peak_mib"], 2)
+        print({name: value for name, value in rows[-1].items() if name != "runs"})
     sizes = dict(zip(("width", "frames", "side"), size, strict=True))
     facts = {**sizes, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     print(write_result("vae" if arguments.device == "cpu" else "gpu-vae", {**facts, "rows": rows}))
