@@ -63,9 +63,8 @@ def open_trained(run_dir: Path, overrides: Sequence[str] = ()) -> TrainedRun:
     dtype = choose_dtype(config.train.precision, device)
     vae = load_vae(run_dir / "vae", device, dtype)
     text = build_text_encoder(config.text, dtype, config.model.interleaves_text).to(device)
-    model = build_dit(
-        trained.model_copy(update={"model": config.model, "unet": config.unet}), text, device, dtype
-    ).eval()
+    asked = trained.model_copy(update={"model": config.model, "unet": config.unet})
+    model = build_dit(asked, text, device, dtype).eval()
     # What is frozen has no average.
     named = {f"{'ema' if p.requires_grad else 'model'}.{name}": p.data for name, p in model.named_parameters()}
     checkpoint.load(checkpoint.folder_of(run_dir / "checkpoints", found[-1]), named, prefix="ema.")
