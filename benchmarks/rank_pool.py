@@ -11,7 +11,9 @@ import faulthandler
 import functools
 import gc
 import multiprocessing
+import signal
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -35,6 +37,14 @@ class TaskError(RuntimeError):
     def __init__(self, failures: dict[int, str]):
         super().__init__("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
         self.failures = failures
+
+
+class WorkerEndedError(TaskError):
+    """A worker that is gone, and the exit code of its process: a signal's number, negative, where one ended it."""
+
+    def __init__(self, rank: int, when: str, code: int | None):
+        super().__init__({rank: f"its process ended {when}, with exit code {code}"})
+        self.code = code
 
 
 def serve(pipe: Connection, rank: int, timeout_s: float) -> None:
@@ -89,7 +99,12 @@ def forget_meshes() -> None:
 
 
 class Pool:
-    """`pool.run(world, function, argument)` -> the result of each rank; TaskError if any of them raised."""
+    """`pool.run(world, function, argument)` -> the result of each rank; TaskError if any of them raised.
+
+    A task in which a worker ends by SIGSEGV is run once more, with a warning and new workers: once in some thousand
+    tasks a thread crashes that is none of Python's (with torch 2.13; where the kernel named it, it was gloo's). What
+    crashes in the task itself does so again.
+    """
 
     def __init__(self, folder: Path, timeout_s: float = TIMEOUT_S):
         self.folder, self.tasks, self.timeout_s = folder, 0, timeout_s
@@ -97,6 +112,15 @@ class Pool:
         self.processes: list[Any] = []
 
     def run(self, world: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
+        try:
+            return self._run(world, function, argument)
+        except WorkerEndedError as ended:
+            if ended.code != -signal.SIGSEGV:
+                raise
+            warnings.warn(f"{ended}; the task is run once more", stacklevel=2)
+        return self._run(world, function, argument)
+
+    def _run(self, world: int, function: Callable[[Any], Any], argument: Any) -> list[Any]:
         self._grow(world)
         self.tasks += 1
         store = self.folder / f"store-{self.tasks}"
@@ -123,7 +147,7 @@ class Pool:
 
     @contextlib.contextmanager
     def _alive(self, rank: int, when: str) -> Iterator[None]:
-        """A worker that is gone is a TaskError that says how it ended; the next task has new workers."""
+        """A worker that is gone is a WorkerEndedError; the next task has new workers."""
         try:
             yield
         except (EOFError, OSError) as error:
@@ -131,7 +155,7 @@ class Pool:
             process.join(ENDING_S)
             code = process.exitcode
             self.close()
-            raise TaskError({rank: f"its process ended {when}, with exit code {code}"}) from error
+            raise WorkerEndedError(rank, when, code) from error
 
     def _grow(self, world: int) -> None:
         context = multiprocessing.get_context("spawn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -18,6 +19,15 @@ def rank(ends: bool) -> int:
     return mine
 
 
+def rank_after_a_crash(crashed: Path | None) -> int:
+    """Rank 1 crashes where the file is not there, and leaves it; None: always."""
+    if dist.get_rank() == 1 and (crashed is None or not crashed.exists()):
+        if crashed is not None:
+            crashed.touch()
+        ctypes.string_at(0)
+    return dist.get_rank()
+
+
 def test_a_worker_that_ends_is_named_and_replaced(tmp_path: Path) -> None:
     pool = Pool(tmp_path)
     try:
@@ -28,5 +38,16 @@ def test_a_worker_that_ends_is_named_and_replaced(tmp_path: Path) -> None:
         pool.processes[1].join()
         with pytest.raises(TaskError, match="rank 1: its process ended before the task, with exit code -9"):
             pool.run(2, rank, False)
+    finally:
+        pool.close()
+
+
+def test_a_crash_that_does_not_come_again_is_a_warning(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    try:
+        with pytest.warns(UserWarning, match="exit code -11; the task is run once more"):
+            assert pool.run(2, rank_after_a_crash, tmp_path / "crashed") == [0, 1]
+        with pytest.warns(UserWarning, match="once more"), pytest.raises(TaskError, match="task, with exit code -11"):
+            pool.run(2, rank_after_a_crash, None)
     finally:
         pool.close()

@@ -194,14 +194,19 @@ def usr1(cluster: Cluster) -> None:
 
 
 def kill_a_rank(cluster: Cluster) -> None:
+    """It is looked up before there is a checkpoint, for there are but 28 short steps after it."""
+    reached(cluster, "killed", 1)
+    rank = cluster.ranks("killed")[1]
     reached(cluster, "killed", 12)
-    os.kill(cluster.ranks("killed")[1], signal.SIGKILL)
+    os.kill(rank, signal.SIGKILL)
 
 
 def kill_a_node(cluster: Cluster) -> None:
     """As if its power went; SLURM takes half a minute to notice."""
+    reached(cluster, "lost", 1)
+    node = cluster.nodes("lost")[1]
     reached(cluster, "lost", 12)
-    cluster.slurm.kill_node(cluster.nodes("lost")[1])
+    cluster.slurm.kill_node(node)
 
 
 def preempt(cluster: Cluster) -> None:
