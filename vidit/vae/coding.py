@@ -10,6 +10,7 @@ from torch import Tensor
 from vidit.config import Vae
 from vidit.vae.autoencoder import Autoencoder, CausalVae, Posterior, posterior
 from vidit.vae.borrowed import BorrowedVae
+from vidit.vae.heap import keep_freed_memory
 from vidit.vae.receptive import decoder_margin, encoder_margin
 from vidit.vae.streaming import DecodeStream, EncodeStream, Stream
 from vidit.vae.tiling import Grid, TiledStream
@@ -19,6 +20,7 @@ from vidit.vae.tiling import Grid, TiledStream
 def encode_clip(vae: Autoencoder, x_BCTHW: Tensor, limits: Vae) -> Posterior:
     """The posterior of pixels (B, 3, 1 + T, H, W). ValueError for sizes that do not divide."""
     vae.check_size(x_BCTHW.shape)
+    keep_freed_memory()
     if isinstance(vae, BorrowedVae):
         vae.limit(limits)
         return vae.encode(x_BCTHW)
@@ -32,6 +34,7 @@ def encode_clip(vae: Autoencoder, x_BCTHW: Tensor, limits: Vae) -> Posterior:
 @torch.no_grad()
 def decode_clip(vae: Autoencoder, z_BCTHW: Tensor, limits: Vae) -> Tensor:
     """Pixels of a raw latent (B, c, T, H, W)."""
+    keep_freed_memory()
     if isinstance(vae, BorrowedVae):
         vae.limit(limits)
         return vae.decode(z_BCTHW)
