@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 
 import numpy as np
-import pytest
 
+from tests.native_heap import heap, needs_mallinfo
 from vidit.data.encode import encode_mp4
 from vidit.data.video import decode_clip
-
-FIELDS = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-
-
-class Mallinfo(ctypes.Structure):
-    """``struct mallinfo2`` of glibc."""
-
-    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
 def allocated_bytes() -> int:
     """What native code holds: Python's own counters do not see FFmpeg's memory."""
     gc.collect()
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = Mallinfo
-    return int(libc.mallinfo2().uordblks)
+    return heap("uordblks")
 
 
-@pytest.mark.skipif(
-    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33"
-)
+@needs_mallinfo
 def test_decoding_a_window_leaves_no_memory_behind() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     video, held = encode_mp4(frames, 8), []
