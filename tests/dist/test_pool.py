@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from benchmarks.rank_pool import Pool, TaskError
+from benchmarks.rank_pool import Pool, TaskError, WorkerEndedError
 
 
 def rank(ends: bool) -> int:
@@ -19,11 +19,10 @@ def rank(ends: bool) -> int:
     return mine
 
 
-def rank_after_a_crash(crashed: Path | None) -> int:
-    """Rank 1 crashes where the file is not there, and leaves it; None: always."""
-    if dist.get_rank() == 1 and (crashed is None or not crashed.exists()):
-        if crashed is not None:
-            crashed.touch()
+def rank_after_a_crash(crashed: Path) -> int:
+    """Rank 1 crashes the first time, and leaves the file."""
+    if dist.get_rank() == 1 and not crashed.exists():
+        crashed.touch()
         ctypes.string_at(0)
     return dist.get_rank()
 
@@ -47,7 +46,18 @@ def test_a_crash_that_does_not_come_again_is_a_warning(tmp_path: Path) -> None:
     try:
         with pytest.warns(UserWarning, match="exit code -11; the task is run once more"):
             assert pool.run(2, rank_after_a_crash, tmp_path / "crashed") == [0, 1]
-        with pytest.warns(UserWarning, match="once more"), pytest.raises(TaskError, match="task, with exit code -11"):
-            pool.run(2, rank_after_a_crash, None)
     finally:
         pool.close()
+
+
+def test_a_crash_that_comes_again_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, tries = Pool(tmp_path), []
+
+    def crash(*task: object) -> list[int]:
+        tries.append(task)
+        raise WorkerEndedError(1, "in the task", -11)
+
+    monkeypatch.setattr(pool, "_run", crash)
+    with pytest.warns(UserWarning, match="once more"), pytest.raises(TaskError, match="task, with exit code -11"):
+        pool.run(2, rank, False)
+    assert len(tries) == 2
