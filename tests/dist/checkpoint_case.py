@@ -14,8 +14,9 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from dit_case import Case, average, batch, loss, on_meta, value, whole
+from dit_case import Case, average, batch, loss, on_meta, value, wholes
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from parallel import async_save, checkpoint, matrices
@@ -92,7 +93,7 @@ def train(state: TrainState, mesh: Mesh | None, job: Job, steps: int) -> None:
 def full(state: TrainState) -> dict[str, Tensor]:
     """Whole copies of every tensor, on the first rank."""
     first = not dist.is_initialized() or dist.get_rank() == 0
-    copies = {name: whole(tensor).detach().clone() for name, tensor in state.tensors().items()}
+    copies = wholes(state.tensors())
     return copies if first else {}
 
 
@@ -131,9 +132,9 @@ def outcome(call: Callable[[], Any]) -> str:
 def load_outcome(job: Job) -> tuple[str, bool]:
     """(what loading says, whether every tensor is as it was before)"""
     state, _ = build(job, 2)
-    before = {name: whole(t).clone() for name, t in state.tensors().items()}
-    said = outcome(lambda: state.load(job.folder))
-    return said, all(torch.equal(before[name], whole(t)) for name, t in state.tensors().items())
+    before = wholes(state.tensors())
+    said, after = outcome(lambda: state.load(job.folder)), wholes(state.tensors())
+    return said, all(torch.equal(before[name], t) for name, t in after.items())
 
 
 def stages(folder: Path) -> tuple[str, list[str]]:
@@ -228,9 +229,9 @@ def mixed(plant: bool) -> float:
             if not (plant and m is model):
                 average_.update(m, step)
     (_, one, _), (_, other, _) = pairs
-    errors = [float((whole(p) - q).abs().max()) for p, q in zip(model.parameters(), alone.parameters(), strict=True)]
-    errors += [float((whole(other.averages[n]) - a).abs().max()) for n, a in one.averages.items()]
-    return max(errors)
+    found = wholes(dict(model.named_parameters())) | {f"average {n}": t for n, t in wholes(other.averages).items()}
+    expected = dict(alone.named_parameters()) | {f"average {n}": t for n, t in one.averages.items()}
+    return max(float((found[name] - t).abs().max()) for name, t in expected.items())
 
 
 def cut_unevenly(job: Job) -> set[str]:
@@ -238,7 +239,7 @@ def cut_unevenly(job: Job) -> set[str]:
     state, _ = build(job, 1)
     found = set()
     for p in state.model.parameters():
-        box, mine, entire = local_box(p), local(p), whole(p)
+        box, mine, entire = local_box(p), local(p), p.full_tensor() if isinstance(p, DTensor) else p
         parts = [tuple(sizes) for sizes in exchange(box.sizes)]
         found |= {"empty"} if any(0 in sizes for sizes in parts) else set()
         if any(isinstance(placement, _StridedShard) for placement in p.placements):

@@ -11,8 +11,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from dit_case import wholes
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from parallel import pipeline as pipeline_module
 from parallel.dtensor import fill
@@ -234,11 +234,7 @@ def measure(
         model.zero_grad(set_to_none=True)
         losses: list[Losses] = passes.forward_backward(batches)
     norm = gradient_norm(model.parameters(), mesh, passes.shared) if mesh else gradient_norm(model.parameters())
-    grads = {
-        name: (p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad).clone()
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
+    grads = wholes({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     ema = Ema(model, 0.9)
     for average in ema.averages.values():
         average.mul_(1.25)

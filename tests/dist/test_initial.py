@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from dit_case import wholes
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from benchmarks.rank_pool import Pool
 from parallel.exchange import num_ranks
@@ -37,8 +37,7 @@ def held(config: RunConfig) -> dict[str, Tensor]:
     config = with_layout(adopt_vae(config, num_ranks()), num_ranks())
     text = build_text_encoder(config.text, torch.float32)
     model = build_dit(config, text, torch.device("cpu"), torch.float32, build_mesh(layout_of(config), "cpu"))
-    named = model.named_parameters()
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
+    return wholes(dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "hunyuanvideo"])

@@ -12,7 +12,7 @@ import dit_case
 import pytest
 import torch
 import torch.distributed as dist
-from dit_case import EVEN, ODD, Case, Result, errors, loss, on_meta, single, value, whole
+from dit_case import EVEN, ODD, Case, Result, errors, loss, on_meta, single, value, wholes
 
 from benchmarks.rank_pool import Pool
 from parallel import sharded_norms, tensor
@@ -87,7 +87,7 @@ def on_ranks(case: Case) -> tuple[Result, dict[str, int]]:
         total, out = loss(model, {k: None if x is None else x[rows] for k, x in dit_case.batch(case).items()})
         total.backward()
         norm = float(gradient_norm(model.parameters()))
-        grads = {n: whole(p.detach() * 0 if p.grad is None else p.grad) for n, p in model.named_parameters()}
+        grads = wholes({n: p.detach() * 0 if p.grad is None else p.grad for n, p in model.named_parameters()})
         return Result(rows, out.detach(), grads if dist.get_rank() == 0 else {}, norm, list(model.state_dict())), tokens
 
 

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from dit_case import value, whole
+from dit_case import value, wholes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -144,7 +144,7 @@ def called_by_methods(level: Any) -> tuple[dict[str, Tensor], bool]:
     for last in (False, True):
         with zero_micro_batch(model, last):
             (vae.decode(vae.encode(x)).square().sum() / 2).backward()
-    grads = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    grads = wholes({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     with torch.no_grad():
         vae.encode(x)
     return grads, all(isinstance(p, DTensor) for p in model.parameters())

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from dit_case import ODD, TEXT, Case, batch, grid_of, on_meta, value, whole
+from dit_case import ODD, TEXT, Case, batch, grid_of, on_meta, value, wholes
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -124,7 +124,7 @@ def steps(model: nn.ModuleDict, t: Train, data_rank: int, data: int, axes: Any =
         norm = gradient_norm(model.parameters())
         if not step:
             sent = counted.as_dict() if counted else {}
-            grads = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+            grads = wholes({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
             first_norm = float(norm)
         clip_gradients(model.parameters(), 0.5, norm)
         optimizer.step()
@@ -133,7 +133,7 @@ def steps(model: nn.ModuleDict, t: Train, data_rank: int, data: int, axes: Any =
     rows = {k: None if x is None else x[data_rank * size : (data_rank + 1) * size] for k, x in batch(t.case).items()}
     with torch.no_grad():
         validation = float(losses(model, rows))
-    parameters = {n: whole(p.detach()).clone() for n, p in model.named_parameters()}
+    parameters = wholes(dict(model.named_parameters()))
     shards = all(isinstance(p, DTensor) and any(x.is_shard() for x in p.placements) for p in model.parameters())
     return Outcome(grads, first_norm, parameters, validation, sent, shards)
 
