@@ -104,7 +104,7 @@ def test_every_kind_of_block(pool: Pool, layout: str, model: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("layout", ["tp4", "sp4", "zero2", "zero2 tp2", "tp2 sp2"])
+@pytest.mark.parametrize("layout", ["tp4", "sp4", "zero2 tp2"])
 def test_every_family(pool: Pool, layout: str, family: str) -> None:
     assert_equal(measured(pool, Case(LAYOUTS[layout], {}, ODD, True, checkpoint="sp" in layout), family))
 
