@@ -69,11 +69,13 @@ def test_four_ranks(pool: Pool, schedule: str) -> None:
     assert_equal(measured(pool, Case({"pipeline": 4}, kind, stages, model=DEEP)))
 
 
-@pytest.mark.parametrize(("schedule", "checkpoint"), [("1f1b", False), ("ZB-V", True)], ids=["1f1b", "ZB-V checkpoint"])
-@pytest.mark.parametrize("axis", ["tensor", "sequence", "shard"])
-def test_with_another_axis(pool: Pool, axis: str, schedule: str, checkpoint: bool) -> None:
+@pytest.mark.parametrize(
+    ("axis", "schedule"), [("tensor", "ZB-V"), ("sequence", "ZB-V"), ("shard", "ZB-V"), ("tensor", "1f1b")]
+)
+def test_with_another_axis(pool: Pool, axis: str, schedule: str) -> None:
+    """ZB-V, which puts weight gradients off, is recomputed as well."""
     kind, stages = SCHEDULES[schedule]
-    assert_equal(measured(pool, Case({"pipeline": 2, axis: 2}, kind, stages, checkpoint=checkpoint)))
+    assert_equal(measured(pool, Case({"pipeline": 2, axis: 2}, kind, stages, checkpoint=schedule == "ZB-V")))
 
 
 def test_windows_dealt_to_ranks(pool: Pool) -> None:

@@ -61,12 +61,11 @@ def test_default_model(pool: Pool, kind: Any, layout: str, grid: Any) -> None:
 
 
 # Families are made of parts that the other models have, but for text that attends too; docs/parity.md has all of them.
-JOINT = ("cogvideox", "hunyuanvideo", "flux")
+SINGLE = [model for model in MODELS if model != "bias" and "seen" not in model and model not in FAMILIES]
 KINDS = [
-    (kind, model)
-    for kind in ("ring", "ulysses_ring", "window")
-    for model in MODELS
-    if model != "bias" and "seen" not in model and (model not in FAMILIES or (kind == "ring" and model in JOINT))
+    *(("ring", model) for model in (*SINGLE, "cogvideox", "hunyuanvideo", "flux")),
+    *(("ulysses_ring", model) for model in ("rope, text keys", "images in frame", "four windows", "two encoders")),
+    *(("window", model) for model in SINGLE),
 ]
 
 
