@@ -34,6 +34,7 @@ from vidit.whole_file import read_rows
 RANKS = 2
 PATIENCE_S = 300.0
 WITHIN_S = 0.1  # about a step
+LAST_STEPS = 20  # without a kill: on a busy machine they are over before a rank is dead
 TINY = (
     "data.num_frames=5", "data.height=32", "data.width=32", "data.num_workers=0", "data.num_validation=0",
     "data.cache_latents=false", "model.num_layers=2", "model.width=32", "model.num_heads=4", "model.mlp_width=64",
@@ -149,7 +150,7 @@ def measure(folder: Path, num_kills: int, steps: int, seed: int, checkpoint_ever
     undisturbed = disturb(command("configs.demo", whole, given), whole, (), rng)
     if undisturbed.code:
         raise RuntimeError(undisturbed.said)
-    kill_at = sorted(rng.sample(range(1, steps - 3), num_kills))  # the last steps may be over before a rank is dead
+    kill_at = sorted(rng.sample(range(1, steps - LAST_STEPS), num_kills))
     words = command("configs.demo", run_dir, [*given, "launch.max_restarts=5"])
     return summary(run_dir, whole, disturb(words, run_dir, kill_at, rng), num_kills)
 

@@ -16,6 +16,7 @@ nobody's loss and is not counted.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -38,8 +39,16 @@ PARTS = ("training", "data", "checkpoint", "review", "startup", "lost", "restart
 
 
 def process_began() -> float:
-    """When this process was started, in Unix time."""
-    return float(psutil.Process().create_time())
+    """When this process was started, in Unix time.
+
+    Linux tells it in ticks since boot. The time of boot itself it tells in whole seconds, so that a sum of the two may lie
+    before what happened a second earlier; here the process's age is taken from now.
+    """
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return float(psutil.Process().create_time())
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])  # proc(5): starttime, the 22nd field
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
 class Ledger:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +74,12 @@ def test_what_a_start_writes(tmp_path: Path) -> None:
 def test_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no goodput\.jsonl"):
         read_goodput(tmp_path)
+
+
+def test_a_process_began_when_it_was_started() -> None:
+    """Not up to a second before, as by the time of boot, which the kernel rounds."""
+    code = "from vidit.train.goodput import process_began; print(process_began())"
+    before = time.time()
+    began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert before - 0.02 < began < time.time()
+    assert began - before < 0.5 * (time.time() - before), "what Python loads comes after it"
