@@ -41,8 +41,8 @@ PARTS = ("training", "data", "checkpoint", "review", "startup", "lost", "restart
 def process_began() -> float:
     """When this process was started, in Unix time.
 
-    Linux tells it in ticks since boot. The time of boot itself it tells in whole seconds, so that a sum of the two may lie
-    before what happened a second earlier; here the process's age is taken from now.
+    Linux tells it in ticks since boot. The time of boot itself it tells in whole seconds, so that a sum of the two may
+    lie before what happened a second earlier; here the process's age is taken from now.
     """
     stat = Path("/proc/self/stat")
     if not stat.exists():
