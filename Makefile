@@ -26,7 +26,8 @@ demo-vae: $(STAMP)
 	$(BIN)/vidit train configs.demo:vae
 	$(BIN)/python -m benchmarks.vae_record runs/demo-vae configs/weights/demo_vae
 
-# Two processes, a thread each: much of the suite waits for processes that it has started.
+# Two processes, a thread each: much of the suite waits for processes that it has started. What Python compiles is
+# kept for the next of them, whatever the environment says.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
